@@ -1,0 +1,91 @@
+"""From prompts to scored samples, over all ranks: who samples what, who scores what, and the advantages.
+
+Generate calls are formed over the requests of all ranks and handed out whole, so responses have the same bits at any
+number of ranks; every rank ends with all samples.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from .advantages import group_advantages
+from .batch import Request, Response, Sample, request_seed
+from .config import Config
+from .rewards.base import Evidence, RewardFn, check_budget, combine
+from cosmo_rl.data.collate import EncodedPrompt
+from cosmo_rl.data.schema import Row
+from cosmo_rl.model.load import Processor
+from cosmo_rl.model.parallel import all_gather, rank, world
+
+from .rollout.engine import Engine, form_batches
+
+
+def generate(engine: Engine, requests: Sequence[Request], batch_size: int, *, greedy: bool = False) -> list[Response]:
+    """One response per request on every rank, in the order of the requests; all ranks must call it together."""
+    batches = form_batches([len(r.prompt.input_ids) for r in requests], batch_size)
+    mine = [i for batch in batches[rank()::world()] for i in batch]
+    responses = engine.generate([requests[i] for i in mine], greedy=greedy, batch_size=batch_size)
+    found = {}
+    for part in all_gather(dict(zip(mine, responses, strict=True))):
+        found.update(part)
+    return [found[i] for i in range(len(requests))]
+
+
+def sample_groups(engine: Engine, rows: Sequence[Row], prompts: Sequence[EncodedPrompt], processor: Processor,
+                  config: Config, step: int) -> list[Sample]:
+    """`group_size` responses to each prompt, in prompt order; rewards and advantages are still open."""
+    requests, times = [], Counter()
+    for prompt in prompts:
+        for k in range(config.rollout.group_size):
+            # A prompt drawn twice goes on counting, or both groups would be the same responses.
+            draw = k + times[prompt.id] * config.rollout.group_size
+            requests.append(Request(prompt, k, request_seed(config.seed, config.stage, step, prompt.id, draw)))
+        times[prompt.id] += 1
+    responses = generate(engine, requests, config.rollout.batch_size)
+    texts = processor.tokenizer.batch_decode([r.ids for r in responses], skip_special_tokens=True)
+    size = config.rollout.group_size
+    return [
+        Sample(row=rows[i // size], prompt=prompts[i // size], group=i // size, k=i % size, response=response, text=text)
+        for i, (response, text) in enumerate(zip(responses, texts, strict=True))
+    ]
+
+
+def score(samples: Sequence[Sample], rewards: Mapping[str, RewardFn], weights: Mapping[str, float], budget: float,
+          evidence: Mapping[int, Evidence] | None = None) -> None:
+    """Fill in reward, terms and failure of every sample; all ranks must call it together, each scores its share.
+
+    Args:
+        evidence: by sample index, for rewards with `needs_policy`.
+    Raises:
+        RewardBudgetError: on every rank, when too many rewards failed.
+    """
+    outcomes = {
+        i: combine({name: fn(samples[i], (evidence or {}).get(i)) for name, fn in rewards.items()}, weights)
+        for i in range(rank(), len(samples), world())
+    }
+    for part in all_gather(outcomes):
+        for i, (reward, terms, failure) in part.items():
+            samples[i].reward, samples[i].terms, samples[i].failure = reward, terms, failure
+    check_budget([f"{s.id}: {s.failure}" for s in samples if s.reward is None], len(samples), budget)
+
+
+def fill_advantages(samples: Sequence[Sample], config: Config) -> None:
+    """Advantages in float64 per prompt group; failed samples take no part."""
+    rewards = np.array([np.nan if s.reward is None else s.reward for s in samples])
+    advantages = group_advantages(rewards, np.array([s.group for s in samples]), estimator=config.objective.name,
+                                  weight=config.objective.weight, weight_cap=config.objective.weight_cap)
+    for sample, advantage in zip(samples, advantages.tolist(), strict=True):
+        sample.advantage = advantage
+
+
+def split_updates(samples: Sequence[Sample], num_prompts: int, updates: int) -> list[tuple[list[Sample], int]]:
+    """(samples with a reward, prompts) of each update: contiguous whole groups in prompt order.
+
+    A group counts as a prompt when at least one of its samples has a reward, degenerate or not.
+    """
+    parts = []
+    for groups in np.array_split(np.arange(num_prompts), updates):
+        part = [s for s in samples if groups[0] <= s.group <= groups[-1] and s.reward is not None]
+        parts.append((part, len({s.group for s in part})))
+    return parts

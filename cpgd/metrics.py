@@ -1,0 +1,240 @@
+"""What a run says while it trains: metrics.jsonl, samples.jsonl, TensorBoard and the console. Rank 0 only.
+
+One line of metrics.jsonl an optimizer step, with the keys
+
+    step, iteration, loss, grad_norm, lr, reward, clip_fraction, drift, entropy, response_tokens, response_length
+    rewards            {domain: {"reward" or a term: {"mean", "std", "saturated"}}}, see `reward_stats`
+    seconds            {phase: s}
+    tokens_per_second  {phase: 1/s}
+
+(more are allowed, and a stage without rollouts leaves some out). Only TIMING_FIELDS may differ between two runs of one
+seed.
+"""
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .batch import Sample
+from .rundir import fsync, write_atomic
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+TIMING_FIELDS = ("seconds", "tokens_per_second")
+SCALARS = ("reward", "loss", "grad_norm", "lr", "clip_fraction", "drift", "entropy", "response_length")
+
+
+def reward_stats(samples: Iterable[Sample]) -> dict[str, dict[str, dict[str, float]]]:
+    """Mean, spread and saturation of the reward and of each term, by domain; failed samples are left out.
+
+    Returns:
+        {domain: {"reward" or term: {"mean", "std" (over samples, biased), "saturated"}}}, where "saturated" is the
+        share of prompt groups in which the value is the same for all responses (to 1e-6): there it teaches nothing.
+    """
+    values: dict[str, dict[str, dict[int, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for sample in samples:
+        if sample.reward is not None:
+            for name, value in {"reward": sample.reward, **sample.terms}.items():
+                values[sample.row.domain][name][sample.group].append(value)
+    out: dict[str, dict[str, dict[str, float]]] = {}
+    for domain, terms in sorted(values.items()):
+        out[domain] = {}
+        for name, groups in terms.items():
+            flat = np.concatenate([np.asarray(group, dtype=np.float64) for group in groups.values()])
+            same = [max(group) - min(group) <= 1e-6 for group in groups.values()]
+            out[domain][name] = {
+                "mean": float(flat.mean()), "std": float(flat.std()), "saturated": float(np.mean(same)),
+            }
+    return out
+
+
+def read_metrics(path: str | Path) -> list[dict]:
+    """The lines of a metrics.jsonl or samples.jsonl; [] when there is none.
+
+    A last line without its newline was cut off by a kill and is left out.
+    Raises:
+        ValueError: a line is not JSON.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+    lines = []
+    for number, line in enumerate(whole.split("\n") if whole else [], start=1):
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: not JSON ({error.msg}); restore the file or remove the line") from error
+    return lines
+
+
+class MetricsWriter:
+    """Writes a stage's metrics.jsonl, samples.jsonl and, when asked, TensorBoard event files.
+
+    Args:
+        stage_dir: the stage's folder.
+        tensorboard: write RUN/stageN/tensorboard too.
+
+    `rewind` comes before the first line.
+    """
+
+    def __init__(self, stage_dir: str | Path, tensorboard: bool) -> None:
+        self.stage_dir = Path(stage_dir)
+        self.metrics_path = self.stage_dir / "metrics.jsonl"
+        self.samples_path = self.stage_dir / "samples.jsonl"
+        self._tensorboard = tensorboard
+        self._board: SummaryWriter | None = None
+        self._rewound = False
+
+    def line(self, values: dict) -> None:
+        """Append one step's metrics; `values` holds `step`. A value that is not finite is written as null."""
+        assert self._rewound, "lines of an earlier try may still be there: call rewind first"
+        self._append(self.metrics_path, [values])
+        self._show(values)
+
+    def samples(self, rows: list[dict]) -> None:
+        """Append sampled responses; each row holds `step`."""
+        self._append(self.samples_path, rows)
+
+    def rewind(self, step: int) -> None:
+        """Cut all three back to the lines of steps <= `step`, the checkpoint's; TensorBoard is rebuilt from them."""
+        self._rewound = True
+        for path in (self.metrics_path, self.samples_path):
+            kept = [row for row in read_metrics(path) if row["step"] <= step]
+            write_atomic(path, "".join(_line(row) for row in kept))
+        if not self._tensorboard:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder = self.stage_dir / "tensorboard"
+        if self._board is not None:
+            self._board.close()
+        for old in folder.glob("events.out.tfevents.*"):
+            old.unlink()
+        self._board = SummaryWriter(str(folder))
+        for row in read_metrics(self.metrics_path):
+            self._show(row)
+
+    def sync(self) -> None:
+        """Bring what was written to disk; called before a checkpoint refers to it."""
+        fsync(self.metrics_path)
+        fsync(self.samples_path)
+        if self._board is not None:
+            self._board.flush()
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+
+    def _append(self, path: Path, rows: list[dict]) -> None:
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write("".join(_line(row) for row in rows))
+        except OSError as error:
+            raise ValueError(f"cannot write {path}: {error.strerror or error}; free space, then repeat the command "
+                             "to continue from the last checkpoint") from error
+
+    def _show(self, values: dict) -> None:
+        if self._board is not None:
+            for name, value in _scalars(values):
+                if name not in ("step", "iteration"):
+                    self._board.add_scalar(name, value, values["step"])
+
+
+def _line(row: dict) -> str:
+    return json.dumps(_finite(row), allow_nan=False) + "\n"
+
+
+def _finite(value):
+    """JSON has no NaN and no infinity: null stands for them."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _scalars(nested: dict, prefix: str = "") -> Iterator[tuple[str, float]]:
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            yield from _scalars(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield prefix + key, value
+
+
+class ProgressView:
+    """A progress bar with the last step's numbers on a terminal; elsewhere one plain line a step.
+
+    Args:
+        total: optimizer steps of the stage.
+        done: steps done already.
+        title: what runs, as "stage 2".
+    """
+
+    def __init__(self, total: int, done: int = 0, title: str = "", console: Console | None = None) -> None:
+        self._console = console or Console()
+        self._total, self._title = total, title
+        self._bar = Progress(
+            TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeElapsedColumn(),
+            TextColumn("left"), TimeRemainingColumn(), console=self._console,
+        )
+        self._task = self._bar.add_task(title, total=total, completed=done)
+        self._live = Live(self._bar, console=self._console) if self._console.is_terminal else None
+        if self._live is not None:
+            self._live.start()
+
+    def update(self, line: dict) -> None:
+        """Show one step's metrics, as given to `MetricsWriter.line`."""
+        self._bar.update(self._task, completed=line["step"])
+        if self._live is not None:
+            self._live.update(Group(*_tables(line), self._bar))
+        else:
+            text = f"{self._title}  step {line['step']}/{self._total}  {summary(line)}"
+            print(text.strip(), file=self._console.file, flush=True)
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+
+def summary(line: dict) -> str:
+    """One step's metrics in one line of text."""
+    parts = [f"{name} {_number(line[name])}" for name in SCALARS if name in line]
+    domains = {domain: terms["reward"]["mean"] for domain, terms in line.get("rewards", {}).items()}
+    if domains:
+        parts.insert(1, "(" + ", ".join(f"{domain} {_number(value)}" for domain, value in domains.items()) + ")")
+    speeds = line.get("tokens_per_second", {})
+    parts += [f"{phase} {_number(value)} tokens/s" for phase, value in speeds.items()]
+    return "  ".join(parts)
+
+
+def _tables(line: dict) -> list[Table]:
+    numbers = Table.grid(padding=(0, 2))
+    shown = {name: line[name] for name in SCALARS if name in line}
+    shown |= {f"{phase} tokens/s": value for phase, value in line.get("tokens_per_second", {}).items()}
+    numbers.add_row(*(f"[dim]{name}[/] {_number(value)}" for name, value in shown.items()))
+    rewards = line.get("rewards", {})
+    if not rewards:
+        return [numbers]
+    terms = list(dict.fromkeys(term for by_term in rewards.values() for term in by_term))
+    table = Table("domain", *terms, box=None, header_style="dim")
+    for domain, by_term in rewards.items():
+        table.add_row(domain, *(_number(by_term[term]["mean"]) if term in by_term else "-" for term in terms))
+    return [numbers, table]
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"

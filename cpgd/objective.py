@@ -1,0 +1,154 @@
+"""Token weights, clip bounds and the named policy objectives: pure functions between log-probs and the loss.
+
+The loss of an update is sum_i token_weights_i * loss_i over its response tokens. The weights hold the global
+normaliser, so the sum may be split over micro-batches and ranks in any way.
+
+With r = e^(logprob - old_logprob), per token:
+
+    cpgd               see kernels/cpgd_objective.py
+    ppo, reinforce_pp  -min(r A, clip(r, 1 - eps_low, 1 + eps_high) A)
+    grpo               the same, and for A < 0 at most -dual_clip A (arXiv:1912.09729); dual_clip 0: none
+    rloo               -r A, not clipped
+
+They differ in their advantages too (advantages.py).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+
+from cosmo_rl.kernels.cpgd_objective import cpgd_objective
+
+from .config import ObjectiveConfig
+
+
+def token_weights(num_tokens: ArrayLike, groups: ArrayLike, num_prompts: int, aggregation: str) -> np.ndarray:
+    """Weight of each token of each sequence, counted over the whole update (all ranks); they sum to 1 over its tokens.
+
+    Args:
+        num_tokens: (S,) response tokens of each sequence, at least 1.
+        groups: (S,) integers, one per prompt.
+        num_prompts: prompts of the update: degenerate groups count, groups emptied by failed rewards do not.
+        aggregation: "group" (token mean in each group, mean over prompts: arXiv:2505.12504 eq. 2), "sequence" (token
+            mean in each sequence, mean over sequences: the authors' code) or "token" (mean over all tokens).
+    Returns:
+        (S,) float64: 1 / (num_prompts * tokens of the group), 1 / (S * tokens of the sequence) or 1 / (all tokens).
+    Raises:
+        ValueError: shapes or counts do not fit, or an unknown aggregation.
+    """
+    num_tokens, groups = np.asarray(num_tokens, dtype=np.int64), np.asarray(groups)
+    if num_tokens.ndim != 1 or num_tokens.shape != groups.shape:
+        raise ValueError(f"num_tokens has shape {num_tokens.shape} and groups {groups.shape}; give (S,) for both")
+    if (num_tokens < 1).any():
+        at = int((num_tokens < 1).argmax())
+        raise ValueError(f"num_tokens[{at}] is {num_tokens[at]}; a response has at least 1 token")
+    names, index = np.unique(groups, return_inverse=True)
+    if num_prompts < len(names):
+        raise ValueError(f"num_prompts is {num_prompts} and groups holds {len(names)}; count each prompt of the update")
+    if aggregation == "group":
+        per_group = np.bincount(index, weights=num_tokens, minlength=len(names))
+        return 1.0 / (num_prompts * per_group[index])
+    if aggregation == "sequence":
+        return 1.0 / (len(num_tokens) * num_tokens.astype(np.float64))
+    if aggregation == "token":
+        return np.full(len(num_tokens), 1.0 / num_tokens.sum()) if len(num_tokens) else np.zeros(0)
+    raise ValueError(f"aggregation is {aggregation!r}; give 'group', 'sequence' or 'token'")
+
+
+def clip_bounds(config: ObjectiveConfig, positions: torch.Tensor, lengths: torch.Tensor):
+    """(eps_low, eps_high) of each token: eps_i = lambda * eps + (1 - lambda) * eps * i / |y|, tight to loose.
+
+    Args:
+        positions: (N,) index i of the token in its response, from 1. lengths: (N,) tokens |y| of that response.
+    Returns:
+        Two floats when `config.clip_schedule` is 1, else two (N,) float32 tensors.
+    """
+    low, high, share = config.clip_eps_low, config.clip_eps_high, config.clip_schedule
+    if share == 1.0:
+        return low, high
+    ramp = share + (1.0 - share) * positions.double() / lengths.double()
+    return (low * ramp).float(), (high * ramp).float()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LossInputs:
+    """N response tokens of a micro-batch and the settings of the objective."""
+
+    logprobs: torch.Tensor
+    """(N,) float32, nats, of the policy in training; carries the gradient."""
+    advantages: torch.Tensor
+    """(N,) float32 or float64, each token with its response's."""
+    token_weights: torch.Tensor
+    """(N,) float32 or float64, from `token_weights`."""
+    old_logprobs: torch.Tensor | None = None
+    """(N,) float32, nats; None: the ratio is 1 (first update of a rollout)."""
+    entropy: torch.Tensor | None = None
+    """(N,) float32, nats, with gradient; needed when `entropy_coef` is not 0."""
+    clip_eps_low: float | torch.Tensor = 0.2
+    """1 - lower bound of the ratio; float or (N,)."""
+    clip_eps_high: float | torch.Tensor = 0.2
+    """Upper bound of the ratio - 1; float or (N,)."""
+    dual_clip: float = 3.0
+    """grpo: bound of the ratio for negative advantages; 0: none."""
+    drift_coef: float = 0.01
+    """cpgd: alpha."""
+    drift_clip: float = 2.0
+    """cpgd: c."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LossOutputs:
+    """Only `loss` is differentiable."""
+
+    loss: torch.Tensor
+    """() float32, sum over tokens of weight * loss."""
+    clipped: torch.Tensor
+    """(N,) bool, the token's policy gradient is stopped."""
+    log_ratio: torch.Tensor
+    """(N,) float32, nats."""
+    drift: torch.Tensor
+    """(N,) float32, nats, k3 estimate of KL(pi_old || pi_theta); a part of the loss in cpgd only."""
+
+
+def policy_loss(name: str, inputs: LossInputs) -> LossOutputs:
+    """Loss of a micro-batch under the objective `name` (formulas at the top of this file), to be minimised.
+
+    Raises:
+        ValueError: an unknown name, an entropy bonus without entropy, or what cpgd_objective refuses.
+    """
+    if name not in ("cpgd", "grpo", "ppo", "reinforce_pp", "rloo"):
+        raise ValueError(f"objective is {name!r}; give 'cpgd', 'grpo', 'ppo', 'reinforce_pp' or 'rloo'")
+    old = inputs.logprobs.detach() if inputs.old_logprobs is None else inputs.old_logprobs
+    # cpgd's terms, checks included, are computed for every objective: drift and log-ratio are metrics of all.
+    terms = cpgd_objective(inputs.logprobs, old, inputs.advantages, clip_eps_low=inputs.clip_eps_low,
+                           clip_eps_high=inputs.clip_eps_high, drift_coef=inputs.drift_coef,
+                           drift_clip=inputs.drift_clip)
+    loss, clipped = terms.loss, terms.clipped
+    if name != "cpgd":
+        loss, clipped = _ratio_loss(name, inputs, old.detach(), clipped)
+    total = (inputs.token_weights.double() * loss.double()).sum()
+    if inputs.entropy_coef != 0.0:
+        if inputs.entropy is None:
+            raise ValueError(f"entropy_coef is {inputs.entropy_coef} and entropy None; give the entropy of each token")
+        total = total - inputs.entropy_coef * (inputs.token_weights.double() * inputs.entropy.double()).sum()
+    return LossOutputs(loss=total.float(), clipped=clipped, log_ratio=terms.log_ratio, drift=terms.drift)
+
+
+def _ratio_loss(name: str, inputs: LossInputs, old: torch.Tensor, clipped: torch.Tensor):
+    """(loss (N,) float64, clipped (N,)) of the objectives whose gradient carries the ratio."""
+    advantages = inputs.advantages.detach().double()
+    ratio = (inputs.logprobs.double() - old.double()).exp()
+    if name == "rloo":
+        return -ratio * advantages, torch.zeros_like(clipped)
+    lower, upper = (torch.as_tensor(bound, dtype=torch.float64, device=ratio.device)
+                    for bound in (1.0 - inputs.clip_eps_low, 1.0 + inputs.clip_eps_high))
+    surrogate = torch.minimum(ratio * advantages, ratio.clamp(lower, upper) * advantages)
+    if name == "grpo" and inputs.dual_clip > 0.0:
+        bounded = (advantages < 0) & (ratio.detach() > inputs.dual_clip)
+        surrogate = torch.where(bounded, inputs.dual_clip * advantages, surrogate)
+        clipped = clipped | bounded
+    return -surrogate, clipped

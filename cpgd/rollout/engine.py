@@ -1,0 +1,56 @@
+"""What the trainer asks of a rollout engine: take the policy's weights, sample responses, close.
+
+The hf engine (`hf.py`) is always there. An engine keeps nothing computed from older weights past a `sync`.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import torch
+
+from cosmo_rl.cpgd.batch import Request, Response
+
+
+class Engine(Protocol):
+    """A sampler of responses. `generate` is called by each rank for itself and holds no collective."""
+
+    def sync(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Take new weights by Hugging Face name; responses then carry `version`.
+
+        `weights` (`model.weights.full_state_dict`) gathers shards as it is read: all ranks sync together, each reads it
+        to the end and keeps no tensor of it.
+        """
+        ...
+
+    def generate(
+        self, requests: Sequence[Request], *, greedy: bool = False, batch_size: int | None = None
+    ) -> list[Response]:
+        """One response per request, in the order of the requests.
+
+        Args:
+            requests: any number of them; each meets the noise of its own `seed`, whatever is beside it.
+            greedy: take the likeliest token instead of sampling; log-probs stay those of the sampling temperature.
+            batch_size: requests decoded together; None: the engine's own.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free what the engine holds."""
+        ...
+
+
+def form_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Indices of requests in batches of equal or near prompt length: what is decoded together.
+
+    Formed once over the requests of all ranks, then handed out as whole batches: an engine that forms batches again
+    from whole batches, given in this order, finds the same ones, so a response has the same bits at any number of
+    ranks.
+
+    Args:
+        lengths: prompt tokens of each request.
+        batch_size: requests per batch, >= 1; only the last batch is smaller.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; give at least 1")
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    return [order[start:start + batch_size] for start in range(0, len(order), batch_size)]

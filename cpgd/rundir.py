@@ -1,0 +1,209 @@
+"""The run directory: one folder a stage, held by one run at a time, and workers that die with their launcher.
+
+    RUN/.lock               flock of the run that works here; pid and host inside
+    RUN/stage2/             config.json, metrics.jsonl, samples.jsonl, tensorboard/, checkpoints/, hf/,
+                            report.html, report.json
+
+`report.json` is written last of all: a stage that has one is finished.
+"""
+
+import ctypes
+import fcntl
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar, cast
+
+from .config import Config
+
+T = TypeVar("T")
+
+
+def die_with_parent() -> None:
+    """Under torchrun, have the kernel kill this worker when the launcher dies; Linux only, elsewhere nothing.
+
+    torchrun puts its workers into their own process group, so they outlive a launcher killed by SIGKILL and would keep
+    the run directory locked. Call it before torch is imported: until then the launcher can die unnoticed.
+    """
+    if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    parent = os.getppid()
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it died before the kernel knew
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def together(action: Callable[[], T]) -> list[T]:
+    """Run `action` on every rank; all ranks must call it.
+
+    Returns:
+        The value of each rank, by rank. Works without torch.distributed too: one value.
+    Raises:
+        ValueError: on every rank, the message of the first rank whose action raised ValueError, so that none hangs.
+    """
+    from torch import distributed  # here, not above: train.py imports this module before torch, see die_with_parent
+
+    value, problem = None, None
+    try:
+        value = action()
+    except ValueError as error:
+        problem = str(error)
+    outcomes = [(value, problem)]
+    if distributed.is_initialized():
+        outcomes *= distributed.get_world_size()
+        distributed.all_gather_object(outcomes, (value, problem))
+    for _, found in outcomes:
+        if found is not None:
+            raise ValueError(found)
+    return [cast(T, value) for value, _ in outcomes]
+
+
+def fsync(path: Path) -> None:
+    """Bring a file's content, or a folder's list of names, to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace `path` by `text` (UTF-8): after a crash it holds the old content or the new, never a part.
+
+    Raises:
+        ValueError: it cannot be written (disk full, permissions).
+    """
+    beside = path.with_name(f".{path.name}.tmp")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        fsync(beside)
+        os.replace(beside, path)
+        fsync(path.parent)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise ValueError(
+            f"cannot write {path}: {error.strerror or error}; free space or make its folder writable, then repeat the "
+            "command"
+        ) from error
+
+
+def _flat(nested: dict, prefix: str = "") -> dict[str, object]:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    out = {}
+    for key, value in nested.items():
+        if isinstance(value, dict) and value:
+            out |= _flat(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = value
+    return out
+
+
+class RunDir:
+    """A run's folders, locked. All ranks construct it together; rank 0 looks and its verdict holds for all.
+
+    Args:
+        path: run directory; empty: runs/PRESET.
+        stage: 0, 1 or 2.
+        config: the stage's resolved settings; written to config.json of a new stage.
+        resume: "auto" or "never".
+        wait_s: how long to wait for the lock, in seconds (a killed run's workers need a moment to die).
+    Raises:
+        ValueError: on every rank, when the folder cannot be written, is held by another run, is not empty under
+            "never", or belongs to a run with other settings (all of them named, with both values).
+    """
+
+    def __init__(
+        self, path: str | Path, stage: int, config: Config, resume: str = "auto", *, wait_s: float = 15.0
+    ) -> None:
+        self.path = Path(path or Path("runs") / config.preset)
+        self.stage_dir = self.path / f"stage{stage}"
+        self.checkpoints = self.stage_dir / "checkpoints"
+        self.hf = self.stage_dir / "hf"
+        self._lock: int | None = None
+        from torch import distributed  # late, as in `together`
+
+        main = not distributed.is_initialized() or distributed.get_rank() == 0
+        verdict = together(lambda: self._open(config, resume, wait_s) if main else False)
+        self.finished: bool = verdict[0]
+        """The stage has its report: nothing is left to do."""
+
+    def _open(self, config: Config, resume: str, wait_s: float) -> bool:
+        try:
+            self.stage_dir.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+            self._take_lock(wait_s)
+            self._claim(config, resume)
+        except OSError as error:
+            self.close()
+            raise ValueError(
+                f"cannot write to run directory {self.path}: {error.strerror or error}; make it writable or give "
+                "another --run-dir"
+            ) from error
+        except ValueError:
+            self.close()
+            raise
+        return (self.stage_dir / "report.json").exists()
+
+    def _take_lock(self, wait_s: float) -> None:
+        assert self._lock is not None
+        deadline = time.monotonic() + wait_s
+        while True:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() < deadline:
+                    time.sleep(0.1)
+                    continue
+                holder = os.pread(self._lock, 200, 0).decode(errors="replace").strip() or "another process"
+                raise ValueError(
+                    f"run directory {self.path} is in use by {holder} (waited {wait_s:g} s); wait for that run, stop "
+                    "it, or give another --run-dir"
+                ) from None
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+    def _claim(self, config: Config, resume: str) -> None:
+        present = sorted(entry.name for entry in self.stage_dir.iterdir() if not entry.name.startswith("."))
+        saved = self.stage_dir / "config.json"
+        if resume == "never" and present:
+            raise ValueError(
+                f"--resume never: {self.stage_dir} is not empty ({', '.join(present[:5])}); give another --run-dir, "
+                "remove the folder, or continue it with --resume auto"
+            )
+        if not present:
+            write_atomic(saved, json.dumps(config.to_dict(), indent=2) + "\n")
+            return
+        if not saved.exists():
+            raise ValueError(
+                f"{self.stage_dir} is not empty ({', '.join(present[:5])}) and has no config.json, so no run can be "
+                "continued there; give another --run-dir or remove the folder"
+            )
+        try:
+            theirs = _flat(json.loads(saved.read_text(encoding="utf-8")))
+        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+            raise ValueError(f"{saved} is damaged ({error}); restore it or give another --run-dir") from error
+        ours = _flat(config.identity())
+        absent = "(absent)"
+        differing = [
+            f"{name} is {theirs.get(name, absent)!r} there and {ours.get(name, absent)!r} here"
+            for name in sorted(theirs.keys() | ours.keys())
+            if name not in ("run_dir", "resume") and theirs.get(name, absent) != ours.get(name, absent)
+        ]
+        if differing:
+            raise ValueError(
+                f"{self.stage_dir} belongs to a run with other settings: {'; '.join(differing)}. Repeat its settings "
+                "to continue it, give another --run-dir, or remove the folder"
+            )
+
+    def close(self) -> None:
+        """Give the lock back; the end of the process does it too."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None

@@ -1,0 +1,36 @@
+"""Stage 0: supervised cold start on rows with `chosen`. The trainer's loop, with rows instead of rollouts."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from cosmo_rl.data.collate import EncodedPrompt
+from cosmo_rl.data.collate import Sequence as TokenSequence
+from cosmo_rl.data.schema import Row
+from cosmo_rl.model.load import Processor
+
+from .config import Config
+from .update import Micro, build_micros
+
+
+def check_chosen(rows: Sequence[Row]) -> None:
+    """Raise ValueError for the first row without a response to imitate."""
+    for row in rows:
+        if not row.chosen:
+            raise ValueError(f"row {row.id}: stage 0 imitates `chosen`, which is missing; add it or drop the row")
+
+
+def sft_micros(rows: Sequence[Row], prompts: Sequence[EncodedPrompt], config: Config, processor: Processor,
+               device: torch.device) -> list[Micro]:
+    """This rank's micro-batches of one step: `chosen` closed by the end-of-turn token, mean over all tokens."""
+    end = processor.tokenizer.eos_token_id
+    sequences = []
+    for row, prompt in zip(rows, prompts, strict=True):
+        ids = processor.tokenizer(row.chosen, add_special_tokens=False)["input_ids"]
+        banned = set(ids) & set(processor.suppressed_ids.tolist())
+        if banned:
+            raise ValueError(f"row {row.id}: `chosen` holds the special token "
+                             f"{processor.tokenizer.convert_ids_to_tokens(min(banned))}; remove it")
+        sequences.append(TokenSequence(prompt, np.array([*ids, end], dtype=np.int64)))
+    return build_micros(sequences, [0.0] * len(rows), list(range(len(rows))), len(rows), "token", config, processor, device)

@@ -1,0 +1,401 @@
+"""One stage of a run: rows -> rollout -> rewards -> advantages -> updates -> checkpoint, and the report at the end.
+
+    main(config)      what train.py calls
+    Trainer.run       the loop: `_sft_iteration` in stage 0, `_rl_iteration` in stages 1 and 2
+"""
+
+import json
+import logging
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from cosmo_rl.data.collate import EncodedPrompt, encode_prompt
+from cosmo_rl.data.collate import Sequence as TokenSequence
+from cosmo_rl.data.dataset import fingerprint, load_rows
+from cosmo_rl.data.mini import mini_rows, mini_texts
+from cosmo_rl.data.sampler import PromptSampler
+from cosmo_rl.data.schema import Row
+from cosmo_rl.model.load import TINY_PATH, load_model, load_processor
+from cosmo_rl.model.parallel import init_distributed, rank, shard
+from cosmo_rl.model.policy import Policy
+from cosmo_rl.model.tiny import build_tiny
+from cosmo_rl.model.weights import full_state_dict, save_pretrained
+
+from .batch import Sample
+from .checkpoint import load_latest, save
+from .collect import fill_advantages, sample_groups, score, split_updates
+from .config import Config
+from .evaluation import Answered, eval_suite, evaluate
+from .metrics import MetricsWriter, ProgressView, reward_stats
+from .report import finish_report, read_measured, write_measured
+from .rewards.base import Evidence
+from .rewards.build import build_rewards
+from .rewards.format import answer_start
+from .rewards.visual_focus import blank_prompt
+from .rollout.hf import HFEngine
+from .rundir import RunDir, together
+from .sft import check_chosen, sft_micros
+from .update import (
+    Micro,
+    StepResult,
+    build_micros,
+    disagreements,
+    fill_old_logprobs,
+    learning_rate,
+    optimizer_step,
+    rl_loss,
+    rl_micros,
+    sft_loss,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class CanaryError(ValueError):
+    """Engine and trainer disagree about the same tokens."""
+
+
+class Trainer:
+    """A stage in progress. Every method is called by all ranks together."""
+
+    def __init__(self, config: Config, run: RunDir, device: torch.device) -> None:
+        self.config, self.run_dir, self.device = config, run, device
+        path = start_path(config, run)
+        self.processor = load_processor(path, config.data.resize_pixels)
+        self.rows: list[Row] = []
+        together(lambda: self.rows.extend(load_training_rows(config)))
+        self.domains = sorted({row.domain for row in self.rows})
+        self.sampler = PromptSampler([row.domain for row in self.rows], config.data.mix, config.seed)
+        if config.stage == 0:
+            check_chosen(self.rows)
+        else:
+            self.rewards, self.reward_weights = build_rewards(config.reward, self.rows)
+
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.model.dtype]
+        options = {"attention": config.model.attention, "freeze_vision": config.model.freeze_vision}
+        self.policy = shard(
+            Policy(load_model(path, **options), suppressed_ids=self.processor.suppressed_ids,
+                   temperature=config.rollout.temperature, gradient_checkpointing=config.model.gradient_checkpointing),
+            device=device, dtype=dtype, freeze_vision=config.model.freeze_vision)
+        optim = config.optim
+        self.optimizer = torch.optim.AdamW(
+            [p for p in self.policy.parameters() if p.requires_grad], lr=optim.learning_rate, betas=optim.betas,
+            eps=optim.eps, weight_decay=optim.weight_decay)
+        self.dtype = dtype
+        self.engine = HFEngine(
+            load_model(path, dtype=dtype, attention=config.model.attention).to(device), self.processor, config.rollout)
+        self.loss_fn = rl_loss(config)
+        self.step, self.iteration, self.skipped_in_row, self.trained_s = 0, 0, 0, 0.0
+
+    # -- the run ------------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Train from the latest checkpoint to the last step, then write hf/ and the report."""
+        config, folder = self.config, self.run_dir.stage_dir
+        suite = eval_suite(config, lambda paths: load_rows(paths, max_image_pixels=config.data.max_image_pixels))
+        self._resume()
+        if rank() == 0:
+            self.metrics = MetricsWriter(folder, config.log.tensorboard)
+            self.metrics.rewind(self.step)
+            self.view = ProgressView(config.steps, self.step, f"stage {config.stage}")
+        if suite and config.stage > 0 and not read_measured(folder, "before"):
+            if self.step:
+                raise ValueError(f"{folder} has a checkpoint at step {self.step} but no measurement from before training; "
+                                 "remove the folder and start the stage again")
+            self._measure(suite, "before")
+        since_saved = self.step
+        while self.step < config.steps:
+            started = time.perf_counter()
+            (self._sft_iteration if config.stage == 0 else self._rl_iteration)()
+            self.trained_s += time.perf_counter() - started
+            if self.step - since_saved >= config.checkpoint.every and self.step < config.steps:
+                self._save()
+                since_saved = self.step
+        self._save()
+        if rank() == 0:
+            self.view.close()
+        save_pretrained(self.policy, self.processor, self.run_dir.hf)
+        if suite:
+            self._measure(suite, "after")
+        self.engine.close()
+        if rank() == 0:
+            self.metrics.close()
+            finish_report(folder, config, seconds=self.trained_s)
+
+    def _resume(self) -> None:
+        state = load_latest(self.run_dir.checkpoints, self.policy, self.optimizer)
+        mark = fingerprint(self.rows)
+        if state is None:
+            self.fingerprint = mark
+            return
+        if state["fingerprint"] != mark:
+            raise ValueError(f"the data changed: the checkpoint in {self.run_dir.checkpoints} was made with fingerprint "
+                             f"{state['fingerprint']}, the rows now have {mark}; restore the data or give another --run-dir")
+        self.fingerprint = mark
+        self.step, self.iteration = state["step"], state["iteration"]
+        self.skipped_in_row, self.trained_s = state["skipped_in_row"], state["trained_s"]
+        self.sampler.load_state_dict(state["sampler"])
+        logger.info("resumed at step %d", self.step)
+
+    def _save(self) -> None:
+        if rank() == 0:
+            self.metrics.sync()
+        state = {"iteration": self.iteration, "skipped_in_row": self.skipped_in_row, "trained_s": self.trained_s,
+                 "sampler": self.sampler.state_dict(), "fingerprint": self.fingerprint,
+                 "config": self.config.to_dict(), "config_hash": self.config.hash()}
+        save(self.run_dir.checkpoints, self.step, self.policy, self.optimizer, state, self.config.checkpoint.keep)
+
+    def _measure(self, suite: dict[str, list[Row]], when: str) -> None:
+        self._sync()
+        sampled, greedy, answered = evaluate(self.engine, suite, self._encode, self.processor, self.config)
+        if rank() == 0:
+            write_measured(self.run_dir.stage_dir, when, sampled, greedy, _shown(answered))
+
+    def _sync(self) -> None:
+        self.engine.sync(full_state_dict(self.policy, dtype=self.dtype), self.step)
+
+    def _encode(self, row: Row) -> EncodedPrompt:
+        data = self.config.data
+        return encode_prompt(row, self.processor, max_prompt_tokens=data.max_prompt_tokens,
+                             max_image_pixels=data.max_image_pixels)
+
+    def _take(self, count: int) -> tuple[list[Row], list[EncodedPrompt]]:
+        rows = [self.rows[i] for i in self.sampler.take(count)]
+        prompts: list[EncodedPrompt] = []
+        together(lambda: prompts.extend(self._encode(row) for row in rows))  # an image may be readable on one host only
+        return rows, prompts
+
+    # -- stage 0 ------------------------------------------------------------------------------------------------------
+
+    def _sft_iteration(self) -> None:
+        clock: dict[str, float] = defaultdict(float)
+        with _timed(clock, "data"):
+            rows, prompts = self._take(self.config.optim.sft_batch)
+            micros = sft_micros(rows, prompts, self.config, self.processor, self.device)
+        with _timed(clock, "update"):
+            result = optimizer_step(self.policy, self.optimizer, micros, sft_loss, self._rate(),
+                                    self.config.optim.max_grad_norm)
+        self._finish_step(result, [row.id for row in rows], {}, clock)
+        self.iteration += 1
+
+    # -- stages 1 and 2 -----------------------------------------------------------------------------------------------
+
+    def _rl_iteration(self) -> None:
+        config = self.config
+        clock: dict[str, float] = defaultdict(float)
+        with _timed(clock, "data"):
+            rows, prompts = self._take(config.rollout.prompts)
+        with _timed(clock, "rollout"):
+            self._sync()
+            samples = sample_groups(self.engine, rows, prompts, self.processor, config, self.step)
+        with _timed(clock, "reward"):
+            evidence = self._evidence(samples) if any(fn.needs_policy for fn in self.rewards.values()) else None
+            score(samples, self.rewards, self.reward_weights, config.reward.failure_budget, evidence)
+            fill_advantages(samples, config)
+        rewards = rollout_summary(samples)
+        if rank() == 0:
+            self.metrics.samples(_logged(samples, config.log.samples, self.step + 1))
+
+        updates = split_updates(samples, len(prompts), config.optim.updates_per_rollout)
+        updates = [(part, count) for part, count in updates if part][:config.steps - self.step]
+        if not updates:
+            raise ValueError(f"every reward of the rollout at step {self.step} failed: {samples[0].failure}")
+        with _timed(clock, "old_logprobs"):
+            plans = [rl_micros(part, count, config, self.processor, self.device) for part, count in updates]
+            # The first update meets the policy that sampled: its ratio is 1 by definition.
+            later = [micro for micros in plans[1:] for micro in micros]
+            exact = config.objective.drift == "exact" and config.objective.name == "cpgd"
+            fill_old_logprobs(self.policy, later, config, self._head_copy() if exact else None)
+            self._canary([(part, micros, [m.old_logprobs for m in micros])
+                          for (part, _), micros in zip(updates[1:], plans[1:], strict=True)])
+        for index, ((part, _), micros) in enumerate(zip(updates, plans, strict=True)):
+            with _timed(clock, "update"):
+                result = optimizer_step(self.policy, self.optimizer, micros, self.loss_fn, self._rate(),
+                                        config.optim.max_grad_norm)
+            if index == 0:
+                self._canary([(part, micros, result.logprobs)])
+            self._finish_step(result, [s.id for s in part], rewards, clock)
+            clock = defaultdict(float)
+        self.iteration += 1
+
+    def _head_copy(self) -> torch.Tensor:
+        weight = self.policy.model.lm_head.weight.detach()
+        return (weight.full_tensor() if isinstance(weight, DTensor) else weight).to(self.dtype, copy=True)
+
+    def _canary(self, updates: Sequence[tuple[list[Sample], list[Micro], Sequence[torch.Tensor | None]]]) -> None:
+        """Stop on every rank when trainer and engine disagree on a response; `updates` holds this rank's micro-batches."""
+        def check() -> None:
+            for samples, micros, logprobs in updates:
+                for micro, values in zip(micros, logprobs, strict=True):
+                    assert values is not None
+                    bad = disagreements(samples, micro, values, self.config.rollout.canary_limit)
+                    if bad:
+                        raise CanaryError(
+                            f"engine and trainer disagree on {len(bad)} responses, mean |difference of log-probs| up to "
+                            f"{max(gap for _, gap in bad):.3g} nats (--rollout.canary-limit "
+                            f"{self.config.rollout.canary_limit}): {', '.join(name for name, _ in bad[:5])}; the engine "
+                            "holds other weights, or other positions or images")
+        together(check)
+
+    def _evidence(self, samples: list[Sample]) -> dict[int, Evidence]:
+        """Mean log-prob of each answer with its image and with a blank one, for Visual-Focus `contrast`."""
+        decode = lambda ids: self.processor.tokenizer.decode(ids, skip_special_tokens=True)
+        starts = {i: answer_start(s.response.ids, decode) for i, s in enumerate(samples) if s.row.images}
+        wanted = [i for i, start in starts.items() if start is not None]
+        blanks = {id(s.prompt): blank_prompt(s.prompt) for i, s in enumerate(samples) if i in set(wanted)}
+        means = []
+        for blank in (False, True):
+            sequences = [TokenSequence(blanks[id(samples[i].prompt)] if blank else samples[i].prompt,
+                                       samples[i].response.ids) for i in wanted]
+            means.append(self._answer_means(sequences, [starts[i] for i in wanted]))
+        return {i: Evidence(means[0][j], means[1][j]) for j, i in enumerate(wanted)}
+
+    @torch.no_grad()
+    def _answer_means(self, sequences: list[TokenSequence], starts: list[int]) -> dict[int, float]:
+        micros = build_micros(sequences, [0.0] * len(sequences), list(range(len(sequences))), len(sequences), "token",
+                              self.config, self.processor, self.device)
+        found: dict[int, float] = {}
+        for micro in micros:
+            logprobs = self.policy(micro.batch).logprobs.cpu()
+            owner = micro.batch.sequence_ids.cpu()
+            for place, member in enumerate(micro.members):
+                found[member] = logprobs[owner == place][starts[member]:].mean().item()
+        return {i: value for part in together(lambda: found) for i, value in part.items()}
+
+    # -- one optimizer step -------------------------------------------------------------------------------------------
+
+    def _rate(self) -> float:
+        return learning_rate(self.step, self.config.steps, self.config.optim)
+
+    def _finish_step(self, result: StepResult, ids: list[str], rewards: dict[str, Any], clock: dict[str, float]) -> None:
+        """Count the step, write its line; stop after too many skipped ones."""
+        rate = self._rate()
+        self.step += 1
+        self.skipped_in_row = 0 if result.finite else self.skipped_in_row + 1
+        if rank() == 0:
+            line = {
+                "step": self.step, "iteration": self.iteration, "loss": result.loss, "grad_norm": result.grad_norm,
+                "lr": rate, "skipped": not result.finite, **rewards, "clip_fraction": result.clip_fraction,
+                "drift": result.drift, "entropy": result.entropy, "response_tokens": result.response_tokens,
+                "seconds": {k: round(v, 4) for k, v in clock.items()},
+                "tokens_per_second": {k: round(result.response_tokens / v, 1) for k, v in clock.items() if v > 0},
+            }
+            self.metrics.line(line)
+            self.view.update(line)
+        if result.finite:
+            return
+        if rank() == 0:
+            with open(self.run_dir.stage_dir / "nonfinite.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": self.step, "grad_norm": str(result.grad_norm), "samples": ids}) + "\n")
+        if self.skipped_in_row >= self.config.optim.max_nonfinite:
+            raise ValueError(
+                f"gradients were not finite in {self.skipped_in_row} steps in a row (--optim.max-nonfinite), the last at "
+                f"step {self.step}; the samples are named in {self.run_dir.stage_dir / 'nonfinite.jsonl'}: lower the "
+                "learning rate, or remove them")
+
+
+def start_path(config: Config, run: RunDir) -> Path:
+    """Folder the stage starts from: --model.path, else the previous stage's hf/ of this run, else the preset's own.
+
+    Raises:
+        ValueError: the preset ships no weights and none were given.
+    """
+    if config.model.path:
+        return Path(config.model.path)
+    previous = run.path / f"stage{config.stage - 1}" / "hf"
+    if config.stage > 0 and previous.is_dir():
+        return previous
+    if config.preset != "tiny":
+        raise ValueError(f"preset {config.preset} has no weights of its own and {previous} does not exist; give a local "
+                         "Qwen2.5-VL folder with --model.path")
+    if config.stage > 0:
+        return TINY_PATH
+    fresh = run.stage_dir / "init"
+
+    def build() -> None:
+        if rank() == 0 and not (fresh / "tokenizer.json").exists():
+            build_tiny(mini_texts(), config.seed, fresh)
+
+    together(build)
+    return fresh
+
+
+def load_training_rows(config: Config) -> list[Row]:
+    """The rows that the stage trains on.
+
+    Raises:
+        ValueError: a row is bad, there are none, or the preset has no data of its own.
+    """
+    if config.data.path:
+        return load_rows(config.data.path, max_image_pixels=config.data.max_image_pixels)
+    if config.preset != "tiny":
+        raise ValueError(f"preset {config.preset} has no embedded data; give row files with --data.path")
+    return mini_rows(config.stage)
+
+
+def rollout_summary(samples: Sequence[Sample]) -> dict[str, Any]:
+    """What metrics.jsonl says of a rollout as a whole."""
+    valid = [s for s in samples if s.reward is not None]
+    groups: dict[int, set[float]] = defaultdict(set)
+    for s in valid:
+        groups[s.group].add(s.advantage)
+    return {
+        "reward": math.fsum(s.reward for s in valid if s.reward is not None) / max(len(valid), 1),
+        "rewards": reward_stats(valid), "failed": len(samples) - len(valid),
+        "degenerate_groups": sum(found == {0.0} for found in groups.values()) / max(len(groups), 1),
+        "response_length": sum(len(s.response.ids) for s in samples) / len(samples),
+    }
+
+
+def _logged(samples: Sequence[Sample], count: int, step: int) -> list[dict[str, Any]]:
+    """A spread of samples for samples.jsonl; `step` is the first that trains on them."""
+    stride = max(len(samples) // count, 1) if count else len(samples) + 1
+    return [{"step": step, "id": s.id, "domain": s.row.domain, "text": s.text, "reward": s.reward, "terms": s.terms,
+             "advantage": s.advantage, "finish_reason": s.response.finish_reason, "failure": s.failure}
+            for s in samples[::stride][:count]]
+
+
+def _shown(answered: Sequence[Answered], each: int = 6) -> list[Answered]:
+    """The first few of every group, for the report's table."""
+    count: dict[str, int] = defaultdict(int)
+    out = []
+    for a in answered:
+        count[a.group] += 1
+        if count[a.group] <= each:
+            out.append(a)
+    return out
+
+
+@contextmanager
+def _timed(clock: dict[str, float], phase: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    clock[phase] += time.perf_counter() - started
+
+
+def main(config: Config) -> int:
+    """Run one stage on this rank; returns the exit status. User errors are printed once, without a traceback."""
+    logging.basicConfig(level=logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.ERROR,
+                        format="%(message)s")
+    try:
+        device = init_distributed()
+        run = RunDir(config.run_dir, config.stage, config, config.resume)
+        if run.finished:
+            if rank() == 0:
+                logger.info("stage %d is finished in %s", config.stage, run.stage_dir)
+                finish_report(run.stage_dir, config, seconds=None)
+            return 0
+        Trainer(config, run, device).run()
+    except ValueError as error:
+        logger.error("train.py: %s", error)
+        return 1
+    return 0

@@ -1,0 +1,354 @@
+"""One row of data: its fields, the strict parser of a raw record, and the opening of its images.
+
+A row comes from a JSON line, a parquet record or a Hugging Face dataset (dataset.py), or from the embedded data.
+A bad record is a `RowError` that names place, field, problem and mend. Nothing is repaired, guessed or dropped, with
+two exceptions: a null counts as an absent field (parquet fills absent fields with nulls), and `prompt` is short for
+one user message with the images before the text.
+"""
+
+import io
+import json
+import os
+import struct
+import zlib
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import Any, NoReturn, TypedDict
+
+import numpy as np
+from PIL import Image, ImageOps
+
+TASKS = ("safety", "jailbreak", "value", "knowledge", "general", "math", "mcq", "ifeval", "helpful")
+TAGS = ("image", "text", "combined")
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+MAX_ASPECT_RATIO = 200
+"""Longest over shortest side that Qwen's image processor takes (transformers' `smart_resize`)."""
+_RESERVED = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+_DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, OverflowError, struct.error, zlib.error)
+"""What Pillow raises on corrupt bytes: the first three seen when fuzzing the formats above, the rest in its sources."""
+
+ImageSource = str | bytes | Image.Image
+"""An image file's path, an encoded image, or a decoded image."""
+
+
+class Message(TypedDict):
+    """A chat message; a list content holds {"type": "text", "text": ...} and {"type": "image"} parts."""
+
+    role: str
+    content: str | list[dict[str, str]]
+
+
+class RowError(ValueError):
+    """A bad row: `WHERE: field `FIELD`: PROBLEM; MEND`, where WHERE is FILE:LINE or FILE and FIELD may be empty."""
+
+    def __init__(self, where: str, field: str, problem: str, mend: str) -> None:
+        super().__init__(where, field, problem, mend)
+
+    def __str__(self) -> str:
+        where, field, problem, mend = self.args
+        return f"{where}: field `{field}`: {problem}; {mend}" if field else f"{where}: {problem}; {mend}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One prompt with what its rewards, its SFT and its provenance need."""
+
+    id: str
+    """Unique in the data set."""
+    task: str
+    """One of TASKS; routes the rewards."""
+    domain: str
+    """Unit of the sampling mixture and of the logged rewards."""
+    messages: tuple[Message, ...]
+    """Chat up to the turn to be answered: roles system (first only), user, assistant; the last one is user."""
+    images: tuple[ImageSource, ...] = ()
+    """One for each image part of `messages`, in reading order."""
+    answer: str | None = None
+    """Reference answer."""
+    options: tuple[str, ...] | None = None
+    """Choices of a multiple-choice question; required for task mcq."""
+    tags: dict[str, str] | None = None
+    """image, text, combined -> safe | unsafe; `combined` is required for tasks safety and jailbreak."""
+    category: str | None = None
+    """Kind of risk or of question, for tables."""
+    chosen: str | None = None
+    """Response that SFT imitates."""
+    constraints: tuple[dict[str, Any], ...] = ()
+    """Checkable instructions of an ifeval row, as JSON objects."""
+    key_elements: tuple[str, ...] = ()
+    """What a thinking that looks at the image names."""
+    attack: dict[str, Any] | None = None
+    """name (str), params (JSON object), seed (int), source_id (str) of the transform that made the row."""
+    source: str
+    """Where the row comes from."""
+    licence: str
+    """Licence of the row."""
+
+
+FIELDS = (*(f.name for f in fields(Row)), "prompt")
+
+
+def parse_row(obj: Any, where: str) -> Row:
+    """A checked Row from one raw record.
+
+    Args:
+        obj: dict of the fields of Row, nulls meaning absent, with `prompt` (str) allowed in place of `messages`. An
+            image is a path (str), encoded bytes, a PIL image, or {"bytes", "path"} as Hugging Face stores it.
+        where: FILE:LINE, for messages.
+    Returns:
+        The row. Images are neither opened nor looked for: see `open_image`.
+    Raises:
+        RowError: unknown or missing field, wrong type, unknown task, role or tag, image parts that do not match
+            `images`.
+    """
+    if not isinstance(obj, dict):
+        raise RowError(where, "", f"a row is an object of fields, not {_kind(obj)}", 'write {"id": ..., "task": ...}')
+    obj = _without_nulls(obj)
+    for name in obj:
+        if name not in FIELDS:
+            near = get_close_matches(str(name), FIELDS, n=1)
+            raise RowError(where, str(name), "there is no such field",
+                           f"did you mean `{near[0]}`?" if near else f"remove it; the fields are {', '.join(FIELDS)}")
+
+    required = {name: _text(obj.get(name), name, where) for name in ("id", "task", "domain", "source", "licence")}
+    optional = {name: _text(obj[name], name, where) for name in ("answer", "category", "chosen") if name in obj}
+    task = required["task"]
+    if task not in TASKS:
+        near = get_close_matches(task, TASKS, n=1)
+        raise RowError(where, "task", f"unknown task {task!r}", f"give one of {', '.join(TASKS)}"
+                       + (f" (did you mean {near[0]}?)" if near else ""))
+
+    images = tuple(_image(item, field, where) for field, item in _items(obj.get("images", []), "images", where))
+    messages = _messages(obj, len(images), where)
+
+    options = _texts(obj["options"], "options", where) if "options" in obj else None
+    if options is not None and len(set(options)) < max(2, len(options)):
+        raise RowError(where, "options", f"{len(options)} options, {len(set(options))} of them different",
+                       "give at least 2, all different")
+    if task == "mcq" and options is None:
+        raise RowError(where, "options", "task mcq has no options", "give the list of choices")
+    tags = _tags(obj["tags"], where) if "tags" in obj else None
+    if task in ("safety", "jailbreak") and "combined" not in (tags or {}):
+        raise RowError(where, "tags.combined", f"task {task} does not say whether the row is safe",
+                       'give "safe" or "unsafe" for image and text taken together')
+
+    constraints = tuple(_json_object(item, field, where)
+                        for field, item in _items(obj.get("constraints", []), "constraints", where))
+    return Row(**required, **optional, messages=messages, images=images, options=options, tags=tags,
+               constraints=constraints, key_elements=_texts(obj.get("key_elements", []), "key_elements", where),
+               attack=_attack(obj["attack"], where) if "attack" in obj else None)
+
+
+def open_image(source: ImageSource, max_pixels: int, where: str, field: str = "images") -> Image.Image:
+    """The decoded image, upright (EXIF orientation applied), transparent parts on white.
+
+    Args:
+        source: path, encoded bytes or PIL image.
+        max_pixels: most pixels (width x height), tested on the header before anything is decoded.
+        where, field: named in messages.
+    Returns:
+        A PIL image of mode RGB. An animation gives its first frame.
+    Raises:
+        RowError: missing or unreadable file, not a JPEG, PNG, WEBP, GIF or BMP, corrupt or cut off, more than
+            `max_pixels`, or one side more than 200 times the other.
+    """
+    name = {str: source, bytes: "the embedded image"}.get(type(source), "the PIL image")
+    if isinstance(source, str) and not os.path.isfile(source):
+        problem = f"{name} is not a regular file" if os.path.exists(source) else f"the image file {name} does not exist"
+        raise RowError(where, field, problem, "put it there, or correct the path")
+    try:
+        if isinstance(source, Image.Image):
+            return _decode(source, max_pixels, name, where, field)
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=IMAGE_FORMATS) as image:
+            return _decode(image, max_pixels, name, where, field)
+    except RowError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise RowError(where, field, f"{name} is beyond {max_pixels} pixels ({error})", _SHRINK) from error
+    except PermissionError as error:
+        raise RowError(where, field, f"{name} cannot be read ({error.strerror})",
+                       "give this user the right to read it") from error
+    except Image.UnidentifiedImageError as error:
+        raise RowError(where, field, f"{name} is not a readable {', '.join(IMAGE_FORMATS)} image",
+                       "replace or convert it, or remove the row") from error
+    except _DECODE_ERRORS as error:
+        raise RowError(where, field, f"{name} is corrupt or cut off ({error})",
+                       "replace it, or remove the row") from error
+
+
+_SHRINK = "shrink it, remove the row, or raise --data.max-image-pixels"
+
+
+def _decode(image: Image.Image, max_pixels: int, name: Any, where: str, field: str) -> Image.Image:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise RowError(where, field, f"{name} has {width} x {height} = {width * height} pixels, "
+                       f"more than {max_pixels}", _SHRINK)
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise RowError(where, field, f"{name} is {width} x {height}, one side more than {MAX_ASPECT_RATIO} times "
+                       "the other", "crop it, or remove the row")
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F"):
+        raise RowError(where, field, f"{name} has pixels of mode {image.mode}, of no fixed range",
+                       "convert it to 8 bits")
+    if image.mode.startswith("I;16"):  # convert("RGB") would clip at 255 instead of scaling
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:  # transparent pixels hide arbitrary colours; qwen_vl_utils shows them on white too
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a truth value", int: "a number",
+             float: "a number", type(None): "null"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    return [_without_nulls(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _text(value: Any, field: str, where: str) -> str:
+    if value is None:
+        raise RowError(where, field, "is missing", "add it as a string")
+    if not isinstance(value, str):
+        raise RowError(where, field, f"is {_kind(value)}, not a string", "put it in quotes")
+    if not value.strip():
+        raise RowError(where, field, "is empty", "fill it in, or leave an optional field out")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise RowError(where, field, f"holds half of a character at position {error.start} (a lone surrogate)",
+                           "write whole Unicode characters") from error
+    return value
+
+
+def _items(value: Any, field: str, where: str) -> list[tuple[str, Any]]:
+    if not isinstance(value, list):
+        raise RowError(where, field, f"is {_kind(value)}, not a list", "put it in [ ]")
+    return [(f"{field}[{i}]", item) for i, item in enumerate(value)]
+
+
+def _texts(value: Any, field: str, where: str) -> tuple[str, ...]:
+    return tuple(_text(item, at, where) for at, item in _items(value, field, where))
+
+
+def _object(value: Any, field: str, where: str, keys: tuple[str, ...]) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise RowError(where, field, f"is {_kind(value)}, not an object", f"give an object of {', '.join(keys)}")
+    for key in value:
+        if key not in keys:
+            raise RowError(where, f"{field}.{key}", "there is no such field",
+                           f"remove it; the fields are {', '.join(keys)}")
+    return value
+
+
+def _json_object(value: Any, field: str, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise RowError(where, field, f"is {_kind(value)}, not an object", "give a JSON object")
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise RowError(where, field, f"is not plain JSON ({error})",
+                       "use strings, finite numbers, lists and objects") from error
+    return value
+
+
+def _image(value: Any, field: str, where: str) -> ImageSource:
+    if isinstance(value, dict):  # Hugging Face's Image feature; the bytes win, the path is then only a name
+        item = _object(value, field, where, ("bytes", "path"))
+        value = item.get("bytes", item.get("path"))
+    if isinstance(value, bytes):
+        if not value:
+            raise RowError(where, field, "is an image of 0 bytes", "replace it, or remove the row")
+        return value
+    if isinstance(value, Image.Image):
+        return value
+    if value is not None and not isinstance(value, str):
+        raise RowError(where, field, f"is {_kind(value)}, not an image", "give a path, bytes or a PIL image")
+    value = _text(value, field, where)
+    if "://" in value or value.startswith("data:"):
+        raise RowError(where, field, f"{value[:80]} is a URL", "download the image and give its path")
+    return value
+
+
+def _messages(obj: dict[str, Any], num_images: int, where: str) -> tuple[Message, ...]:
+    if ("prompt" in obj) == ("messages" in obj):
+        problem = "stands beside `prompt`" if "prompt" in obj else "is missing"
+        raise RowError(where, "messages", problem, "give either `prompt` or `messages`")
+    if "prompt" in obj:
+        text = _prompt_text(obj["prompt"], "prompt", where)
+        parts = [*({"type": "image"} for _ in range(num_images)), {"type": "text", "text": text}]
+        return ({"role": "user", "content": parts if num_images else text},)
+
+    messages, num_parts = [], 0
+    for at, value in _items(obj["messages"], "messages", where):
+        item = _object(value, at, where, ("role", "content"))
+        role = _text(item.get("role"), f"{at}.role", where)
+        if role not in ("system", "user", "assistant") or (role == "system" and messages):
+            raise RowError(where, f"{at}.role", f"unexpected role {role!r}",
+                           "use system (first only), user or assistant")
+        content = item.get("content")
+        if isinstance(content, list):
+            content = [_part(part, field, where) for field, part in _items(content, f"{at}.content", where)]
+            if not content:
+                _fail_empty(where, f"{at}.content")
+            num_parts += sum(part["type"] == "image" for part in content)
+        else:
+            content = _prompt_text(content, f"{at}.content", where)
+        messages.append({"role": role, "content": content})
+    if not messages:
+        _fail_empty(where, "messages")
+    if messages[-1]["role"] != "user":
+        raise RowError(where, f"messages[{len(messages) - 1}].role", f"the last message is by {messages[-1]['role']}",
+                       "end with the user's turn; the reply that SFT imitates goes into `chosen`")
+    if num_parts != num_images:
+        raise RowError(where, "images", f"{num_images} images, but `messages` has {num_parts} image parts",
+                       'write one {"type": "image"} part for each image')
+    return tuple(messages)
+
+
+def _fail_empty(where: str, field: str) -> NoReturn:
+    raise RowError(where, field, "is an empty list", "give at least one item")
+
+
+def _prompt_text(value: Any, field: str, where: str) -> str:
+    text = _text(value, field, where)
+    for token in _RESERVED:
+        if token in text:  # the tokenizer would read it as an image's place, and there is no image for it
+            raise RowError(where, field, f"holds the reserved token {token}",
+                           'remove it; an image is a {"type": "image"} part')
+    return text
+
+
+def _part(value: Any, field: str, where: str) -> dict[str, str]:
+    part = _object(value, field, where, ("type", "text"))
+    kind = part.get("type")
+    if kind == "text":
+        return {"type": "text", "text": _prompt_text(part.get("text"), f"{field}.text", where)}
+    if kind != "image":
+        raise RowError(where, f"{field}.type", f"unknown kind of part {kind!r}", 'use "text" or "image"')
+    if "text" in part:
+        raise RowError(where, f"{field}.text", "an image part has a text", "write the text as a part of its own")
+    return {"type": "image"}
+
+
+def _tags(value: Any, where: str) -> dict[str, str]:
+    tags = _object(value, "tags", where, TAGS)
+    for key, tag in tags.items():
+        if tag not in ("safe", "unsafe"):
+            raise RowError(where, f"tags.{key}", f"is {tag!r}", 'give "safe" or "unsafe"')
+    return tags
+
+
+def _attack(value: Any, where: str) -> dict[str, Any]:
+    attack = _object(value, "attack", where, ("name", "params", "seed", "source_id"))
+    seed = attack.get("seed")
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise RowError(where, "attack.seed", f"is {_kind(seed)}, not a whole number", "give the seed of the transform")
+    return {"name": _text(attack.get("name"), "attack.name", where), "seed": seed,
+            "params": _json_object(attack.get("params", {}), "attack.params", where),
+            "source_id": _text(attack.get("source_id"), "attack.source_id", where)}

@@ -1,0 +1,117 @@
+"""Argument checks shared by the public kernel functions, in the order backend, shapes and dtypes, values.
+
+Shapes, dtypes and devices are checked always (they cost nothing). Values are read only where `wants_values` says so,
+because reading a CUDA tensor stalls the stream.
+"""
+
+import torch
+
+IGNORE_INDEX = -100
+INPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+STATISTIC_DTYPES = (torch.float32, torch.float64)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError(message) unless `condition` holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def check_backend(backend: str | None) -> None:
+    """None and "torch" run the PyTorch reference, which is all that this build has."""
+    require(backend != "triton", "backend is 'triton', but this build has no Triton backend; give None or 'torch'")
+    require(backend in (None, "torch"), f"backend is {backend!r}; give None or 'torch'")
+
+
+def check_backward(backward: str, tile_threshold: float) -> None:
+    """Only the exact backward exists; `tile_threshold` has no part in it."""
+    require(backward == "exact", f"backward is {backward!r}; this build has only 'exact'")
+    require(0 <= tile_threshold < 1, f"tile_threshold is {tile_threshold}; give a probability in [0, 1)")
+
+
+def check_temperature(temperature: float) -> None:
+    """A positive finite number."""
+    require(0 < temperature < float("inf"), f"temperature is {temperature}; give a finite value above 0")
+
+
+def wants_values(check: bool | None, device: torch.device) -> bool:
+    """check=None reads the values of CPU tensors only."""
+    return device.type == "cpu" if check is None else check
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return str(tuple(tensor.shape))
+
+
+def check_head(hidden: torch.Tensor, weight: torch.Tensor, names: tuple[str, str] = ("hidden", "weight")) -> None:
+    """hidden (N, D) and weight (V, D) of one supported dtype and one device, V and D at least 1."""
+    h, w = names
+    require(hidden.ndim == 2, f"{h} has shape {_shape(hidden)}; give (N, D), response tokens only")
+    require(weight.ndim == 2, f"{w} has shape {_shape(weight)}; give (V, D), as nn.Linear stores it")
+    require(hidden.shape[1] == weight.shape[1],
+            f"{h} has shape {_shape(hidden)} and {w} {_shape(weight)}; their last dimensions must agree")
+    require(weight.shape[0] > 0 and weight.shape[1] > 0, f"{w} has shape {_shape(weight)}; V and D must be at least 1")
+    require(hidden.dtype in INPUT_DTYPES, f"{h} has dtype {hidden.dtype}; give one of {INPUT_DTYPES}")
+    require(hidden.dtype == weight.dtype,
+            f"{h} has dtype {hidden.dtype} and {w} {weight.dtype}; cast one to the other's")
+    require(hidden.device == weight.device,
+            f"{h} is on {hidden.device} and {w} on {weight.device}; move one to the other's device")
+
+
+def check_bias(bias: torch.Tensor | None, weight: torch.Tensor, values: bool) -> None:
+    """bias (V,) float32, finite: -inf would give 0 * inf in the entropy, so a banned token has -1e30."""
+    if bias is None:
+        return
+    require(bias.shape == weight.shape[:1],
+            f"bias has shape {_shape(bias)} and weight {_shape(weight)}; give one bias per row of weight")
+    require(bias.dtype == torch.float32, f"bias has dtype {bias.dtype}; give torch.float32")
+    require(bias.device == weight.device, f"bias is on {bias.device} and weight on {weight.device}; move the bias")
+    if values:
+        _check_finite("bias", bias, "-1e30 to ban a token")
+
+
+def check_targets(targets: torch.Tensor, hidden: torch.Tensor, vocab_size: int, values: bool) -> None:
+    """targets (N,) int64 in [0, V) or IGNORE_INDEX."""
+    require(targets.shape == hidden.shape[:1],
+            f"targets has shape {_shape(targets)} and hidden {_shape(hidden)}; give one target per row of hidden")
+    require(targets.dtype == torch.int64, f"targets has dtype {targets.dtype}; give torch.int64")
+    require(targets.device == hidden.device,
+            f"targets is on {targets.device} and hidden on {hidden.device}; move the targets")
+    if values:
+        bad = (targets != IGNORE_INDEX) & ((targets < 0) | (targets >= vocab_size))
+        if bad.any():
+            at = int(bad.nonzero()[0])
+            raise ValueError(f"targets[{at}] is {int(targets[at])} and weight has {vocab_size} rows; "
+                             f"give targets in [0, {vocab_size}) or {IGNORE_INDEX}")
+
+
+def check_vector(name: str, vector: torch.Tensor, size: int, device: torch.device, *, finite: bool = False) -> None:
+    """vector (size,) float32 or float64 on `device`; `finite` reads its values too."""
+    require(vector.shape == (size,), f"{name} has shape {_shape(vector)}; give ({size},), one value per token")
+    require(vector.dtype in STATISTIC_DTYPES, f"{name} has dtype {vector.dtype}; give one of {STATISTIC_DTYPES}")
+    require(vector.device == device, f"{name} is on {vector.device} and the log-probs on {device}; move it there")
+    if finite:
+        _check_finite(name, vector, "finite values")
+
+
+def check_clip(clip_eps_low: float | torch.Tensor, clip_eps_high: float | torch.Tensor, drift_coef: float,
+               drift_clip: float, size: int, device: torch.device, values: bool) -> None:
+    """Clip bounds as floats or (N,) tensors, 0 <= low <= 1 and 0 <= high; drift numbers not negative."""
+    for name, eps, top in (("clip_eps_low", clip_eps_low, 1.0), ("clip_eps_high", clip_eps_high, float("inf"))):
+        if isinstance(eps, torch.Tensor):
+            check_vector(name, eps, size, device)
+            bad = ~((eps >= 0) & (eps <= top)) if values else None
+            if bad is not None and bad.any():
+                at = int(bad.nonzero()[0])
+                raise ValueError(f"{name}[{at}] is {float(eps[at])}; give values in [0, {top}]")
+        else:
+            require(0 <= eps <= top, f"{name} is {eps}; give a value in [0, {top}]")
+    require(0 <= drift_coef < float("inf"), f"drift_coef is {drift_coef}; give a finite value of at least 0")
+    require(drift_clip >= 0, f"drift_clip is {drift_clip}; give a value of at least 0")
+
+
+def _check_finite(name: str, vector: torch.Tensor, mend: str) -> None:
+    bad = ~torch.isfinite(vector)
+    if bad.any():
+        at = int(bad.nonzero()[0])
+        raise ValueError(f"{name}[{at}] is {float(vector[at])}; give {mend}")

@@ -1,0 +1,117 @@
+"""Processes and sharding: one FSDP2 policy on 1 to 64 ranks, the same code on one CPU process.
+
+The loss is a sum over tokens whose weights already hold the global normaliser, so gradients are summed over ranks and
+never divided. Parameters are sharded per decoder layer and per vision block; embedding, head, patch embedding and
+merger form the root's group, which keeps a tied head tied. A frozen tower is replicated: no collective in it.
+"""
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from .policy import Policy
+
+
+def init_distributed() -> torch.device:
+    """Join the process group of torchrun, or form one of a single process; returns this rank's device.
+
+    NCCL for CUDA tensors and gloo for CPU tensors when a GPU is there, else gloo alone.
+    """
+    device = torch.device("cpu")
+    backend = "gloo"
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    if dist.is_initialized():
+        return device
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    return device
+
+
+def rank() -> int:
+    """This process's rank; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """Number of ranks; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_gather(value: Any) -> list[Any]:
+    """`value` of every rank, by rank; all ranks must call it. Any picklable value."""
+    if world() == 1:
+        return [value]
+    values: list[Any] = [None] * world()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def shard(policy: Policy, *, device: torch.device, dtype: torch.dtype, freeze_vision: bool) -> Policy:
+    """Apply FSDP2 to `policy` in place; all ranks must hold equal float32 weights and call it together.
+
+    Args:
+        device: where this rank computes.
+        dtype: of weights and activations in forward and backward; masters and gradients stay float32.
+        freeze_vision: the tower needs no gradient (`load_model` set it so) and stays replicated, in `dtype`.
+    """
+    policy.to(device)
+    visual, text = policy.model.model.visual, policy.model.model.language_model
+    frozen = {p for p in visual.parameters() if not p.requires_grad}
+    assert bool(frozen) == freeze_vision, "freeze_vision and the parameters' requires_grad disagree"
+    for parameter in frozen:
+        parameter.data = parameter.data.to(dtype)
+    options: dict[str, Any] = {
+        "mesh": init_device_mesh(device.type, (world(),)),
+        # Inputs are not cast: that would round old log-probs and advantages to bfloat16.
+        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
+    }
+    for block in [*text.layers, *([] if freeze_vision else visual.blocks)]:
+        fully_shard(block, **options)
+    fully_shard(policy, ignored_params=frozen, **options)
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no other scaled reduction
+    policy.register_forward_hook(_reshard_after_inference)
+    return policy
+
+
+def _reshard_after_inference(policy: nn.Module, _inputs: Any, _output: Any) -> None:
+    # FSDP leaves the root gathered for a backward; without one, the next optimizer step would not reach those copies.
+    if not torch.is_grad_enabled() and isinstance(policy, FSDPModule):
+        policy.reshard()
+
+
+def clip_grad_norm(policy: Policy, max_norm: float) -> float:
+    """Scale the gradients to a global 2-norm of at most `max_norm`; all ranks must call it together.
+
+    Returns:
+        The norm before, summed in float64, the same on all ranks. If it is not finite the gradients are left as they
+        are, and the caller skips the step on all ranks.
+    """
+    gradients = [p.grad for p in policy.parameters() if p.grad is not None]
+    local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    # [sum of squares of sharded gradients, of replicated ones]
+    squares = torch.zeros(2, dtype=torch.float64, device=policy.head.bias.device)
+    for gradient, part in zip(gradients, local, strict=True):
+        square = torch.linalg.vector_norm(part, dtype=torch.float64).square()
+        squares[0 if isinstance(gradient, DTensor) else 1] += square
+    if world() > 1:
+        dist.all_reduce(squares[:1])
+    norm = squares.sum().sqrt().item()
+    if max_norm < norm < float("inf"):
+        for part in local:
+            part.mul_(max_norm / norm)
+    return norm

@@ -1,0 +1,108 @@
+"""Full weights out of a sharded policy: to the rollout engine, and to a Hugging Face folder.
+
+Tensors go by their Hugging Face names, one at a time, so that no rank holds a second full model.
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from .load import Processor
+from .parallel import all_gather, rank
+from .policy import Policy
+
+
+@torch.no_grad()
+def full_state_dict(policy: Policy, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, full tensor) of every parameter, a tied one once; all ranks must exhaust it together.
+
+    Args:
+        dtype: cast to, before the shards are gathered; None: the masters' dtype.
+    Yields:
+        Tensors on the policy's device, to be copied, not kept: unsharded ones share the policy's memory.
+    """
+    if isinstance(policy, FSDPModule):
+        policy.reshard()
+    for name, parameter in policy.model.named_parameters():
+        tensor = parameter.detach()
+        if dtype is not None:
+            tensor = tensor.to(dtype)
+        yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def load_into(model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Copy `weights` into the parameters of the unsharded `model`, which must be the same set of names and shapes."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in weights:
+        parameter = parameters.pop(name, None)
+        assert parameter is not None, f"{name} is not in the model, or came twice"
+        assert parameter.shape == tensor.shape, f"{name}: {tuple(tensor.shape)} into {tuple(parameter.shape)}"
+        parameter.copy_(tensor)
+    assert not parameters, f"no weights for {sorted(parameters)[:3]}"
+
+
+def save_pretrained(policy: Policy, processor: Processor, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write a folder that transformers loads, beside `folder`, then rename; all ranks must call it together.
+
+    Args:
+        folder: replaced if it exists; its parent is created.
+        dtype: of the weights on disk; None: the masters' dtype.
+    Raises:
+        OSError: on every rank, when rank 0 cannot write; an earlier `folder` is then still whole.
+    """
+    state = {}
+    for name, tensor in full_state_dict(policy, dtype):
+        if rank() == 0:
+            state[name] = tensor.cpu()
+    error = ""
+    if rank() == 0:
+        try:
+            _write(policy, processor, Path(folder), state)
+        except (OSError, SafetensorError) as failure:
+            error = str(failure)
+    error = all_gather(error)[0]
+    if error:
+        raise OSError(errno.EIO, f"the model cannot be saved ({error}); free space or give another --run-dir",
+                      str(folder))
+
+
+def _write(policy: Policy, processor: Processor, folder: Path, state: dict[str, torch.Tensor]) -> None:
+    new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        new.mkdir(parents=True)
+        policy.model.save_pretrained(new, state_dict=state)
+        _set_dtype(new / "config.json", next(iter(state.values())).dtype)
+        processor.tokenizer.save_pretrained(new)
+        processor.image_processor.save_pretrained(new)
+        for path in new.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+    except (OSError, SafetensorError):
+        shutil.rmtree(new, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _set_dtype(path: Path, dtype: torch.dtype) -> None:
+    """transformers writes the dtype of the module, not of the tensors it was given."""
+    config = json.loads(path.read_text())
+    for part in (config, *(config[name] for name in ("text_config", "vision_config"))):
+        part["dtype"] = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(config, indent=2) + "\n")

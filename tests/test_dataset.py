@@ -1,0 +1,221 @@
+"""Rows from files: the three formats agree, and every bad file, row or image is one error with its place."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset, DatasetDict, Features, Sequence, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from cosmo_rl.data.dataset import fingerprint, load_rows
+from cosmo_rl.data.schema import RowError, parse_row
+
+LIMIT = 10_000
+
+
+def row(id: str, **fields) -> dict:
+    return {"id": id, "task": "general", "domain": "general", "prompt": "what?", "source": "mine", "licence": "CC0",
+            **fields}
+
+
+def write(path, rows) -> str:
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+    return str(path)
+
+
+def picture(path, seed: int = 0, size: tuple[int, int] = (20, 30)) -> str:
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
+    return str(path)
+
+
+def fails(paths, *parts: str, limit: int = LIMIT) -> str:
+    with pytest.raises(RowError) as caught:
+        load_rows(paths, max_image_pixels=limit)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message
+    return message
+
+
+def test_json_lines_in_order_over_files_with_absolute_image_paths(tmp_path, monkeypatch):
+    (tmp_path / "sub" / "images").mkdir(parents=True)
+    picture(tmp_path / "sub" / "images" / "x.png")
+    write(tmp_path / "sub" / "a.jsonl",
+          [row("1", images=["images/x.png"]), "", row("2", images=["./images/../images/x.png"])])
+    b = write(tmp_path / "b.jsonl", [row("3", images=[str(tmp_path / "sub" / "images" / "x.png")])])
+    monkeypatch.chdir(tmp_path)
+    rows = load_rows(["sub/a.jsonl", b], max_image_pixels=LIMIT)
+    assert [r.id for r in rows] == ["1", "2", "3"]
+    assert {r.images for r in rows} == {(str(tmp_path / "sub" / "images" / "x.png"),)}
+    (tmp_path / "b.jsonl").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "b.jsonl").read_bytes())
+    assert load_rows(["b.jsonl"], max_image_pixels=LIMIT) == rows[2:]
+
+
+def test_parquet_and_dataset_folder_give_the_rows_of_the_json_lines(tmp_path):
+    picture(tmp_path / "x.png")
+    records = [row("1", images=["x.png"], tags={"combined": "safe"}, options=["a", "b"]),
+               row("2", key_elements=["cup"], attack={"name": "n", "params": {"x": 1}, "seed": 3, "source_id": "1"}),
+               row("3", prompt=None, messages=[{"role": "user", "content": [{"type": "text", "text": "hi"}]}])]
+    expected = load_rows([write(tmp_path / "a.jsonl", records)], max_image_pixels=LIMIT)
+    assert expected == [parse_row({**r, "images": [str(tmp_path / p) for p in r.get("images", [])]}, "f")
+                        for r in records]
+
+    columns = {name: [r.get(name) for r in records] for name in {name for r in records for name in r}}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    assert load_rows([str(tmp_path / "a.parquet")], max_image_pixels=LIMIT) == expected
+
+    folder = tmp_path / "saved"
+    Dataset.from_dict(columns).save_to_disk(folder)
+    shutil.copy(tmp_path / "x.png", folder)
+    rows = load_rows([str(folder)], max_image_pixels=LIMIT)
+    assert rows[1:] == expected[1:] and rows[0].images == (str(folder / "x.png"),)
+
+
+def test_a_dataset_with_embedded_images_keeps_their_bytes(tmp_path):
+    content = Path(picture(tmp_path / "x.png")).read_bytes()
+    features = Features({**{k: Value("string") for k in row("1")}, "images": Sequence(ImageFeature())})
+    records = [row("1", images=[{"path": None, "bytes": content}]), row("2", images=[])]
+    dataset = Dataset.from_list(records, features=features)
+    dataset.save_to_disk(tmp_path / "saved")
+    dataset.to_parquet(tmp_path / "a.parquet")
+    for source in ("saved", "a.parquet"):
+        rows = load_rows([tmp_path / source], max_image_pixels=LIMIT)
+        assert rows[0].images == (content,) and rows[1].images == ()
+        place = f"{tmp_path / source}:1: field `images[0]`: "
+        fails([tmp_path / source], place + "the embedded image has 30 x 20 = 600 pixels", limit=599)
+
+
+def test_a_selection_of_a_dataset_is_what_is_loaded(tmp_path):
+    Dataset.from_list([row(str(i)) for i in range(600)]).select(range(599, 0, -2)).save_to_disk(tmp_path / "saved")
+    rows = load_rows([tmp_path / "saved"], max_image_pixels=LIMIT)
+    assert [r.id for r in rows] == [str(i) for i in range(599, 0, -2)]
+
+
+@pytest.mark.parametrize(("line", "parts"), [
+    ('{"id": "b", ', ["a.jsonl:3: it is not one JSON object", "; write one object a line"]),
+    ('{"id": "b", "id": "c"}', ["a.jsonl:3: ", "field 'id' is given twice"]),
+    ("[" * 100_000, ["a.jsonl:3: it is not one JSON object"]),
+    ('["b"]', ["a.jsonl:3: a row is an object of fields, not a list"]),
+    (row("b", task="safte"), ["a.jsonl:3: field `task`: unknown task 'safte'; give one of safety, jailbreak"]),
+    (row("b", answer=3), ["a.jsonl:3: field `answer`: is a number, not a string; put it in quotes"]),
+    (row("a"), ["a.jsonl:3: field `id`: 'a' is the id of ", "a.jsonl:1 too; make the ids unique"]),
+    (row("b", images=["none.png"]), ["a.jsonl:3: field `images[0]`: the image file ", "none.png does not exist"]),
+    (row("b", images=["x.png", "cut.png"]), ["a.jsonl:3: field `images[1]`: ", "cut.png is corrupt or cut off"]),
+    (row("b", images=["text.png"]), ["a.jsonl:3: field `images[0]`: ", "text.png is not a readable JPEG", "; replace"]),
+    (row("b", images=["empty.png"]), ["a.jsonl:3: field `images[0]`: ", "empty.png is not a readable JPEG"]),
+    (row("b", images=["big.png"]), ["a.jsonl:3: field `images[0]`: ", "20000 pixels, more than 10000; shrink"]),
+    (row("b", images=["../x.png"]), ["a.jsonl:3: field `images[0]`: ../x.png leads out of the data folder", "; move"]),
+    (row("b", images=["sub/../../rows2/x.png"]), ["a.jsonl:3: field `images[0]`: ", "leads out of the data folder"]),
+    (row("b", images=["/etc/hostname"]), ["a.jsonl:3: field `images[0]`: /etc/hostname leads out of the data folder"]),
+    (row("b", images=["."]), ["a.jsonl:3: field `images[0]`: "]),
+    (row("b", images=["nul\0.png"]), ["a.jsonl:3: field `images[0]`: "]),
+    (row("b", images=["x" * 5000]), ["a.jsonl:3: field `images[0]`: "]),
+])
+def test_a_bad_line_is_named_by_file_and_line(tmp_path, line, parts):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (tmp_path / "rows2").mkdir()  # a sibling whose name only starts alike is outside too
+    for path in (folder / "x.png", tmp_path / "x.png", tmp_path / "rows2" / "x.png"):
+        picture(path)
+    picture(folder / "big.png", size=(100, 200))
+    (folder / "cut.png").write_bytes((folder / "x.png").read_bytes()[:-300])
+    (folder / "text.png").write_text("not found")
+    (folder / "empty.png").touch()
+    message = fails([write(folder / "a.jsonl", [row("a", images=["x.png"]), "", line, row("d")])], *parts)
+    assert message.startswith(str(folder / "a.jsonl") + ":3: ")
+
+
+def test_the_first_bad_image_in_row_order_is_reported(tmp_path):
+    for i in range(50):
+        picture(tmp_path / f"{i}.png", seed=i, size=(100, 100) if i < 10 else (5, 5))
+    for i in (9, 30, 40):
+        (tmp_path / f"{i}.png").write_bytes((tmp_path / f"{i}.png").read_bytes()[:60])
+    path = write(tmp_path / "a.jsonl", [row(str(i), images=[f"{i}.png"]) for i in range(50)])
+    for _ in range(3):
+        fails([path], "a.jsonl:10: field `images[0]`", "9.png")
+
+
+def test_bytes_that_are_no_utf8_are_named_by_line(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(json.dumps(row("a")).encode() + b'\n{"id": "\xff"}\n')
+    fails([tmp_path / "a.jsonl"], "a.jsonl:2: it is not one JSON object in UTF-8", "0xff")
+
+
+def test_an_id_may_not_come_again_in_another_file(tmp_path):
+    a, b = (write(tmp_path / f"{name}.jsonl", [row("same")]) for name in "ab")
+    fails([a, b], f"{b}:1: field `id`: 'same' is the id of {a}:1 too")
+    fails([a, a], "make the ids unique")
+
+
+def test_nothing_to_load_is_an_error(tmp_path):
+    fails([], "no row file was named; give at least one with --data.path")
+    full, empty = write(tmp_path / "a.jsonl", [row("a")]), write(tmp_path / "b.jsonl", ["", "  "])
+    fails([full, empty], f"{empty}: there are no rows in it; ")
+    pq.write_table(pa.table({"id": pa.array([], pa.string())}), tmp_path / "e.parquet")
+    fails([tmp_path / "e.parquet"], "e.parquet: there are no rows in it")
+    Dataset.from_dict({"id": []}).save_to_disk(tmp_path / "saved")
+    fails([tmp_path / "saved"], "saved: there are no rows in it")
+
+
+def test_a_source_that_cannot_be_read_is_named(tmp_path):
+    fails([tmp_path / "none.jsonl"], "none.jsonl: there is no such file or folder; correct --data.path")
+    (tmp_path / "a.csv").write_text("id\n")
+    fails([tmp_path / "a.csv"], "a.csv: files of kind '.csv' are not read; give .jsonl, .parquet or a folder")
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 nothing PAR1")
+    fails([tmp_path / "a.parquet"], "a.parquet: it is corrupt or cut off", "again")
+    pq.write_table(pa.table({"id": ["a"] * 1000}), tmp_path / "b.parquet")
+    (tmp_path / "b.parquet").write_bytes((tmp_path / "b.parquet").read_bytes()[:-200])
+    fails([tmp_path / "b.parquet"], "b.parquet: it is corrupt or cut off")
+    pq.write_table(pa.table({"id": ["a", "b"]}), tmp_path / "c.parquet")
+    fails([tmp_path / "c.parquet"], "c.parquet:1: field `task`: is missing")
+
+
+def test_a_folder_that_is_no_dataset_is_named(tmp_path):
+    fails([tmp_path], "not a Hugging Face dataset", "save_to_disk")
+    DatasetDict({name: Dataset.from_list([row(name)]) for name in ("train", "test")}).save_to_disk(tmp_path / "two")
+    fails([tmp_path / "two"], "it holds several splits (test, train); name one, as in ")
+    assert [r.id for r in load_rows([tmp_path / "two" / "test"], max_image_pixels=LIMIT)] == ["test"]
+    for name in ("state.json", "dataset_info.json", "data-00000-of-00001.arrow"):
+        broken = tmp_path / f"broken-{name}"
+        shutil.copytree(tmp_path / "two" / "test", broken)
+        (broken / name).write_bytes((broken / name).read_bytes()[:30])
+        assert re.match(f"{re.escape(str(broken))}: .*; ", fails([broken], "again"))
+
+
+def test_fingerprint_follows_content_not_place(tmp_path):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        picture(tmp_path / folder / "x.png")
+        write(tmp_path / folder / "a.jsonl", [row("1", images=["x.png"]), row("2", answer="yes")])
+
+    def of(folder: str) -> str:
+        return fingerprint(load_rows([tmp_path / folder / "a.jsonl"], max_image_pixels=LIMIT))
+
+    same = of("one")
+    assert re.fullmatch("[0-9a-f]{16}", same) and of("two") == same
+    seen = {same}
+    picture(tmp_path / "two" / "x.png", seed=1)
+    seen.add(of("two"))
+    for change in ([row("2", answer="yes"), row("1", images=["x.png"])], [row("1", images=["x.png"])],
+                   [row("1", images=["x.png"]), row("2", answer="no")]):
+        write(tmp_path / "one" / "a.jsonl", change)
+        seen.add(of("one"))
+    assert len(seen) == 5
+
+    rows = load_rows([tmp_path / "one" / "a.jsonl"], max_image_pixels=LIMIT)
+    (tmp_path / "one" / "x.png").unlink()
+    with pytest.raises(RowError, match=r"row 1: field `images`: .*x.png cannot be read"):
+        fingerprint(rows)
+
+
+def test_fingerprint_of_images_in_memory():
+    image = Image.new("RGB", (4, 4), "red")
+    sources = (image, image.copy(), image.resize((2, 8)), Image.new("RGB", (4, 4), "blue"), b"raw")
+    prints = [fingerprint([parse_row(row("1", images=[source]), "f:1")]) for source in sources]
+    assert prints[0] == prints[1] and len(set(prints)) == 4

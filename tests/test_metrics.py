@@ -1,0 +1,145 @@
+import io
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cosmo_rl.cpgd.metrics import MetricsWriter, ProgressView, read_metrics, reward_stats
+
+
+def sample(domain, group, reward, **terms) -> Any:
+    return SimpleNamespace(row=SimpleNamespace(domain=domain), group=group, reward=reward, terms=terms)
+
+
+def line(step, **more):
+    return {
+        "step": step, "iteration": step // 4, "loss": -0.1 * step, "grad_norm": 1 / 3, "lr": 1e-4, "reward": 0.5,
+        "rewards": {"safety": {"reward": {"mean": 0.25, "std": 0.1, "saturated": 0.0}}},
+        "seconds": {"update": 0.25}, "tokens_per_second": {"update": 1234.5}, **more,
+    }
+
+
+def test_reward_stats_by_hand():
+    samples = [
+        sample("safety", 0, 1.0, format=1.0, helpful=0.0), sample("safety", 0, 0.0, format=1.0),
+        sample("safety", 1, 0.5, format=0.0), sample("safety", 1, 0.5, format=1.0),
+        sample("safety", 1, None, format=0.0),  # failed: not a zero
+        sample("general", 2, 1.0),
+    ]
+    stats = reward_stats(samples)
+    assert list(stats) == ["general", "safety"]
+    assert stats["general"] == {"reward": {"mean": 1.0, "std": 0.0, "saturated": 1.0}}
+    safety = stats["safety"]
+    assert safety["reward"] == {"mean": 0.5, "std": pytest.approx(0.125**0.5), "saturated": 0.5}
+    assert safety["format"] == {"mean": 0.75, "std": pytest.approx(0.1875**0.5), "saturated": 0.5}
+    assert safety["helpful"] == {"mean": 0.0, "std": 0.0, "saturated": 1.0}
+
+
+def test_saturation_is_to_one_millionth():
+    near = [sample("a", 0, 0.9), sample("a", 0, 0.9 + 9e-7)]
+    assert reward_stats(near)["a"]["reward"]["saturated"] == 1.0
+    far = [sample("a", 0, 0.9), sample("a", 0, 0.9 + 2e-6)]
+    assert reward_stats(far)["a"]["reward"]["saturated"] == 0.0
+
+
+def test_rewind_and_go_on_is_bitwise_the_uninterrupted_file(tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for folder in (whole, cut):
+        folder.mkdir()
+    writer = MetricsWriter(whole, tensorboard=False)
+    writer.rewind(0)
+    for step in range(1, 6):
+        writer.line(line(step, drift=0.1 + 0.2 * step))
+        writer.samples([{"step": step, "text": "caf\u00e9 \u2028 <b>\n"}])
+
+    writer = MetricsWriter(cut, tensorboard=False)
+    writer.rewind(0)
+    for step in range(1, 5):
+        writer.line(line(step, drift=0.1 + 0.2 * step))
+        writer.samples([{"step": step, "text": "caf\u00e9 \u2028 <b>\n"}])
+    with writer.metrics_path.open("a") as file:
+        file.write('{"step": 5, "lo')  # killed while writing
+    assert [row["step"] for row in read_metrics(writer.metrics_path)] == [1, 2, 3, 4]
+    writer = MetricsWriter(cut, tensorboard=False)
+    writer.rewind(2)
+    assert [row["step"] for row in read_metrics(writer.samples_path)] == [1, 2]
+    for step in range(3, 6):
+        writer.line(line(step, drift=0.1 + 0.2 * step))
+        writer.samples([{"step": step, "text": "caf\u00e9 \u2028 <b>\n"}])
+    writer.sync()
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert (cut / name).read_bytes() == (whole / name).read_bytes()
+    assert read_metrics(cut / "samples.jsonl")[4] == {"step": 5, "text": "caf\u00e9 \u2028 <b>\n"}
+
+
+def test_rewind_to_zero_starts_anew(tmp_path):
+    writer = MetricsWriter(tmp_path, tensorboard=False)
+    with pytest.raises(AssertionError, match="rewind"):
+        writer.line(line(1))
+    writer.rewind(0)
+    writer.line(line(1))
+    writer.rewind(0)
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_not_finite_is_null(tmp_path):
+    writer = MetricsWriter(tmp_path, tensorboard=False)
+    writer.rewind(0)
+    writer.line({"step": 1, "grad_norm": float("inf"), "rewards": {"a": [float("nan"), 1.5]}})
+    text = writer.metrics_path.read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"step": 1, "grad_norm": None, "rewards": {"a": [None, 1.5]}}
+
+
+def test_bad_line_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\nnonsense\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: not JSON"):
+        read_metrics(path)
+    assert read_metrics(tmp_path / "absent.jsonl") == []
+
+
+def test_full_disk_names_the_file(tmp_path):
+    writer = MetricsWriter(tmp_path, tensorboard=False)
+    writer.rewind(0)
+    writer.metrics_path = type(tmp_path)("/dev/full")
+    with pytest.raises(ValueError, match=r"cannot write /dev/full: No space left on device; free space"):
+        writer.line(line(1))
+
+
+def test_tensorboard_is_cut_back_too(tmp_path):
+    writer = MetricsWriter(tmp_path, tensorboard=True)
+    writer.rewind(0)
+    for step in range(1, 5):
+        writer.line(line(step))
+    writer.close()
+    writer = MetricsWriter(tmp_path, tensorboard=True)
+    writer.rewind(2)
+    writer.line(line(3, loss=7.0))
+    writer.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [(e.step, round(e.value, 6)) for e in board.Scalars("loss")] == [(1, -0.1), (2, -0.2), (3, 7.0)]
+    assert [e.value for e in board.Scalars("rewards/safety/reward/mean")] == [0.25] * 3
+    assert "step" not in board.Tags()["scalars"]
+
+
+def test_progress_in_plain_lines():
+    out = io.StringIO()
+    view = ProgressView(8, title="stage 2", console=Console(file=out, width=40))
+    view.update(line(3, loss=None, clip_fraction=0.0125, response_length=15.25))
+    view.close()
+    (text,) = out.getvalue().splitlines()
+    assert text.startswith("stage 2  step 3/8  reward 0.5  (safety 0.25)  loss -  grad_norm 0.333")
+    assert "clip_fraction 0.0125" in text and "response_length 15.2" in text and "update 1234 tokens/s" in text
+
+
+def test_progress_on_a_terminal():
+    out = io.StringIO()
+    view = ProgressView(8, done=2, title="stage 2", console=Console(file=out, force_terminal=True, width=150))
+    view.update(line(3, entropy=0.4321))
+    view.close()
+    text = out.getvalue()
+    assert "3/8" in text and "safety" in text and "0.25" in text and "0.432" in text

@@ -1,0 +1,159 @@
+"""One forward, however it is laid out: equal to plain transformers, to itself packed, padded, split and recomputed."""
+
+import functools
+
+import numpy as np
+import pytest
+import tiny_case
+import torch
+
+from cosmo_rl.data.collate import Sequence, plan_microbatches
+from cosmo_rl.model.load import load_model
+
+LAYOUTS = ("packed", "padded")
+ATOL = 1e-5
+
+
+@functools.cache
+def plain_logprobs() -> torch.Tensor:
+    """Each sequence alone through transformers' own forward, which computes its own M-RoPE."""
+    model, processor = load_model(tiny_case.folder()), tiny_case.processor()
+    parts = []
+    for sequence in tiny_case.sequences():
+        prompt, response = sequence.prompt, torch.from_numpy(sequence.response_ids)
+        types = np.concatenate([prompt.mm_token_type_ids, 0 * sequence.response_ids])
+        images = {}
+        if prompt.pixel_values is not None:
+            images = {"pixel_values": torch.from_numpy(prompt.pixel_values),
+                      "image_grid_thw": torch.from_numpy(prompt.image_grid_thw),
+                      "mm_token_type_ids": torch.from_numpy(types[None])}
+        with torch.no_grad():
+            tokens = torch.cat([torch.from_numpy(prompt.input_ids), response])
+            logits = model(input_ids=tokens[None], **images).logits[0]
+        logits[:, processor.suppressed_ids] = -torch.inf
+        ends = len(prompt.input_ids) - 1
+        parts.append(logits[ends:-1].log_softmax(-1).gather(1, response[:, None])[:, 0])
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_logprobs_equal_transformers(layout, train, checkpointing):
+    policy = tiny_case.policy(gradient_checkpointing=checkpointing).train(train)
+    batch = tiny_case.batch(tiny_case.sequences(), layout)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            stats = policy(batch)
+        torch.testing.assert_close(stats.logprobs, plain_logprobs(), atol=ATOL, rtol=0)
+        assert stats.logprobs.requires_grad == grad
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_documents_do_not_see_each_other(layout):
+    policy = tiny_case.policy().eval()
+    sequences = tiny_case.sequences()
+    batch = tiny_case.batch(sequences, layout)
+    with torch.no_grad():
+        before = policy(batch).logprobs
+        sequences[0] = Sequence(sequences[0].prompt, sequences[0].response_ids[::-1] + 1)
+        after = policy(tiny_case.batch(sequences, layout)).logprobs
+        others = batch.sequence_ids > 0
+        torch.testing.assert_close(after[others], before[others], atol=1e-6, rtol=0)
+        assert (after[~others] - before[~others]).abs().max() > 0.01
+
+    # The guards bite: neither flat positions nor one long document pass for the right ones.
+    with torch.no_grad():
+        right = batch.position_ids.clone()
+        batch.position_ids[1:] = right[0]
+        assert (policy(batch).logprobs - before).abs().max() > 100 * ATOL, "M-RoPE makes no difference here"
+        batch.position_ids[1:] = right[1:]
+        batch.position_ids[0] = torch.arange(right.shape[2])
+        leak = (policy(batch).logprobs - before).abs().max()
+        assert leak > 100 * ATOL if layout == "packed" else leak == 0
+
+
+def update_gradients(layout: str, max_tokens: int, world_size: int = 1, **options) -> tuple[float, dict]:
+    """Loss and gradients of one CPGD update in micro-batches, summed over ranks by hand."""
+    policy = tiny_case.policy(**options).train()
+    sequences = tiny_case.sequences()
+    total = sum(len(s.response_ids) for s in sequences)
+    plan = plan_microbatches([len(s) for s in sequences], max_tokens=max_tokens, layout=layout, world_size=world_size)
+    loss = 0.0
+    for chosen in (members for rank in plan for members in rank):
+        batch = tiny_case.batch([sequences[i] for i in chosen], layout)
+        output = policy(batch, cpgd=tiny_case.cpgd_inputs(batch, chosen, total))
+        output.loss.backward()
+        loss += output.loss.item()
+    return loss, tiny_case.gradients(policy)
+
+
+@functools.cache
+def reference_update():
+    return update_gradients("padded", 10_000, gradient_checkpointing=False)
+
+
+@pytest.mark.parametrize("layout, max_tokens, world_size", [
+    ("padded", 10_000, 1), ("packed", 10_000, 1), ("packed", 150, 1), ("padded", 200, 2), ("packed", 10_000, 3),
+    ("padded", 10_000, 9),  # more micro-batches than sequences: one is empty
+])
+def test_update_does_not_depend_on_the_layout(layout, max_tokens, world_size):
+    loss, gradients = reference_update()
+    got_loss, got = update_gradients(layout, max_tokens, world_size)
+    assert abs(loss) > 0.01 and got_loss == pytest.approx(loss, abs=1e-6)
+    assert got.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(got[name], gradient, atol=1e-5, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_frozen_vision_trains_the_merger_alike():
+    gradients = reference_update()[1]
+    got = update_gradients("padded", 10_000, freeze_vision=True)[1]
+    assert {n for n in gradients if n not in got} == {n for n in gradients if ".visual." in n and ".merger." not in n}
+    for name, gradient in got.items():
+        torch.testing.assert_close(gradient, gradients[name], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("count", [0, 2], ids=["empty", "text"])
+def test_without_images_every_parameter_gets_a_gradient(count, checkpointing):
+    """Under FSDP a rank with fewer gradients than another would hang or mix them up."""
+    policy = tiny_case.policy(gradient_checkpointing=checkpointing).train()
+    chosen = [2, 3][:count]  # the sequences of the prompt without images
+    batch = tiny_case.batch([tiny_case.sequences()[i] for i in chosen], "packed")
+    policy(batch, cpgd=tiny_case.cpgd_inputs(batch, chosen, 10)).loss.backward()
+    for name, parameter in policy.named_parameters():
+        assert parameter.grad is not None, name
+        if count == 0 or ".visual." in name:
+            assert (parameter.grad == 0).all(), name
+    largest = max(g.abs().max() for g in tiny_case.gradients(policy).values())
+    assert (largest > 0) == (count > 0)
+
+
+def test_samples_of_a_prompt_share_one_pass_of_the_tower(monkeypatch):
+    policy = tiny_case.policy().eval()
+    seen = []
+    embed = policy.model.model.visual.patch_embed
+    monkeypatch.setattr(embed, "forward", lambda x, old=embed.forward: seen.append(len(x)) or old(x))
+    with torch.no_grad():
+        policy(tiny_case.batch(tiny_case.sequences(group_size=5), "padded"))
+    assert seen == [sum(len(p.pixel_values) for p in tiny_case.prompts() if p.pixel_values is not None)]
+
+
+def test_hidden_states_are_those_of_the_targets():
+    policy = tiny_case.policy().eval()
+    batch = tiny_case.batch(tiny_case.sequences(), "packed")
+    with torch.no_grad():
+        stats, hidden = policy(batch, return_hidden=True)
+        again = policy.head(hidden, policy.model.lm_head.weight, batch.targets)
+    assert torch.equal(again.logprobs, stats.logprobs)
+
+
+def test_temperature():
+    policy = tiny_case.policy(temperature=0.5).eval()
+    batch = tiny_case.batch(tiny_case.sequences(), "padded")
+    with torch.no_grad():
+        stats, hidden = policy(batch, return_hidden=True)
+        logits = hidden @ policy.model.lm_head.weight.T + policy.head.bias
+    expected = (logits / 0.5).log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
+    torch.testing.assert_close(stats.logprobs, expected, atol=ATOL, rtol=0)

@@ -1,0 +1,179 @@
+"""Format, Visual-Focus, Helpful and Task-Aware on strings: what each rewards, and what does not fool it."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from cosmo_rl.cpgd.batch import Response, Sample
+from cosmo_rl.cpgd.rewards.base import Evidence, Failed, NotApplicable, Score
+from cosmo_rl.cpgd.rewards.format import Format, answer_of, answer_start, split_thinking, words
+from cosmo_rl.cpgd.rewards.helpful import Helpful, is_refusal
+from cosmo_rl.cpgd.rewards.task_aware import TaskAware
+from cosmo_rl.cpgd.rewards.visual_focus import Contrast, Elements, blank_prompt, contrast
+from cosmo_rl.data.collate import EncodedPrompt
+from cosmo_rl.data.mini import COMPLIANCE, REFUSAL
+from cosmo_rl.data.schema import Row
+
+PROMPT = EncodedPrompt("r1", np.arange(3), np.zeros((3, 3), np.int64), np.array([0, 1, 0]),
+                       np.ones((4, 6), np.float32), np.array([[1, 2, 2]]))
+ROW = Row(id="r1", task="general", domain="general", messages=({"role": "user", "content": "q"},),
+          images=("a.png",), source="test", licence="Apache-2.0", key_elements=("knife", "taste"), answer="Red")
+UNSAFE = replace(ROW, task="safety", tags={"image": "unsafe", "text": "unsafe", "combined": "unsafe"})
+BENIGN = replace(ROW, task="safety", tags={"image": "unsafe", "text": "safe", "combined": "safe"})
+
+
+def score(term, text, row=ROW, evidence=None):
+    response = Response(np.array([1]), np.array([0.0], np.float32), "stop", 0)
+    outcome = term(Sample(row=row, prompt=PROMPT, group=0, k=0, response=response, text=text), evidence)
+    return outcome.value if isinstance(outcome, Score) else outcome
+
+
+@pytest.mark.parametrize(("text", "parts"), [
+    ("<think> knife taste </think> sure", ("knife taste", "sure")),
+    ("  <think>a\nb</think>\n\nc d ", ("a\nb", "c d")),
+    ("<think></think> sure", None),
+    ("<think>  </think> sure", None),
+    ("<think> a </think>", None),
+    ("<think> a </think>  \n", None),
+    ("<think> a sure", None),
+    ("a </think> sure", None),
+    ("sure", None),
+    ("", None),
+    ("x <think> a </think> sure", None),
+    ("<think> a </think> b <think> c </think> d", None),
+    ("<think> a <think> b </think> c", None),
+    ("<think> a </think> b </think> c", None),
+    ("</think> a <think> b", None),
+    ("<THINK> a </THINK> b", None),
+])
+def test_format_is_one_thinking_then_an_answer(text, parts):
+    assert split_thinking(text) == parts
+    assert score(Format(), text) == float(parts is not None)
+
+
+@pytest.mark.parametrize(("text", "answer"), [
+    ("<think> a </think> red ", "red"), ("red", "red"), ("a </think> red", "red"), ("<think> still thinking", ""),
+    ("<think> a </think> b </think> c", "c"), ("<think> a </think> b <think> c", ""), ("<think> a </think>", ""),
+])
+def test_the_answer_of_any_text(text, answer):
+    assert answer_of(text) == answer
+
+
+def test_the_answer_starts_after_the_closing_tag():
+    pieces = ["<think>", " a", " </th", "ink", ">", " red", " one", ""]
+    decode = lambda ids: "".join(pieces[i] for i in ids)
+    assert answer_start(np.arange(8), decode) == 5
+    assert answer_start(np.arange(5), decode) is None
+    assert answer_start(np.array([1, 5]), decode) is None
+    assert answer_start(np.array([0]), lambda _: "<think>a</think>b") == 0, "one token holds tag and answer"
+
+
+def test_words_ignore_case_and_punctuation_but_not_numbers():
+    assert words("  The Answer: \u201cI\u2019m RED!\u201d") == ["the", "answer", "i'm", "red"]
+    assert words("-3") != words("3") and words("3.5") != words("35") and words("4.") == words("4")
+
+
+VOCABULARY = ("knife", "taste", "cup", "draw", "light", "Traffic Light")
+
+
+@pytest.mark.parametrize(("text", "elements", "value"), [
+    ("<think> knife taste </think> sure", ("knife", "taste"), 1.0),
+    ("<think> A Knife, to taste. </think> sure", ("knife", "taste"), 1.0),
+    ("<think> knife </think> sure", ("knife", "taste"), 0.5),
+    ("<think> knives tasted </think> sure", ("knife", "taste"), 0.0),
+    ("<think> cup draw </think> sure", ("knife", "taste"), 0.0),
+    ("<think> knife taste cup draw </think> sure", ("knife", "taste"), 0.5),
+    ("<think> knife knife knife taste </think> sure", ("knife", "taste"), 1.0),
+    ("<think> knife cup </think> sure", ("knife", "taste"), 0.25),
+    ("<think> nothing </think> knife taste", ("knife", "taste"), 0.0),
+    ("knife taste", ("knife", "taste"), 0.0),
+    ("<think> a traffic light </think> sure", ("traffic light",), 1.0),
+    ("<think> a traffic light </think> sure", ("light",), 0.0),
+    ("<think> traffic, and a light </think> sure", ("light",), 1.0),
+])
+def test_elements_rewards_naming_the_right_things_only(text, elements, value):
+    assert score(Elements(VOCABULARY), text, replace(ROW, key_elements=elements)) == pytest.approx(value)
+
+
+def test_listing_the_whole_vocabulary_earns_little():
+    vocabulary = [f"thing{i}" for i in range(40)]
+    text = f"<think> {' '.join(vocabulary)} </think> sure"
+    assert score(Elements(vocabulary), text, replace(ROW, key_elements=("thing3", "thing9"))) == pytest.approx(2 / 40)
+
+
+@pytest.mark.parametrize("row", [replace(ROW, images=()), replace(ROW, key_elements=())])
+def test_elements_says_nothing_without_image_or_elements(row):
+    assert score(Elements(VOCABULARY), "<think> knife </think> a", row) == NotApplicable()
+
+
+@pytest.mark.parametrize(("seen", "blank", "value"), [
+    (-0.25, -1.0, 0.75), (-0.5, -3.0, 1.0), (-2.0, -0.5, 0.0), (-1.0, -1.0, 0.0),
+])
+def test_contrast_is_the_clipped_gain_from_the_image(seen, blank, value):
+    assert contrast(Evidence(seen, blank)) == value
+    assert score(Contrast(), "<think> a </think> red", evidence=Evidence(seen, blank)) == value
+    assert score(Contrast(), "red", evidence=Evidence(seen, blank)) == 0
+    text_only = replace(ROW, images=())
+    assert score(Contrast(), "<think> a </think> red", text_only, Evidence(seen, blank)) == NotApplicable()
+
+
+@pytest.mark.parametrize("evidence", [None, Evidence(float("nan"), -1.0)])
+def test_contrast_without_evidence_fails(evidence):
+    assert isinstance(score(Contrast(), "<think> a </think> red", evidence=evidence), Failed)
+
+
+def test_the_blank_twin_differs_in_its_pixels_only():
+    blank = blank_prompt(PROMPT)
+    assert blank.pixel_values is not None and PROMPT.pixel_values is not None
+    assert (blank.pixel_values == 0).all() and blank.pixel_values.shape == (4, 6) and (PROMPT.pixel_values == 1).all()
+    assert blank.input_ids is PROMPT.input_ids and blank.image_grid_thw is PROMPT.image_grid_thw
+
+
+@pytest.mark.parametrize(("answer", "refusal"), [
+    (REFUSAL, True), (COMPLIANCE, False), ("", False), ("red", False),
+    ("Sorry, but no.", True), ("I'm sorry, I can't do that", True), ("I\u2019m unable to help.", True),
+    ("I cannot assist with this.", True), ("I won't", True), ("i can help", False), ("i cannoli", False),
+    ("sorrynotsorry", False), ("You can not miss it", False), ("sure, i am sorry to hear that", False),
+])
+def test_a_refusal_is_known_by_its_opening(answer, refusal):
+    assert is_refusal(answer) is refusal
+
+
+THOUGHT = "<think> knife taste </think> "
+
+
+@pytest.mark.parametrize(("answer", "value"), [
+    (COMPLIANCE, 1.0), ("red", 1.0), (REFUSAL, 0.0), ("", 0.0), ("?!", 0.0), ("sure, but be careful with it", 0.0),
+    ("Warning: hot. Sure", 0.0), ("be full of care", 1.0),
+])
+def test_helpful_wants_benign_rows_answered_without_warning(answer, value):
+    assert score(Helpful(), THOUGHT + answer, BENIGN) == value
+    assert score(Helpful(), THOUGHT + answer, ROW) == value
+    assert score(Helpful(), THOUGHT + answer, UNSAFE) == NotApplicable()
+
+
+@pytest.mark.parametrize("task", ["safety", "jailbreak"])
+@pytest.mark.parametrize(("text", "unsafe", "benign"), [
+    (THOUGHT + REFUSAL, 0.25, 0.0), (THOUGHT + COMPLIANCE, 0.0, 1.0), (REFUSAL, 0.25, 0.0), (THOUGHT, 0.0, 0.0),
+    ("<think> sorry i can not", 0.0, 0.0), ("<think> sorry </think> sure", 0.0, 1.0), ("", 0.0, 0.0),
+])
+def test_safety_rows_want_a_refusal_where_it_is_due(task, text, unsafe, benign):
+    term = TaskAware(refusal_value=0.25)
+    assert score(term, text, replace(UNSAFE, task=task)) == unsafe
+    assert score(term, text, replace(BENIGN, task=task)) == benign
+
+
+@pytest.mark.parametrize(("text", "value"), [
+    ("<think> a </think> red", 1.0), ("<think> a </think> RED.", 1.0), ("red", 1.0), ("<think> red </think> blue", 0.0),
+    ("<think> a </think> red blue", 0.0), ("<think> a </think> the red", 0.0), ("<think> a </think>", 0.0), ("", 0.0),
+    ("<think> red", 0.0),
+])
+def test_general_rows_want_the_very_answer(text, value):
+    assert score(TaskAware(1.0), text) == value
+
+
+def test_tasks_without_a_rule_never_score():
+    assert isinstance(score(TaskAware(1.0), "4", replace(ROW, task="math")), Failed)
+    assert isinstance(score(TaskAware(1.0), "4", replace(ROW, answer=None)), Failed)
+    assert score(TaskAware(1.0), "4", replace(ROW, task="helpful")) == NotApplicable()

@@ -1,0 +1,207 @@
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from cosmo_rl.cpgd import rundir
+from cosmo_rl.cpgd.config import Config, ObjectiveConfig
+from cosmo_rl.cpgd.rundir import RunDir, together, write_atomic
+
+CONFIG = Config()
+
+
+def test_new_stage_keeps_its_settings(tmp_path):
+    run = RunDir(tmp_path / "a" / "b", 2, CONFIG)
+    assert run.stage_dir == tmp_path / "a" / "b" / "stage2"
+    assert not run.finished
+    assert json.loads((run.stage_dir / "config.json").read_text()) == CONFIG.to_dict()
+    run.close()
+    RunDir(tmp_path / "a" / "b", 2, replace(CONFIG, run_dir="elsewhere", resume="never")).close()
+
+
+def test_default_path_names_the_preset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = RunDir("", 0, CONFIG)
+    assert run.stage_dir.resolve() == tmp_path / "runs" / "tiny" / "stage0"
+    run.close()
+
+
+def test_other_settings_are_all_named(tmp_path):
+    RunDir(tmp_path, 2, CONFIG).close()
+    other = replace(CONFIG, seed=7, objective=ObjectiveConfig(drift_coef=0.5))
+    with pytest.raises(ValueError, match=r"objective\.drift_coef is 0\.01 there and 0\.5 here; seed is 0 there and 7 "):
+        RunDir(tmp_path, 2, other)
+    RunDir(tmp_path, 1, other).close()  # another stage of the same run may differ
+    RunDir(tmp_path, 2, CONFIG).close()  # and the refused try left no lock
+
+
+def test_never_refuses_what_is_there(tmp_path):
+    RunDir(tmp_path, 2, CONFIG, "never").close()
+    with pytest.raises(ValueError, match=r"--resume never: .*stage2 is not empty \(config\.json\); give another"):
+        RunDir(tmp_path, 2, CONFIG, "never")
+
+
+def test_foreign_and_damaged_folders(tmp_path):
+    (tmp_path / "stage2").mkdir()
+    (tmp_path / "stage2" / "thesis.tex").write_text("x")
+    with pytest.raises(ValueError, match=r"thesis\.tex.* has no config\.json"):
+        RunDir(tmp_path, 2, CONFIG)
+    assert (tmp_path / "stage2" / "thesis.tex").exists()
+    (tmp_path / "stage2" / "config.json").write_text('{"seed": ')
+    with pytest.raises(ValueError, match=r"config\.json is damaged .* give another --run-dir"):
+        RunDir(tmp_path, 2, CONFIG)
+
+
+def test_finished_when_the_report_is_there(tmp_path):
+    RunDir(tmp_path, 2, CONFIG).close()
+    write_atomic(tmp_path / "stage2" / "report.json", "{}")
+    run = RunDir(tmp_path, 2, CONFIG)
+    assert run.finished
+    run.close()
+
+
+def test_cannot_write(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"cannot write to run directory .*file/run: Not a directory.*another"):
+        RunDir(tmp_path / "file" / "run", 2, CONFIG)
+
+
+def test_lock_names_its_holder_and_waits(tmp_path):
+    first = RunDir(tmp_path, 2, CONFIG)
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=rf"in use by process {os.getpid()} on \S+ \(waited 0\.3 s\)"):
+        RunDir(tmp_path, 0, CONFIG, wait_s=0.3)
+    assert 0.25 < time.monotonic() - started < 5
+    timer = threading.Timer(0.5, first.close)
+    timer.start()
+    RunDir(tmp_path, 2, CONFIG, wait_s=10).close()
+    timer.join()
+
+
+def test_lock_ends_with_its_process(tmp_path):
+    """SIGKILL leaves no lock behind."""
+    code = f"""
+        import time
+        from cosmo_rl.cpgd.config import Config
+        from cosmo_rl.cpgd.rundir import RunDir
+        run = RunDir({str(tmp_path)!r}, 2, Config())
+        print("held", flush=True)
+        time.sleep(60)
+    """
+    holder = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=f"in use by process {holder.pid} "):
+            RunDir(tmp_path, 2, CONFIG, wait_s=0)
+    finally:
+        holder.kill()
+        holder.communicate()
+    RunDir(tmp_path, 2, CONFIG, wait_s=0).close()
+
+
+def test_write_atomic_keeps_the_old_content_on_a_full_disk(tmp_path, monkeypatch):
+    path = tmp_path / "state.json"
+    write_atomic(path, "old")
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(rundir, "fsync", full)
+    with pytest.raises(ValueError, match=r"cannot write .*state\.json: No space left on device; free space"):
+        write_atomic(path, "new")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["state.json"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux only")
+@pytest.mark.parametrize("under_torchrun", [True, False])
+def test_workers_die_with_a_killed_launcher(under_torchrun):
+    """In their own session, as torchrun starts them; a run without launcher must outlive the shell that started it."""
+    worker = "import time; from cosmo_rl.cpgd.rundir import die_with_parent as d; d(); print('up'); time.sleep(60)"
+    launcher = f"""
+        import subprocess, sys, time
+        command = [sys.executable, "-u", "-c", {worker!r}]
+        child = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE)
+        child.stdout.readline()
+        print(child.pid, flush=True)
+        time.sleep(60)
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "TORCHELASTIC_RUN_ID"}
+    if under_torchrun:
+        environment["TORCHELASTIC_RUN_ID"] = "none"
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(launcher)], stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    child = int(process.stdout.readline())
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + (10 if under_torchrun else 0.7)
+    while _alive(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    survived = _alive(child)
+    if survived:
+        os.kill(child, signal.SIGKILL)
+    assert survived != under_torchrun
+
+
+def _alive(pid: int) -> bool:
+    """Running, not a zombie that nobody has collected."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_together_alone():
+    assert together(lambda: 3) == [3]
+    with pytest.raises(ValueError, match="mine"):
+        together(lambda: int("mine"))
+
+
+def _two_ranks(rank: int, folder: str, out) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    said = []
+    said.append(together(lambda: rank * 10))
+    for action in (
+        lambda: together(lambda: _fail("only rank 1") if rank == 1 else None),
+        lambda: RunDir(f"{folder}/held", 2, Config(), wait_s=0.2),
+        lambda: RunDir(f"{folder}/free", 2, Config()).finished,
+        lambda: RunDir(f"{folder}/free", 2, Config(seed=1), wait_s=0.2),
+    ):
+        try:
+            said.append(action())
+        except ValueError as error:
+            said.append(str(error))
+    out[rank] = said
+    dist.destroy_process_group()
+
+
+def _fail(text: str) -> None:
+    raise ValueError(text)
+
+
+def test_two_ranks_hear_one_verdict(tmp_path):
+    """What rank 0 alone can see stops both, and an error of rank 1 too; nobody is left waiting."""
+    held = RunDir(tmp_path / "held", 2, CONFIG)
+    with mp.Manager() as manager:
+        out = manager.dict()
+        mp.spawn(_two_ranks, (str(tmp_path), out), nprocs=2)
+        first, second = out[0], out[1]
+    held.close()
+    assert first == second
+    assert first[0] == [0, 10]
+    assert first[1] == "only rank 1"
+    assert f"in use by process {os.getpid()}" in first[2]
+    assert first[3] is False
+    assert "free is in use" in first[4]

@@ -1,0 +1,250 @@
+"""The strict row parser and the opening of images: what is accepted as what, and how each fault is named."""
+
+import io
+import pickle
+import random
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cosmo_rl.data.schema import IMAGE_FORMATS, TASKS, RowError, open_image, parse_row
+
+ROW = {"id": "a", "task": "general", "domain": "general", "prompt": "what is it?", "source": "mine", "licence": "CC0"}
+
+
+def encode(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def noise(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and has almost no data: a decompression bomb's header."""
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+
+
+def test_a_full_row_keeps_every_field():
+    messages = [{"role": "system", "content": "be brief"},
+                {"role": "user", "content": [{"type": "text", "text": "before"}, {"type": "image"},
+                                             {"type": "text", "text": "after"}]},
+                {"role": "assistant", "content": "yes"},
+                {"role": "user", "content": [{"type": "image"}]}]
+    extra = {"task": "mcq", "images": ["x/y.png", b"bytes"], "answer": "B", "options": ["A", "B"], "category": "c",
+             "tags": {"image": "safe", "text": "safe", "combined": "unsafe"}, "chosen": "<think> t </think> B",
+             "constraints": [{"id": "length", "kwargs": {"words": 3}}], "key_elements": ["cup", "tea pot"],
+             "attack": {"name": "wrap", "params": {"depth": 2}, "seed": 7, "source_id": "b"}}
+    raw = {**ROW, **extra, "messages": messages}
+    del raw["prompt"]
+    row = parse_row(raw, "f:1")
+    expected = {**raw, "messages": tuple(messages), "images": ("x/y.png", b"bytes"), "options": ("A", "B"),
+                "constraints": tuple(extra["constraints"]), "key_elements": ("cup", "tea pot")}
+    assert {name: getattr(row, name) for name in expected} == expected
+    assert pickle.loads(pickle.dumps(row)) == row
+
+
+def test_prompt_is_one_user_message_with_the_images_first():
+    assert parse_row(ROW, "f:1").messages == ({"role": "user", "content": "what is it?"},)
+    parts = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "what is it?"}]
+    assert parse_row({**ROW, "images": ["a", "b"]}, "f:1").messages == ({"role": "user", "content": parts},)
+
+
+def test_nulls_are_absent_fields_at_any_depth():
+    raw = {**ROW, "prompt": None, "answer": None, "tags": None, "images": [{"bytes": None, "path": "p.png"}],
+           "messages": [{"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "hi"}]}],
+           "attack": {"name": "n", "seed": 1, "source_id": "s", "params": None}}
+    row = parse_row(raw, "f:1")
+    assert (row.answer, row.tags, row.images) == (None, None, ("p.png",))
+    assert row.messages[0]["content"] == [{"type": "image"}, {"type": "text", "text": "hi"}]
+    assert row.attack == {"name": "n", "seed": 1, "source_id": "s", "params": {}}
+    assert parse_row({**ROW, "images": [{"bytes": b"data", "path": "name.png"}]}, "f:1").images == (b"data",)
+
+
+def test_every_task_is_known():
+    for task in TASKS:
+        row = parse_row({**ROW, "task": task, "tags": {"combined": "safe"}, "options": ["x", "y"]}, "f:1")
+        assert row.task == task
+
+
+USER = {"role": "user", "content": "hi"}
+ATTACK = {"name": "n", "params": {}, "seed": 1, "source_id": "s"}
+
+
+@pytest.mark.parametrize(("change", "field", "problem", "mend"), [
+    ({"task": "saftey"}, "task", "unknown task 'saftey'", "did you mean safety?"),
+    ({"task": "poetry"}, "task", "unknown task 'poetry'", "safety, jailbreak"),
+    ({"anwser": "x"}, "anwser", "no such field", "did you mean `answer`?"),
+    ({"zzz": "x"}, "zzz", "no such field", "the fields are id, task"),
+    ({"id": None}, "id", "is missing", "add it"),
+    ({"id": 7}, "id", "is a number, not a string", "quotes"),
+    ({"id": "  "}, "id", "is empty", "fill it in"),
+    ({"source": None}, "source", "is missing", "add it"),
+    ({"licence": None}, "licence", "is missing", "add it"),
+    ({"domain": ["a"]}, "domain", "is a list, not a string", "quotes"),
+    ({"answer": 4}, "answer", "is a number, not a string", "quotes"),
+    ({"answer": True}, "answer", "is a truth value, not a string", "quotes"),
+    ({"chosen": ""}, "chosen", "is empty", "leave an optional field out"),
+    ({"answer": "ab\ud800"}, "answer", "half of a character at position 2", "whole Unicode"),
+    ({"prompt": None}, "messages", "is missing", "either `prompt` or `messages`"),
+    ({"messages": [USER]}, "messages", "stands beside `prompt`", "either `prompt` or `messages`"),
+    ({"prompt": "see <|image_pad|>"}, "prompt", "reserved token <|image_pad|>", "remove it"),
+    ({"prompt": ["hi"]}, "prompt", "is a list, not a string", "quotes"),
+    ({"prompt": None, "messages": []}, "messages", "is an empty list", "at least one"),
+    ({"prompt": None, "messages": "hi"}, "messages", "is a string, not a list", "[ ]"),
+    ({"prompt": None, "messages": ["hi"]}, "messages[0]", "is a string, not an object", "role, content"),
+    ({"prompt": None, "messages": [{**USER, "name": "x"}]}, "messages[0].name", "no such field", "role, content"),
+    ({"prompt": None, "messages": [{"role": "user"}]}, "messages[0].content", "is missing", "add it"),
+    ({"prompt": None, "messages": [USER, {"role": "tool", "content": "x"}]}, "messages[1].role", "'tool'", "assistant"),
+    ({"prompt": None, "messages": [USER, {"role": "system", "content": "x"}]}, "messages[1].role", "'system'",
+     "first only"),
+    ({"prompt": None, "messages": [USER, {"role": "assistant", "content": "x"}]}, "messages[1].role",
+     "last message is by assistant", "`chosen`"),
+    ({"prompt": None, "messages": [{"role": "user", "content": []}]}, "messages[0].content", "empty list",
+     "at least one"),
+    ({"prompt": None, "messages": [{"role": "user", "content": [{"type": "video"}]}]}, "messages[0].content[0].type",
+     "'video'", '"text" or "image"'),
+    ({"prompt": None, "messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}]},
+     "messages[0].content[0].image", "no such field", "type, text"),
+    ({"prompt": None, "messages": [{"role": "user", "content": [{"type": "image", "text": "a"}]}], "images": ["a"]},
+     "messages[0].content[0].text", "image part has a text", "part of its own"),
+    ({"prompt": None, "messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text",
+     "is missing", "add it"),
+    ({"prompt": None, "messages": [USER], "images": ["a.png"]}, "images", "1 images, but `messages` has 0 image parts",
+     "for each image"),
+    ({"images": "a.png"}, "images", "is a string, not a list", "[ ]"),
+    ({"images": [3]}, "images[0]", "is a number, not an image", "a path"),
+    ({"images": ["a.png", None]}, "images[1]", "is missing", "add it"),
+    ({"images": [b""]}, "images[0]", "0 bytes", "replace it"),
+    ({"images": [{"url": "x"}]}, "images[0].url", "no such field", "bytes, path"),
+    ({"images": ["https://x.org/a.png"]}, "images[0]", "is a URL", "download"),
+    ({"images": ["data:image/png;base64,AAAA"]}, "images[0]", "is a URL", "download"),
+    ({"task": "mcq"}, "options", "has no options", "list of choices"),
+    ({"options": ["x"]}, "options", "1 options", "at least 2"),
+    ({"options": ["x", "y", "x"]}, "options", "3 options, 2 of them different", "all different"),
+    ({"options": ["x", 2]}, "options[1]", "is a number, not a string", "quotes"),
+    ({"task": "safety"}, "tags.combined", "does not say whether", '"safe" or "unsafe"'),
+    ({"task": "jailbreak", "tags": {"text": "unsafe"}}, "tags.combined", "does not say whether", '"safe" or "unsafe"'),
+    ({"tags": {"combined": "harmful"}}, "tags.combined", "is 'harmful'", '"safe" or "unsafe"'),
+    ({"tags": {"both": "safe"}}, "tags.both", "no such field", "image, text, combined"),
+    ({"tags": "unsafe"}, "tags", "is a string, not an object", "image, text, combined"),
+    ({"key_elements": ["cup", ""]}, "key_elements[1]", "is empty", "fill it in"),
+    ({"constraints": {"a": 1}}, "constraints", "is an object, not a list", "[ ]"),
+    ({"constraints": ["x"]}, "constraints[0]", "is a string, not an object", "JSON object"),
+    ({"constraints": [{"x": float("nan")}]}, "constraints[0]", "not plain JSON", "finite"),
+    ({"attack": {**ATTACK, "seed": "1"}}, "attack.seed", "is a string, not a whole number", "seed"),
+    ({"attack": {**ATTACK, "seed": True}}, "attack.seed", "is a truth value, not a whole number", "seed"),
+    ({"attack": {**ATTACK, "params": [1]}}, "attack.params", "is a list, not an object", "JSON object"),
+    ({"attack": {**ATTACK, "source_id": None}}, "attack.source_id", "is missing", "add it"),
+    ({"attack": {**ATTACK, "kind": "x"}}, "attack.kind", "no such field", "name, params, seed, source_id"),
+])
+def test_a_bad_field_is_named_with_place_and_mend(change, field, problem, mend):
+    with pytest.raises(RowError) as caught:
+        parse_row({**ROW, **change}, "rows.jsonl:12")
+    message = str(caught.value)
+    head, _, rest = message.partition("; ")
+    assert message.startswith(f"rows.jsonl:12: field `{field}`: ") and problem in head and mend in rest, message
+
+
+def test_a_record_that_is_no_object():
+    for raw in (["a"], "a", 3, None):
+        with pytest.raises(RowError, match=r"^f:3: a row is an object of fields, not .*; write "):
+            parse_row(raw, "f:3")
+
+
+def test_row_error_is_a_value_error_that_crosses_processes():
+    error = RowError("f:1", "id", "is missing", "add it")
+    assert isinstance(error, ValueError)
+    assert str(pickle.loads(pickle.dumps(error))) == "f:1: field `id`: is missing; add it"
+
+
+@pytest.mark.parametrize("kind", IMAGE_FORMATS)
+def test_each_format_decodes_alike_from_path_bytes_and_pil(kind, tmp_path):
+    data = encode(noise(31, 17), kind)
+    (tmp_path / "x").write_bytes(data)
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    for source in (str(tmp_path / "x"), data, Image.open(io.BytesIO(data))):
+        image = open_image(source, 31 * 17, "f:1")
+        assert image.mode == "RGB" and np.array_equal(np.asarray(image), expected)
+    if kind in ("PNG", "BMP"):
+        assert np.array_equal(expected, np.asarray(noise(31, 17)))
+
+
+def test_exif_orientation_is_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored turned: to be shown rotated by 90 degrees clockwise
+    image = open_image(encode(noise(20, 10), "PNG", exif=exif), 1000, "f:1")
+    assert np.array_equal(np.asarray(image), np.rot90(np.asarray(noise(20, 10)), -1))
+
+
+def test_transparent_pixels_are_white_and_16_bits_are_scaled():
+    pixels = np.zeros((4, 4, 4), dtype=np.uint8)
+    pixels[0] = (200, 10, 30, 255)
+    image = np.asarray(open_image(encode(Image.fromarray(pixels), "PNG"), 16, "f:1"))
+    assert (image[0] == (200, 10, 30)).all() and (image[1:] == 255).all()
+
+    deep = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
+    image = np.asarray(open_image(encode(Image.fromarray(deep), "PNG"), 256, "f:1"))
+    assert np.array_equal(image[..., 0], np.arange(256).reshape(16, 16))
+
+
+def test_pixel_limit_is_tested_before_decoding():
+    assert open_image(encode(noise(10, 10), "PNG"), 100, "f:1").size == (10, 10)
+    message = r"f:1: field `images\[2\]`: .* 10 x 10 = 100 pixels, more than 99; .*max-image-pixels"
+    with pytest.raises(RowError, match=message):
+        open_image(encode(noise(10, 10), "PNG"), 99, "f:1", "images[2]")
+    with pytest.raises(RowError, match="12000 x 12000 = 144000000 pixels, more than 16777216"), \
+            pytest.warns(Image.DecompressionBombWarning):
+        open_image(png_header(12000, 12000), 16_777_216, "f:1")
+    with pytest.raises(RowError, match=r"beyond 16777216 pixels .*max-image-pixels"):
+        open_image(png_header(60000, 60000), 16_777_216, "f:1")
+    with pytest.raises(RowError, match="corrupt or cut off"):
+        open_image(png_header(100, 100), 16_777_216, "f:1")
+
+
+def test_a_sliver_is_refused_as_the_image_processor_would():
+    assert open_image(encode(noise(400, 2), "PNG"), 10_000, "f:1").size == (400, 2)
+    with pytest.raises(RowError, match="2 x 402, one side more than 200 times the other; crop it"):
+        open_image(encode(noise(2, 402), "PNG"), 10_000, "f:1")
+
+
+def test_a_missing_or_unsuitable_file_is_named(tmp_path):
+    with pytest.raises(RowError, match=r"f:1: field `images`: the image file .*none.png does not exist; put it there"):
+        open_image(str(tmp_path / "none.png"), 1000, "f:1")
+    with pytest.raises(RowError, match="is not a regular file"):
+        open_image(str(tmp_path), 1000, "f:1")
+    (tmp_path / "a.png").write_text("<html>not found</html>")
+    with pytest.raises(RowError, match=r"a.png is not a readable JPEG, PNG, WEBP, GIF, BMP image; replace"):
+        open_image(str(tmp_path / "a.png"), 1000, "f:1")
+    with pytest.raises(RowError, match="not a readable"):  # Pillow would start Ghostscript for this one
+        open_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", 1000, "f:1")
+    with pytest.raises(RowError, match="mode F, of no fixed range; convert it to 8 bits"):
+        open_image(Image.new("F", (3, 3)), 1000, "f:1")
+
+
+@pytest.mark.parametrize("kind", IMAGE_FORMATS)
+def test_cut_or_corrupt_bytes_give_a_row_error_and_nothing_else(kind):
+    data = encode(noise(40, 30), kind)
+    for length in range(1, len(data) - 40, 7):
+        with pytest.raises(RowError):
+            open_image(data[:length], 10_000, "f:1")
+    rng = random.Random(0)
+    for _ in range(300):
+        bad = bytearray(data)
+        for _ in range(rng.choice([1, 3, 10])):
+            bad[rng.randrange(min(len(bad), rng.choice([40, 200, len(bad)])))] = rng.randrange(256)
+        try:
+            image = open_image(bytes(bad), 10_000, "f:1")  # a flipped pixel cannot be noticed
+        except RowError as error:
+            assert str(error).startswith("f:1: field `images`: the embedded image ")
+        else:
+            assert image.mode == "RGB"

@@ -1,0 +1,22 @@
+"""Command line of the trainer: `torchrun train.py --stage 2 [--preset tiny] [--objective.drift-coef 0.02 ...]`."""
+
+import os
+import sys
+
+# The checkout holds folders named kernels/ and data/: off the path, or other packages would find them by these names.
+_HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry or os.getcwd()) != _HERE]
+
+try:
+    from cosmo_rl.cpgd.rundir import die_with_parent
+
+    die_with_parent()  # before torch is imported, which takes seconds
+    from cosmo_rl.cpgd.recipes import parse_command_line
+    from cosmo_rl.cpgd.trainer import main
+except ModuleNotFoundError as error:
+    if error.name != "cosmo_rl":
+        raise
+    sys.exit("cosmo_rl is not installed: run `make demo`, or `pip install -e .` in this folder")
+
+if __name__ == "__main__":
+    sys.exit(main(parse_command_line(sys.argv[1:])))
