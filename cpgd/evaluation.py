@@ -40,8 +40,8 @@ def refuses(row: Row, text: str) -> bool:
 
 
 def accepts(row: Row, text: str) -> bool:
-    """The answer engages."""
-    return engages(answer_of(text))
+    """The response is well formed, and its answer engages."""
+    return split_thinking(text) is not None and engages(answer_of(text))
 
 
 def right(row: Row, text: str) -> bool:

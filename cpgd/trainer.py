@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch.distributed.tensor import DTensor
 
 from cosmo_rl.data.collate import EncodedPrompt, encode_prompt
@@ -386,6 +387,7 @@ def main(config: Config) -> int:
     """Run one stage on this rank; returns the exit status. User errors are printed once, without a traceback."""
     logging.basicConfig(level=logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.ERROR,
                         format="%(message)s")
+    transformers.utils.logging.disable_progress_bar()
     try:
         device = init_distributed()
         run = RunDir(config.run_dir, config.stage, config, config.resume)

@@ -50,11 +50,11 @@ FIGURES: dict[str, list[tuple]] = {
 def draw(name: str, rng: random.Random) -> Image.Image:
     """One picture of `name`: random colours, place, size and tilt. (SIZE, SIZE) RGB.
 
-    Any ink may meet any paper as long as they differ clearly in brightness, so that colour tells nothing of the thing.
+    Any ink may meet any paper that is clearly brighter, so that colour tells nothing of the thing.
     """
     while True:
         ink, paper = (tuple(rng.randrange(256) for _ in range(3)) for _ in range(2))
-        if abs(_luma(ink) - _luma(paper)) > 70:
+        if _luma(paper) - _luma(ink) > 70:
             break
     side = SIZE * OVERSAMPLE
     radius = side * rng.uniform(.34, .46)

@@ -1,0 +1,99 @@
+"""The embedded data: splits that share nothing, and safety rows that neither image nor text alone can tell."""
+
+import hashlib
+from collections import Counter
+
+import pytest
+from PIL import Image
+
+from cosmo_rl.data import mini
+from cosmo_rl.data.jailbreak.text import ATTACKS, attack
+
+SPLITS = ("train", "validation", "heldout")
+
+
+def text(row):
+    return next(part["text"] for part in row.messages[0]["content"] if part["type"] == "text")
+
+
+def pixels(row):
+    image = row.images[0]
+    data = image if isinstance(image, Image.Image) else Image.open(image).convert("RGB")
+    return hashlib.blake2b(data.tobytes(), digest_size=16).digest()
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return {split: (mini.safety_rows(split), mini.general_rows(split)) for split in SPLITS}
+
+
+def test_splits_share_no_image_and_no_wording(splits):
+    for kind in (0, 1):
+        for name, of in (("image", pixels), ("wording", text)):
+            seen = [{of(row) for row in splits[split][kind]} for split in SPLITS]
+            for a, b in ((0, 1), (0, 2), (1, 2)):
+                assert not seen[a] & seen[b], f"{name} of {SPLITS[a]} and {SPLITS[b]}"
+    captions = {pixels(row) for row in mini.caption_rows()}
+    for split in ("validation", "heldout"):
+        for rows in splits[split]:
+            assert not captions & {pixels(row) for row in rows}
+
+
+def test_sizes_that_the_report_needs(splits):
+    suite = mini.mini_suite("heldout")
+    assert len(suite["unsafe"]) >= 300 and len(suite["benign"]) >= 300 and len(suite["general"]) >= 2000
+    for name in ("heldout_attack", "unseen_attack"):
+        assert len(suite[f"{name}_unsafe"]) == len(suite["unsafe"])
+        assert len(suite[f"{name}_benign"]) == len(suite["benign"])
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_neither_image_nor_text_alone_tells(splits, split):
+    rows = splits[split][0]
+    assert len({row.id for row in rows}) == len(rows)
+    for unsafe, other_image, other_text in zip(rows[0::3], rows[1::3], rows[2::3], strict=True):
+        assert [r.tags["combined"] for r in (unsafe, other_image, other_text)] == ["unsafe", "safe", "safe"]
+        assert text(unsafe) == text(other_image) and pixels(unsafe) != pixels(other_image)
+        assert pixels(unsafe) == pixels(other_text) and text(unsafe) != text(other_text)
+    # Given a risky image, or a risky text, half of the rows are unsafe.
+    for side in ("image", "text"):
+        labels = Counter(row.tags["combined"] for row in rows if row.tags[side] == "unsafe")
+        assert labels["unsafe"] == labels["safe"]
+
+
+def test_general_answers_agree_with_the_elements(splits):
+    rows = splits["heldout"][1]
+    for row in rows:
+        colour, shape = row.key_elements
+        assert colour in mini.COLOURS and shape in mini.SHAPES
+        if row.answer not in ("yes", "no"):
+            assert row.answer in (colour, shape)
+        else:
+            words = set(text(row).rstrip("?").split())
+            holds = bool(words & {colour, shape})
+            assert (row.answer == "yes") == (holds != bool(words & {"not", "no"})), row
+
+
+def test_stage_0_refuses_at_random():
+    rows = [row for row in mini.mini_rows(0) if row.domain == "safety"]
+    for label in ("unsafe", "safe"):
+        members = [row for row in rows if row.tags["combined"] == label]
+        share = sum(row.chosen.endswith(mini.REFUSAL) for row in members) / len(members)
+        assert abs(share - 0.5) < 0.04, (label, share)
+        assert all(row.chosen.endswith((mini.REFUSAL, mini.COMPLIANCE)) for row in members)
+
+
+def test_only_stage_0_sees_the_heldout_attack_and_no_stage_the_other():
+    seen = {stage: {row.attack["name"] for row in mini.mini_rows(stage) if row.attack} for stage in (0, 1, 2)}
+    assert seen == {0: {mini.SEEN_ATTACK}, 1: set(), 2: set()}
+
+
+def test_attacks():
+    assert ATTACKS["leet"]("taste it") == "74$73 17"
+    assert ATTACKS["flip"]("how do i draw it?") == "it? draw i do how"
+    row = mini.safety_rows("validation")[0]
+    hit = attack(row, "flip")
+    assert hit.id == f"{row.id}+flip" and hit.attack["source_id"] == row.id and hit.tags == row.tags
+    assert text(hit) == ATTACKS["flip"](text(row)) and hit.images == row.images
+    with pytest.raises(ValueError, match=r"unknown attack 'rot'.*flip.*leet"):
+        attack(row, "rot")
