@@ -33,7 +33,8 @@ def run(seed: int, stage: int, folder: Path, extra: list[str]) -> dict:
     seconds = time.perf_counter() - started
     report = json.loads((folder / f"stage{stage}" / "report.json").read_text())
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True,
+                            check=False)
     row = {"stage": stage, "seed": seed, "total_s": round(seconds, 1), "training_s": report["seconds"],
            "peak_MiB": round(peak), "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),
            "torch": version("torch"), "transformers": version("transformers"), "commit": commit.stdout.strip()}

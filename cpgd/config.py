@@ -18,7 +18,7 @@ def _require(condition: bool, message: str) -> None:
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     path: str = ""
-    """Hugging Face folder of a Qwen2.5-VL; empty: the previous stage's hf/ in the run directory, else the preset's own."""
+    """Folder of a Qwen2.5-VL; empty: the previous stage's hf/ in the run directory, else the preset's own."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype; master weights and gradient reduction stay float32."""
     freeze_vision: bool = False
@@ -32,17 +32,33 @@ class ModelConfig:
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     path: tuple[str, ...] = ()
-    """Row files (JSON lines, parquet) or Hugging Face dataset folders; empty: the embedded data of the preset's stage."""
+    """Row files (JSON lines, parquet) or saved Hugging Face datasets; empty: the embedded data of the stage."""
     eval_path: tuple[str, ...] = ()
     """Held-out rows for the report; empty: the embedded held-out split, or none when `path` is given."""
-    mix: dict[str, float] = field(default_factory=dict)
-    """Share of each domain in every rollout; empty: as the rows come."""
+    mix: tuple[str, ...] = ()
+    """Share of each domain in every rollout, as safety=0.75 general=0.25; empty: as the rows come."""
     max_prompt_tokens: int = 4096
     """Longest prompt in tokens, image tokens included; a longer one is an error, never truncated."""
     max_image_pixels: int = 16_777_216
     """Largest image accepted, in pixels (width x height), against decompression bombs."""
     resize_pixels: int = 1_003_520
     """Images are resized to at most this many pixels (Qwen's 28 x 28 x 1280)."""
+
+
+    def __post_init__(self) -> None:
+        self.shares()
+
+    def shares(self) -> dict[str, float]:
+        """`mix` by domain."""
+        out: dict[str, float] = {}
+        for entry in self.mix:
+            name, _, share = entry.partition("=")
+            try:
+                out[name] = float(share)
+            except ValueError as error:
+                raise ValueError(f"--data.mix holds {entry!r}; write DOMAIN=SHARE, as safety=0.75") from error
+            _require(0 <= out[name] < float("inf"), f"--data.mix holds {entry!r}; give a share of at least 0")
+        return out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +74,9 @@ class RolloutConfig:
     max_new_tokens: int = 4096
     """Longest response in tokens."""
     batch_size: int = 64
-    """Requests per generate call; calls are formed over all ranks, so results do not depend on the number of ranks."""
+    """Requests per generate call; formed over all ranks, so that results do not depend on their number."""
     canary_limit: float = 0.5
-    """Largest mean |log-prob difference| in nats between engine and trainer on one response; beyond it the run stops."""
+    """Largest mean |log-prob difference| of engine and trainer on one response, nats; beyond it the run stops."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +102,7 @@ class ObjectiveConfig:
     weight_cap: float = 3.0
     """c_w, cap of the clip-filter-like weight (not in the paper; authors' code 3.0)."""
     aggregation: Literal["group", "sequence", "token"] = "group"
-    """Token mean per prompt group then mean over prompts (paper eq. 2); per sequence (authors' code as run); over all tokens."""
+    """Token mean per group, then mean over prompts (paper); per sequence (authors' code as run); over all tokens."""
     entropy_coef: float = 0.0
     """Weight of an entropy bonus in nats (neither paper has one)."""
 
@@ -214,7 +230,6 @@ class Config:
                  f"reward weights must not be negative: format {w.format}, visual_focus {w.visual_focus}, "
                  f"helpful {w.helpful}, task_aware {w.task_aware}")
         _require(0 <= w.failure_budget <= 1, f"--reward.failure-budget is {w.failure_budget}; give a share in [0, 1]")
-        _require(all(v >= 0 for v in self.data.mix.values()), f"--data.mix has a negative share: {self.data.mix}")
         _require(p.learning_rate > 0, f"--optim.learning-rate is {p.learning_rate}; give a value above 0")
         _require(self.checkpoint.every >= 1, f"--checkpoint.every is {self.checkpoint.every}; give at least 1")
         _require(self.checkpoint.keep >= 1, f"--checkpoint.keep is {self.checkpoint.keep}; give at least 1")

@@ -1,4 +1,4 @@
-"""Presets: for each size and stage one function that returns a full Config. The command line overrides single fields."""
+"""Presets: for each size one function from stage to full Config; the command line overrides single fields."""
 
 import argparse
 import sys
@@ -29,26 +29,24 @@ def tiny(stage: int) -> Config:
         "stage": stage, "preset": "tiny", "rollout": rollout,
         "model": ModelConfig(gradient_checkpointing=False),
         "batch": BatchConfig(layout="padded", max_tokens=16_384),
-        "checkpoint": CheckpointConfig(every=40),
+        "checkpoint": CheckpointConfig(every=40 if stage else 600),
         "eval": EvalConfig(batch_size=384),
     }
+    data = lambda *mix: DataConfig(mix=mix, resize_pixels=56 * 56, max_prompt_tokens=512)
     if stage == 0:
         return Config(
-            steps=1200, optim=OptimConfig(learning_rate=1e-3, warmup_steps=50, sft_batch=64, min_lr_ratio=0.05),
-            data=DataConfig(mix={"caption": 0.4, "general": 0.35, "safety": 0.25}), **common,
+            steps=2400, optim=OptimConfig(learning_rate=1.2e-3, warmup_steps=50, sft_batch=64, min_lr_ratio=0.02),
+            data=data("caption=0.5", "general=0.3", "safety=0.2"), **common,
         )
     optim = OptimConfig(learning_rate=1.5e-4, min_lr_ratio=0.0, updates_per_rollout=4)
     if stage == 1:
-        return Config(steps=40, optim=optim, data=DataConfig(mix={"general": 0.75, "safety": 0.25}), **common)
-    return Config(steps=160, optim=optim, data=DataConfig(mix={"safety": 0.75, "general": 0.25}), **common)
+        return Config(steps=40, optim=optim, data=data("general=0.75", "safety=0.25"), **common)
+    return Config(steps=160, optim=optim, data=data("safety=0.75", "general=0.25"), **common)
 
 
 def full(preset: str, stage: int) -> Config:
-    """Qwen2.5-VL at its real sizes. Rollout, group, learning rate and updates are the paper's; the rest is marked in config.py."""
-    if stage == 0:
-        optim = OptimConfig(learning_rate=1e-5, warmup_steps=20)
-    else:
-        optim = OptimConfig(learning_rate=1e-6)
+    """Qwen2.5-VL at its real sizes. Rollout, group, learning rate and updates as in the paper; see config.py."""
+    optim = OptimConfig(learning_rate=1e-5, warmup_steps=20) if stage == 0 else OptimConfig(learning_rate=1e-6)
     return Config(
         stage=stage, preset=preset, steps=1000, optim=optim,
         model=ModelConfig(dtype="bfloat16", freeze_vision=True, attention="flash_attention_2"),
@@ -66,7 +64,7 @@ def recipe(preset: str, stage: int) -> Config:
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
     if stage not in (0, 1, 2):
-        raise ValueError(f"unknown stage {stage!r}; choose 0 (SFT cold start), 1 (general) or 2 (safety, value, general)")
+        raise ValueError(f"unknown stage {stage!r}; choose 0 (SFT), 1 (general) or 2 (safety, value, general)")
     return tiny(stage) if preset == "tiny" else full(preset, stage)
 
 

@@ -75,7 +75,7 @@ class Trainer:
         self.rows: list[Row] = []
         together(lambda: self.rows.extend(load_training_rows(config)))
         self.domains = sorted({row.domain for row in self.rows})
-        self.sampler = PromptSampler([row.domain for row in self.rows], config.data.mix, config.seed)
+        self.sampler = PromptSampler([row.domain for row in self.rows], config.data.shares(), config.seed)
         if config.stage == 0:
             check_chosen(self.rows)
         else:

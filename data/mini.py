@@ -1,9 +1,9 @@
 """The embedded data of preset `tiny`: small, real, offline, and mild.
 
-General rows are the easy-vqa package's images and questions. Safety rows are cross-modal triplets over pictograms: a row
-is unsafe only if a risky thing is in the image AND a risky act is in the text; its two twins change one of them, so
-neither image nor text alone tells. The splits train, validation and heldout share no image and no wording. Recipes are
-tuned on `validation`; `heldout` is read by the report only.
+General rows are the easy-vqa package's images and questions. Safety rows are cross-modal triplets over pictograms: a
+row is unsafe only if a risky thing is in the image AND a risky act is in the text; its two twins change one of
+them, so neither image nor text alone tells. The splits train, validation and heldout share no image and no wording.
+Recipes are tuned on `validation`; `heldout` is read by the report only.
 
 Stage 0 learns to name what it sees and reads, and to refuse at random: half of the unsafe and half of the benign rows.
 It knows how to refuse, not when; that is left for Stage 2, and is the reason why this base is made that way.
@@ -56,7 +56,7 @@ COLOURS = {"black": (0, 0, 0), "gray": (128, 128, 128), "red": (255, 0, 0), "gre
 VALIDATION_IMAGES = 400
 """The last images of easy-vqa's train folder are the validation split; its test folder is the held-out one."""
 TRIPLETS = {"train": 900, "validation": 160, "heldout": 320}
-CAPTIONS = 6000
+CAPTIONS = 12_000
 
 
 def mini_rows(stage: int, split: str = "train") -> list[Row]:
@@ -135,7 +135,7 @@ def general_rows(split: str) -> list[Row]:
         if wanted and len(seen[number]) == 2 and _wording_split(question) == split:
             rows.append(_row(f"general-{split}-{index}", "general", "general", question,
                              folder / "images" / f"{number}.png", answer=answer,
-                             key_elements=(seen[number]["colour"], seen[number]["shape"])))
+                             key_elements=(seen[number]["shape"], seen[number]["colour"])))
     return rows
 
 
@@ -149,7 +149,7 @@ def caption_rows() -> list[Row]:
             words = (rng.choice(tuple(FIGURES)),)
             image = draw(words[0], rng)
         else:
-            words = (rng.choice(tuple(COLOURS)), rng.choice(SHAPES))
+            words = (rng.choice(SHAPES), rng.choice(tuple(COLOURS)))
             image = _draw_shape(*words, rng)
         name = " ".join(words)
         rows.append(_row(f"caption-{index}", "general", "caption", "what is this?", image, answer=name,
@@ -196,7 +196,7 @@ def _elements(questions: list) -> dict[int, dict[str, str]]:
     return found
 
 
-def _draw_shape(colour: str, shape: str, rng: random.Random) -> Image.Image:
+def _draw_shape(shape: str, colour: str, rng: random.Random) -> Image.Image:
     side = SIZE * OVERSAMPLE
     image = Image.new("RGB", (side, side), tuple(rng.randrange(230, 256) for _ in range(3)))
     pen = ImageDraw.Draw(image)

@@ -64,7 +64,7 @@ def test_neither_image_nor_text_alone_tells(splits, split):
 def test_general_answers_agree_with_the_elements(splits):
     rows = splits["heldout"][1]
     for row in rows:
-        colour, shape = row.key_elements
+        shape, colour = row.key_elements
         assert colour in mini.COLOURS and shape in mini.SHAPES
         if row.answer not in ("yes", "no"):
             assert row.answer in (colour, shape)

@@ -1,4 +1,4 @@
-"""Text attacks: deterministic rewrites of a prompt, each a pure function str -> str, class-level and harmless by themselves.
+"""Text attacks: deterministic rewrites of a prompt, each a pure function str -> str, harmless by themselves.
 
 An attacked row keeps its label, its source and the attack's name; benign rows pass through the same transform, or the
 model would learn that an odd spelling means no.
