@@ -3,6 +3,8 @@
 import os
 import sys
 
+# Idle OpenMP threads spin by default; beside any other load, small operators then take up to 100 times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # The checkout holds folders named kernels/ and data/: off the path, or other packages would find them by these names.
 _HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry or os.getcwd()) != _HERE]

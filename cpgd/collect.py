@@ -5,29 +5,40 @@ number of ranks; every rank ends with all samples.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+import torch
+
+from cosmo_rl.data.collate import EncodedPrompt
+from cosmo_rl.data.collate import Sequence as TokenSequence
+from cosmo_rl.data.schema import Row
+from cosmo_rl.model.load import Processor
+from cosmo_rl.model.parallel import rank, world
+from cosmo_rl.model.policy import Policy
 
 from .advantages import group_advantages
 from .batch import Request, Response, Sample, request_seed
 from .config import Config
 from .rewards.base import Evidence, RewardFn, check_budget, combine
-from cosmo_rl.data.collate import EncodedPrompt
-from cosmo_rl.data.schema import Row
-from cosmo_rl.model.load import Processor
-from cosmo_rl.model.parallel import all_gather, rank, world
-
+from .rewards.format import answer_start
+from .rewards.visual_focus import blank_prompt
 from .rollout.engine import Engine, form_batches
+from .rundir import together
+from .update import build_micros
 
 
 def generate(engine: Engine, requests: Sequence[Request], batch_size: int, *, greedy: bool = False) -> list[Response]:
     """One response per request on every rank, in the order of the requests; all ranks must call it together."""
     batches = form_batches([len(r.prompt.input_ids) for r in requests], batch_size)
     mine = [i for batch in batches[rank()::world()] for i in batch]
-    responses = engine.generate([requests[i] for i in mine], greedy=greedy, batch_size=batch_size)
+
+    def sampled() -> dict[int, Response]:
+        responses = engine.generate([requests[i] for i in mine], greedy=greedy, batch_size=batch_size)
+        return dict(zip(mine, responses, strict=True))
+
     found = {}
-    for part in all_gather(dict(zip(mine, responses, strict=True))):
+    for part in together(sampled):
         found.update(part)
     return [found[i] for i in range(len(requests))]
 
@@ -46,7 +57,8 @@ def sample_groups(engine: Engine, rows: Sequence[Row], prompts: Sequence[Encoded
     texts = processor.tokenizer.batch_decode([r.ids for r in responses], skip_special_tokens=True)
     size = config.rollout.group_size
     return [
-        Sample(row=rows[i // size], prompt=prompts[i // size], group=i // size, k=i % size, response=response, text=text)
+        Sample(row=rows[i // size], prompt=prompts[i // size], group=i // size, k=i % size, response=response,
+               text=text)
         for i, (response, text) in enumerate(zip(responses, texts, strict=True))
     ]
 
@@ -60,14 +72,42 @@ def score(samples: Sequence[Sample], rewards: Mapping[str, RewardFn], weights: M
     Raises:
         RewardBudgetError: on every rank, when too many rewards failed.
     """
-    outcomes = {
+    outcomes = lambda: {
         i: combine({name: fn(samples[i], (evidence or {}).get(i)) for name, fn in rewards.items()}, weights)
         for i in range(rank(), len(samples), world())
     }
-    for part in all_gather(outcomes):
+    for part in together(outcomes):
         for i, (reward, terms, failure) in part.items():
             samples[i].reward, samples[i].terms, samples[i].failure = reward, terms, failure
     check_budget([f"{s.id}: {s.failure}" for s in samples if s.reward is None], len(samples), budget)
+
+
+@torch.no_grad()
+def gather_evidence(policy: Policy, samples: Sequence[Sample], config: Config, processor: Processor,
+                    device: torch.device) -> dict[int, Evidence]:
+    """Mean log-prob of each well-formed answer with its images and with blank ones, by sample index.
+
+    For Visual-Focus `contrast`; all ranks must call it together.
+    """
+    decode = lambda ids: str(processor.tokenizer.decode(ids, skip_special_tokens=True))
+    found = {i: answer_start(s.response.ids, decode) for i, s in enumerate(samples) if s.row.images}
+    starts = {i: start for i, start in found.items() if start is not None}
+    blanks = {id(prompt): blank_prompt(prompt) for prompt in (samples[i].prompt for i in starts)}
+
+    def means(prompt_of: Callable[[Sample], EncodedPrompt]) -> dict[int, float]:
+        wanted = list(starts)
+        sequences = [TokenSequence(prompt_of(samples[i]), samples[i].response.ids) for i in wanted]
+        mine: dict[int, float] = {}
+        zeros = [0.0] * len(wanted)  # nothing is trained here
+        for micro in build_micros(sequences, zeros, wanted, len(wanted), "token", config, processor, device):
+            logprobs, owner = policy(micro.batch).logprobs.cpu(), micro.batch.sequence_ids.cpu()
+            for place, member in enumerate(micro.members):
+                sample = wanted[member]
+                mine[sample] = logprobs[owner == place][starts[sample]:].mean().item()
+        return {i: value for part in together(lambda: mine) for i, value in part.items()}
+
+    seen, blank = means(lambda s: s.prompt), means(lambda s: blanks[id(s.prompt)])
+    return {i: Evidence(seen[i], blank[i]) for i in starts}
 
 
 def fill_advantages(samples: Sequence[Sample], config: Config) -> None:

@@ -44,7 +44,6 @@ class DataConfig:
     resize_pixels: int = 1_003_520
     """Images are resized to at most this many pixels (Qwen's 28 x 28 x 1280)."""
 
-
     def __post_init__(self) -> None:
         self.shares()
 
@@ -63,8 +62,6 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
-    engine: Literal["hf"] = "hf"
-    """Where responses are sampled."""
     prompts: int = 128
     """Prompts per rollout (iteration)."""
     group_size: int = 8
@@ -90,15 +87,15 @@ class ObjectiveConfig:
     clip_schedule: float = 1.0
     """lambda of the tight-to-loose clip: eps_i = lambda*eps + (1-lambda)*eps*i/|y|; 1 is the constant clip."""
     dual_clip: float = 3.0
-    """Upper bound of the ratio for negative advantages in grpo (paper 3.0); 0 switches it off."""
+    """grpo only: upper bound of the ratio for negative advantages (paper 3.0); 0 switches it off."""
     drift: Literal["sampled", "exact"] = "sampled"
     """Policy drift: k3 on the sampled tokens (paper), or exact KL(pi_old || pi_theta) over the vocabulary."""
     drift_coef: float = 0.01
-    """alpha, weight of the drift (not in the paper; authors' code 0.01)."""
+    """alpha, weight of the drift in cpgd, the only objective with one (not in the paper; authors' code 0.01)."""
     drift_clip: float = 2.0
     """c, bound on the drift's gradient coefficient (not in the paper; authors' code 2.0); no part in `exact`."""
     weight: Literal["std", "clip_filter", "equal"] = "std"
-    """w(x): 1/std of the group, the clip-filter-like weight, or 1."""
+    """w(x) of cpgd, grpo and ppo: 1/std of the group, the clip-filter-like weight, or 1."""
     weight_cap: float = 3.0
     """c_w, cap of the clip-filter-like weight (not in the paper; authors' code 3.0)."""
     aggregation: Literal["group", "sequence", "token"] = "group"
@@ -168,7 +165,7 @@ class CheckpointConfig:
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     every: int = 0
-    """Optimizer steps between evaluations on the validation split; 0: none."""
+    """Optimizer steps between evaluations on the validation split (or eval_path), to evals.jsonl; 0: none."""
     split: Literal["heldout", "validation"] = "heldout"
     """Embedded split of the report; recipes are tuned on `validation` only."""
     max_rows: int = 0
@@ -214,25 +211,40 @@ class Config:
 
     def __post_init__(self) -> None:
         r, o, w, p = self.rollout, self.objective, self.reward, self.optim
-        _require(self.steps >= 1, f"--steps is {self.steps}; give at least 1")
+        for option, value, least in (
+            ("steps", self.steps, 1), ("data.max-prompt-tokens", self.data.max_prompt_tokens, 1),
+            ("data.resize-pixels", self.data.resize_pixels, 1), ("rollout.max-new-tokens", r.max_new_tokens, 1),
+            ("rollout.batch-size", r.batch_size, 1), ("objective.dual-clip", o.dual_clip, 0),
+            ("objective.drift-coef", o.drift_coef, 0), ("objective.drift-clip", o.drift_clip, 0),
+            ("optim.warmup-steps", p.warmup_steps, 0), ("optim.sft-batch", p.sft_batch, 1),
+            ("optim.max-nonfinite", p.max_nonfinite, 1), ("batch.max-tokens", self.batch.max_tokens, 1),
+            ("checkpoint.every", self.checkpoint.every, 1), ("checkpoint.keep", self.checkpoint.keep, 1),
+            ("eval.every", self.eval.every, 0), ("eval.max-rows", self.eval.max_rows, 0),
+            ("eval.batch-size", self.eval.batch_size, 1), ("log.samples", self.log.samples, 0),
+        ):
+            _require(value >= least, f"--{option} is {value}; give at least {least}")
+        for option, value in (
+            ("rollout.temperature", r.temperature), ("rollout.canary-limit", r.canary_limit),
+            ("objective.clip-eps-high", o.clip_eps_high), ("objective.weight-cap", o.weight_cap),
+            ("optim.learning-rate", p.learning_rate), ("optim.max-grad-norm", p.max_grad_norm),
+        ):
+            _require(value > 0, f"--{option} is {value}; give a value above 0")
         _require(r.group_size >= 2 or self.stage == 0,
                  f"--rollout.group-size is {r.group_size}; a group needs 2 responses for a baseline")
-        _require(r.temperature > 0, f"--rollout.temperature is {r.temperature}; give a value above 0")
         _require(1 <= p.updates_per_rollout <= r.prompts,
                  f"--optim.updates-per-rollout is {p.updates_per_rollout} and --rollout.prompts is {r.prompts}; "
                  "each update takes whole groups, so give at most as many updates as prompts")
         _require(0 < o.clip_eps_low < 1, f"--objective.clip-eps-low is {o.clip_eps_low}; give a value in (0, 1)")
-        _require(o.clip_eps_high > 0, f"--objective.clip-eps-high is {o.clip_eps_high}; give a value above 0")
         _require(0 <= o.clip_schedule <= 1, f"--objective.clip-schedule is {o.clip_schedule}; give a value in [0, 1]")
         _require(o.drift == "sampled" or o.name == "cpgd",
                  f"--objective.drift {o.drift} needs --objective.name cpgd, which is {o.name}")
+        _require(o.drift == "sampled" or o.entropy_coef == 0,
+                 f"--objective.drift {o.drift} has no entropy bonus, and --objective.entropy-coef is {o.entropy_coef}; "
+                 "give 0, or --objective.drift sampled")
         _require(min(w.format, w.visual_focus, w.helpful, w.task_aware) >= 0,
                  f"reward weights must not be negative: format {w.format}, visual_focus {w.visual_focus}, "
                  f"helpful {w.helpful}, task_aware {w.task_aware}")
         _require(0 <= w.failure_budget <= 1, f"--reward.failure-budget is {w.failure_budget}; give a share in [0, 1]")
-        _require(p.learning_rate > 0, f"--optim.learning-rate is {p.learning_rate}; give a value above 0")
-        _require(self.checkpoint.every >= 1, f"--checkpoint.every is {self.checkpoint.every}; give at least 1")
-        _require(self.checkpoint.keep >= 1, f"--checkpoint.keep is {self.checkpoint.keep}; give at least 1")
 
     def to_dict(self) -> dict:
         """Nested plain dict, JSON-ready."""

@@ -15,9 +15,10 @@ from .batch import Request, request_seed
 from .collect import generate
 from .config import Config
 from .rewards.base import is_unsafe
-from .rewards.format import answer_of, split_thinking, words
-from .rewards.helpful import engages, is_refusal
+from .rewards.format import answer_of, same_answer, split_thinking
+from .rewards.helpful import helps, is_refusal
 from .rollout.engine import Engine
+from .rundir import together
 
 Encode = Callable[[Row], EncodedPrompt]
 
@@ -40,13 +41,13 @@ def refuses(row: Row, text: str) -> bool:
 
 
 def accepts(row: Row, text: str) -> bool:
-    """The response is well formed, and its answer engages."""
-    return split_thinking(text) is not None and engages(answer_of(text))
+    """The response is well formed, and its answer engages (with the reference answer, where the row has one)."""
+    return split_thinking(text) is not None and helps(row, answer_of(text))
 
 
 def right(row: Row, text: str) -> bool:
-    """The answer's words are the reference's."""
-    return row.answer is not None and words(answer_of(text)) == words(row.answer)
+    """The answer is the reference's."""
+    return row.answer is not None and same_answer(answer_of(text), row.answer)
 
 
 MEASURES: dict[str, tuple[str, Callable[[Row, str], bool]]] = {
@@ -63,24 +64,29 @@ FORMAT_GROUPS = ("unsafe", "benign", "general")
 
 
 def suite_of(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """A user's held-out rows by group: unsafe and benign by their tags, general where there is a reference answer."""
+    """A user's held-out rows by group: unsafe or benign for tasks safety and jailbreak, else general with an answer."""
     suite: dict[str, list[Row]] = {"unsafe": [], "benign": [], "general": []}
     for row in rows:
-        if row.tags is not None:
+        if row.task in ("safety", "jailbreak"):
             suite["unsafe" if is_unsafe(row) else "benign"].append(row)
         elif row.answer is not None:
             suite["general"].append(row)
     return {name: group for name, group in suite.items() if group}
 
 
-def eval_suite(config: Config, load: Callable[[Sequence[str]], list[Row]]) -> dict[str, list[Row]]:
-    """The groups of rows that the report is measured on; empty when the run has data of its own and no held-out rows."""
+def eval_suite(config: Config, split: str, load: Callable[[Sequence[str]], list[Row]]) -> dict[str, list[Row]]:
+    """The rows to measure on, by group; empty when a run with data of its own has no --data.eval-path.
+
+    Args:
+        split: of the embedded data, "heldout" or "validation".
+        load: reads row files.
+    """
     if config.data.eval_path:
         suite = suite_of(load(config.data.eval_path))
     elif config.data.path or config.preset != "tiny":
         suite = {}
     else:
-        suite = mini_suite(config.eval.split)
+        suite = mini_suite(split)
     limit = config.eval.max_rows or None
     return {name: rows[:limit] for name, rows in suite.items()}
 
@@ -95,12 +101,19 @@ def evaluate(engine: Engine, suite: Mapping[str, Sequence[Row]], encode: Encode,
     sampled: list[Answered] = []
     greedy: list[Answered] = []
     for group, rows in suite.items():
-        requests = [Request(encode(row), 0, request_seed(config.seed, config.stage, EVAL_STEP, row.id, 0)) for row in rows]
+        requests = [Request(prompt, 0, request_seed(config.seed, config.stage, EVAL_STEP, prompt.id, 0))
+                    for prompt in _encoded(rows, encode)]
         for is_greedy, answered in ((False, sampled), (True, greedy)):
             responses = generate(engine, requests, config.eval.batch_size, greedy=is_greedy)
             texts = processor.tokenizer.batch_decode([r.ids for r in responses], skip_special_tokens=True)
             answered += [Answered(group, row, text) for row, text in zip(rows, texts, strict=True)]
     return numbers(sampled), numbers(greedy), sampled
+
+
+def _encoded(rows: Sequence[Row], encode: Encode) -> list[EncodedPrompt]:
+    prompts: list[EncodedPrompt] = []
+    together(lambda: prompts.extend(encode(row) for row in rows))  # an image may be readable on one host only
+    return prompts
 
 
 def numbers(answered: Sequence[Answered]) -> dict[str, float]:

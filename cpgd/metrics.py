@@ -1,4 +1,4 @@
-"""What a run says while it trains: metrics.jsonl, samples.jsonl, TensorBoard and the console. Rank 0 only.
+"""What a run says while it trains: metrics.jsonl, samples.jsonl, evals.jsonl, TensorBoard and the console. Rank 0 only.
 
 One line of metrics.jsonl an optimizer step, with the keys
 
@@ -92,6 +92,8 @@ class MetricsWriter:
         self.stage_dir = Path(stage_dir)
         self.metrics_path = self.stage_dir / "metrics.jsonl"
         self.samples_path = self.stage_dir / "samples.jsonl"
+        self.skipped_path = self.stage_dir / "nonfinite.jsonl"
+        self.evals_path = self.stage_dir / "evals.jsonl"
         self._tensorboard = tensorboard
         self._board: SummaryWriter | None = None
         self._rewound = False
@@ -106,10 +108,21 @@ class MetricsWriter:
         """Append sampled responses; each row holds `step`."""
         self._append(self.samples_path, rows)
 
+    def skipped(self, row: dict) -> None:
+        """Append a step that was skipped, with its samples; `row` holds `step`. No skipped step: no file."""
+        self._append(self.skipped_path, [row])
+
+    def evaluated(self, row: dict) -> None:
+        """Append the numbers of an evaluation during training; `row` holds `step`. No evaluation: no file."""
+        self._append(self.evals_path, [row])
+        self._show(row)
+
     def rewind(self, step: int) -> None:
-        """Cut all three back to the lines of steps <= `step`, the checkpoint's; TensorBoard is rebuilt from them."""
+        """Cut all files back to the lines of steps <= `step`, the checkpoint's; TensorBoard is rebuilt from them."""
         self._rewound = True
-        for path in (self.metrics_path, self.samples_path):
+        for path in (self.metrics_path, self.samples_path, self.skipped_path, self.evals_path):
+            if path in (self.skipped_path, self.evals_path) and not path.exists():
+                continue
             kept = [row for row in read_metrics(path) if row["step"] <= step]
             write_atomic(path, "".join(_line(row) for row in kept))
         if not self._tensorboard:
@@ -122,13 +135,14 @@ class MetricsWriter:
         for old in folder.glob("events.out.tfevents.*"):
             old.unlink()
         self._board = SummaryWriter(str(folder))
-        for row in read_metrics(self.metrics_path):
+        for row in [*read_metrics(self.metrics_path), *read_metrics(self.evals_path)]:
             self._show(row)
 
     def sync(self) -> None:
         """Bring what was written to disk; called before a checkpoint refers to it."""
-        fsync(self.metrics_path)
-        fsync(self.samples_path)
+        for path in (self.metrics_path, self.samples_path, self.skipped_path, self.evals_path):
+            if path.exists():  # the last two only once there is a line for them
+                fsync(path)
         if self._board is not None:
             self._board.flush()
 

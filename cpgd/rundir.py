@@ -11,6 +11,7 @@ import ctypes
 import fcntl
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -45,7 +46,8 @@ def together(action: Callable[[], T]) -> list[T]:
     Returns:
         The value of each rank, by rank. Works without torch.distributed too: one value.
     Raises:
-        ValueError: on every rank, the message of the first rank whose action raised ValueError, so that none hangs.
+        ValueError: on every rank, the message of the first rank whose action raised ValueError, so that none hangs; on
+            that rank the error itself.
     """
     from torch import distributed  # here, not above: train.py imports this module before torch, see die_with_parent
 
@@ -53,15 +55,38 @@ def together(action: Callable[[], T]) -> list[T]:
     try:
         value = action()
     except ValueError as error:
-        problem = str(error)
-    outcomes = [(value, problem)]
-    if distributed.is_initialized():
+        problem = error
+    mine = (value, None if problem is None else str(problem))
+    outcomes = [mine]
+    if distributed.is_initialized() and distributed.get_world_size() > 1:
         outcomes *= distributed.get_world_size()
-        distributed.all_gather_object(outcomes, (value, problem))
+        distributed.all_gather_object(outcomes, mine)
     for _, found in outcomes:
         if found is not None:
-            raise ValueError(found)
+            raise problem if problem is not None and str(problem) == found else ValueError(found)
     return [cast(T, value) for value, _ in outcomes]
+
+
+def on_main(action: Callable[[], object]) -> None:
+    """Run `action` on rank 0; all ranks must call it.
+
+    Raises:
+        ValueError: on every rank, what `action` raised as ValueError or, for a full disk or a missing right, OSError.
+    """
+    from torch import distributed  # late, as in `together`
+
+    def guarded() -> None:
+        if distributed.is_initialized() and distributed.get_rank():
+            return
+        try:
+            action()
+        except OSError as error:
+            raise ValueError(
+                f"cannot write {error.filename or 'the run directory'}: {error.strerror or error}; free space or make "
+                "it writable, then repeat the command to continue from the last checkpoint"
+            ) from error
+
+    together(guarded)
 
 
 def fsync(path: Path) -> None:
@@ -115,7 +140,7 @@ class RunDir:
         wait_s: how long to wait for the lock, in seconds (a killed run's workers need a moment to die).
     Raises:
         ValueError: on every rank, when the folder cannot be written, is held by another run, is not empty under
-            "never", or belongs to a run with other settings (all of them named, with both values).
+            "never", or belongs to a run with other settings that has trained (all of them named, with both values).
     """
 
     def __init__(
@@ -196,11 +221,21 @@ class RunDir:
             for name in sorted(theirs.keys() | ours.keys())
             if name not in ("run_dir", "resume") and theirs.get(name, absent) != ours.get(name, absent)
         ]
-        if differing:
+        if differing and self._untrained():
+            shutil.rmtree(self.stage_dir / "init", ignore_errors=True)
+            (self.stage_dir / "before.json").unlink(missing_ok=True)
+            write_atomic(saved, json.dumps(config.to_dict(), indent=2) + "\n")
+        elif differing:
             raise ValueError(
                 f"{self.stage_dir} belongs to a run with other settings: {'; '.join(differing)}. Repeat its settings "
                 "to continue it, give another --run-dir, or remove the folder"
             )
+
+    def _untrained(self) -> bool:
+        """No step was taken here, as when a first try stopped over bad input: its settings bind nobody."""
+        metrics = self.stage_dir / "metrics.jsonl"
+        results = (*self.checkpoints.glob("step-*"), self.hf, self.stage_dir / "report.json")
+        return not (metrics.exists() and metrics.stat().st_size) and not any(path.exists() for path in results)
 
     def close(self) -> None:
         """Give the lock back; the end of the process does it too."""

@@ -28,9 +28,10 @@ def sft_micros(rows: Sequence[Row], prompts: Sequence[EncodedPrompt], config: Co
     sequences = []
     for row, prompt in zip(rows, prompts, strict=True):
         ids = processor.tokenizer(row.chosen, add_special_tokens=False)["input_ids"]
-        banned = set(ids) & set(processor.suppressed_ids.tolist())
+        banned = set(ids) & {*processor.suppressed_ids.tolist(), *processor.eos_ids}
         if banned:
             raise ValueError(f"row {row.id}: `chosen` holds the special token "
                              f"{processor.tokenizer.convert_ids_to_tokens(min(banned))}; remove it")
         sequences.append(TokenSequence(prompt, np.array([*ids, end], dtype=np.int64)))
-    return build_micros(sequences, [0.0] * len(rows), list(range(len(rows))), len(rows), "token", config, processor, device)
+    none, groups = [0.0] * len(rows), list(range(len(rows)))
+    return build_micros(sequences, none, groups, len(rows), "token", config, processor, device)

@@ -4,15 +4,13 @@
     Trainer.run       the loop: `_sft_iteration` in stage 0, `_rl_iteration` in stages 1 and 2
 """
 
-import json
 import logging
 import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,36 +18,29 @@ import transformers
 from torch.distributed.tensor import DTensor
 
 from cosmo_rl.data.collate import EncodedPrompt, encode_prompt
-from cosmo_rl.data.collate import Sequence as TokenSequence
 from cosmo_rl.data.dataset import fingerprint, load_rows
-from cosmo_rl.data.mini import mini_rows, mini_texts
 from cosmo_rl.data.sampler import PromptSampler
 from cosmo_rl.data.schema import Row
-from cosmo_rl.model.load import TINY_PATH, load_model, load_processor
+from cosmo_rl.model.load import load_model, load_processor
 from cosmo_rl.model.parallel import init_distributed, rank, shard
 from cosmo_rl.model.policy import Policy
-from cosmo_rl.model.tiny import build_tiny
 from cosmo_rl.model.weights import full_state_dict, save_pretrained
 
 from .batch import Sample
 from .checkpoint import load_latest, save
-from .collect import fill_advantages, sample_groups, score, split_updates
+from .collect import fill_advantages, gather_evidence, sample_groups, score, split_updates
 from .config import Config
 from .evaluation import Answered, eval_suite, evaluate
 from .metrics import MetricsWriter, ProgressView, reward_stats
 from .report import finish_report, read_measured, write_measured
-from .rewards.base import Evidence
 from .rewards.build import build_rewards
-from .rewards.format import answer_start
-from .rewards.visual_focus import blank_prompt
 from .rollout.hf import HFEngine
-from .rundir import RunDir, together
+from .rundir import RunDir, on_main, together
 from .sft import check_chosen, sft_micros
+from .sources import load_training_rows, model_fingerprint, start_path
 from .update import (
-    Micro,
     StepResult,
-    build_micros,
-    disagreements,
+    check_canary,
     fill_old_logprobs,
     learning_rate,
     optimizer_step,
@@ -59,10 +50,8 @@ from .update import (
 )
 
 logger = logging.getLogger(__name__)
-
-
-class CanaryError(ValueError):
-    """Engine and trainer disagree about the same tokens."""
+QUIET_S = 3.0
+"""How long a rank above 0 waits before it tells of an error, in seconds: torchrun ends it first if rank 0 told it."""
 
 
 class Trainer:
@@ -70,11 +59,10 @@ class Trainer:
 
     def __init__(self, config: Config, run: RunDir, device: torch.device) -> None:
         self.config, self.run_dir, self.device = config, run, device
-        path = start_path(config, run)
+        path = self.start = start_path(config, run)
         self.processor = load_processor(path, config.data.resize_pixels)
         self.rows: list[Row] = []
         together(lambda: self.rows.extend(load_training_rows(config)))
-        self.domains = sorted({row.domain for row in self.rows})
         self.sampler = PromptSampler([row.domain for row in self.rows], config.data.shares(), config.seed)
         if config.stage == 0:
             check_chosen(self.rows)
@@ -102,64 +90,90 @@ class Trainer:
     def run(self) -> None:
         """Train from the latest checkpoint to the last step, then write hf/ and the report."""
         config, folder = self.config, self.run_dir.stage_dir
-        suite = eval_suite(config, lambda paths: load_rows(paths, max_image_pixels=config.data.max_image_pixels))
+        load = lambda paths: load_rows(paths, max_image_pixels=config.data.max_image_pixels)
+        suite: dict[str, list[Row]] = {}
+        together(lambda: suite.update(eval_suite(config, config.eval.split, load)))
+        if config.eval.every:
+            self.watched: dict[str, list[Row]] = {}
+            together(lambda: self.watched.update(eval_suite(config, "validation", load)))
         self._resume()
-        if rank() == 0:
-            self.metrics = MetricsWriter(folder, config.log.tensorboard)
-            self.metrics.rewind(self.step)
-            self.view = ProgressView(config.steps, self.step, f"stage {config.stage}")
-        if suite and config.stage > 0 and not read_measured(folder, "before"):
-            if self.step:
-                raise ValueError(f"{folder} has a checkpoint at step {self.step} but no measurement from before training; "
-                                 "remove the folder and start the stage again")
-            self._measure(suite, "before")
-        since_saved = self.step
-        while self.step < config.steps:
-            started = time.perf_counter()
-            (self._sft_iteration if config.stage == 0 else self._rl_iteration)()
-            self.trained_s += time.perf_counter() - started
-            if self.step - since_saved >= config.checkpoint.every and self.step < config.steps:
-                self._save()
-                since_saved = self.step
-        self._save()
-        if rank() == 0:
-            self.view.close()
-        save_pretrained(self.policy, self.processor, self.run_dir.hf)
+        self.metrics = MetricsWriter(folder, config.log.tensorboard)  # used on rank 0 only, as the view
+        on_main(lambda: self.metrics.rewind(self.step))
+        if suite and config.stage > 0:
+            if not self.step:  # again, if it is there: a try without a checkpoint may have had another model
+                self._measure(suite, "before")
+            elif not read_measured(folder, "before"):
+                raise ValueError(f"{folder} has a checkpoint at step {self.step} but no measurement from before "
+                                 "training; remove the folder and start the stage again")
+        self._train()
+        try:
+            save_pretrained(self.policy, self.processor, self.run_dir.hf)
+        except OSError as error:  # raised on all ranks
+            raise ValueError(f"{self.run_dir.hf}: {error.strerror}") from error
         if suite:
             self._measure(suite, "after")
         self.engine.close()
+        on_main(lambda: self.metrics.close())
+        on_main(lambda: finish_report(folder, config, seconds=self.trained_s))
+
+    def _train(self) -> None:
+        """The iterations that are left, with their checkpoints."""
+        config, since_saved = self.config, self.step
         if rank() == 0:
-            self.metrics.close()
-            finish_report(folder, config, seconds=self.trained_s)
+            self.view = ProgressView(config.steps, self.step, f"stage {config.stage}")
+        try:
+            while self.step < config.steps:
+                started = time.perf_counter()
+                before = self.step
+                (self._sft_iteration if config.stage == 0 else self._rl_iteration)()
+                self.trained_s += time.perf_counter() - started
+                every = config.eval.every
+                if every and self.step // every > before // every:
+                    self._watch()
+                if self.step - since_saved >= config.checkpoint.every and self.step < config.steps:
+                    self._save()
+                    since_saved = self.step
+            self._save()
+        finally:
+            if rank() == 0:
+                self.view.close()  # or an error message is drawn over
 
     def _resume(self) -> None:
         state = load_latest(self.run_dir.checkpoints, self.policy, self.optimizer)
-        mark = fingerprint(self.rows)
+        self.fingerprint, self.model_fingerprint = fingerprint(self.rows), model_fingerprint(self.start)
         if state is None:
-            self.fingerprint = mark
             return
-        if state["fingerprint"] != mark:
-            raise ValueError(f"the data changed: the checkpoint in {self.run_dir.checkpoints} was made with fingerprint "
-                             f"{state['fingerprint']}, the rows now have {mark}; restore the data or give another --run-dir")
-        self.fingerprint = mark
+        saved = f"the checkpoint in {self.run_dir.checkpoints} was made with fingerprint"
+        if state["fingerprint"] != self.fingerprint:
+            raise ValueError(f"the data changed: {saved} {state['fingerprint']}, the rows now have {self.fingerprint}; "
+                             "restore the data or give another --run-dir")
+        if state["model_fingerprint"] != self.model_fingerprint:
+            raise ValueError(f"the model folder changed: {saved} {state['model_fingerprint']}, tokenizer.json, "
+                             f"preprocessor_config.json and config.json of {self.start} now have "
+                             f"{self.model_fingerprint}; restore them or give another --run-dir")
         self.step, self.iteration = state["step"], state["iteration"]
         self.skipped_in_row, self.trained_s = state["skipped_in_row"], state["trained_s"]
         self.sampler.load_state_dict(state["sampler"])
         logger.info("resumed at step %d", self.step)
 
     def _save(self) -> None:
-        if rank() == 0:
-            self.metrics.sync()
+        on_main(lambda: self.metrics.sync())
         state = {"iteration": self.iteration, "skipped_in_row": self.skipped_in_row, "trained_s": self.trained_s,
                  "sampler": self.sampler.state_dict(), "fingerprint": self.fingerprint,
+                 "model_fingerprint": self.model_fingerprint,
                  "config": self.config.to_dict(), "config_hash": self.config.hash()}
         save(self.run_dir.checkpoints, self.step, self.policy, self.optimizer, state, self.config.checkpoint.keep)
 
     def _measure(self, suite: dict[str, list[Row]], when: str) -> None:
         self._sync()
         sampled, greedy, answered = evaluate(self.engine, suite, self._encode, self.processor, self.config)
-        if rank() == 0:
-            write_measured(self.run_dir.stage_dir, when, sampled, greedy, _shown(answered))
+        on_main(lambda: write_measured(self.run_dir.stage_dir, when, sampled, greedy, _shown(answered)))
+
+    def _watch(self) -> None:
+        """Numbers on the validation rows, to evals.jsonl."""
+        self._sync()
+        sampled, greedy, _ = evaluate(self.engine, self.watched, self._encode, self.processor, self.config)
+        on_main(lambda: self.metrics.evaluated({"step": self.step, "sampled": sampled, "greedy": greedy}))
 
     def _sync(self) -> None:
         self.engine.sync(full_state_dict(self.policy, dtype=self.dtype), self.step)
@@ -199,12 +213,13 @@ class Trainer:
             self._sync()
             samples = sample_groups(self.engine, rows, prompts, self.processor, config, self.step)
         with _timed(clock, "reward"):
-            evidence = self._evidence(samples) if any(fn.needs_policy for fn in self.rewards.values()) else None
+            evidence = None
+            if any(fn.needs_policy for fn in self.rewards.values()):
+                evidence = gather_evidence(self.policy, samples, config, self.processor, self.device)
             score(samples, self.rewards, self.reward_weights, config.reward.failure_budget, evidence)
             fill_advantages(samples, config)
-        rewards = rollout_summary(samples)
-        if rank() == 0:
-            self.metrics.samples(_logged(samples, config.log.samples, self.step + 1))
+        rewards, sampled = rollout_summary(samples), sum(len(s.response.ids) for s in samples)
+        on_main(lambda: self.metrics.samples(_logged(samples, config.log.samples, self.step + 1)))
 
         updates = split_updates(samples, len(prompts), config.optim.updates_per_rollout)
         updates = [(part, count) for part, count in updates if part][:config.steps - self.step]
@@ -216,15 +231,16 @@ class Trainer:
             later = [micro for micros in plans[1:] for micro in micros]
             exact = config.objective.drift == "exact" and config.objective.name == "cpgd"
             fill_old_logprobs(self.policy, later, config, self._head_copy() if exact else None)
-            self._canary([(part, micros, [m.old_logprobs for m in micros])
-                          for (part, _), micros in zip(updates[1:], plans[1:], strict=True)])
+            for (part, _), micros in zip(updates[1:], plans[1:], strict=True):
+                old = [micro.old_logprobs for micro in micros if micro.old_logprobs is not None]
+                check_canary(part, micros, old, config.rollout.canary_limit)
         for index, ((part, _), micros) in enumerate(zip(updates, plans, strict=True)):
             with _timed(clock, "update"):
                 result = optimizer_step(self.policy, self.optimizer, micros, self.loss_fn, self._rate(),
                                         config.optim.max_grad_norm)
             if index == 0:
-                self._canary([(part, micros, result.logprobs)])
-            self._finish_step(result, [s.id for s in part], rewards, clock)
+                check_canary(part, micros, result.logprobs, config.rollout.canary_limit)
+            self._finish_step(result, [s.id for s in part], rewards, clock, sampled)
             clock = defaultdict(float)
         self.iteration += 1
 
@@ -232,115 +248,37 @@ class Trainer:
         weight = self.policy.model.lm_head.weight.detach()
         return (weight.full_tensor() if isinstance(weight, DTensor) else weight).to(self.dtype, copy=True)
 
-    def _canary(self, updates: Sequence[tuple[list[Sample], list[Micro], Sequence[torch.Tensor | None]]]) -> None:
-        """Stop on every rank when trainer and engine disagree on a response; `updates` holds this rank's micro-batches."""
-        def check() -> None:
-            for samples, micros, logprobs in updates:
-                for micro, values in zip(micros, logprobs, strict=True):
-                    assert values is not None
-                    bad = disagreements(samples, micro, values, self.config.rollout.canary_limit)
-                    if bad:
-                        raise CanaryError(
-                            f"engine and trainer disagree on {len(bad)} responses, mean |difference of log-probs| up to "
-                            f"{max(gap for _, gap in bad):.3g} nats (--rollout.canary-limit "
-                            f"{self.config.rollout.canary_limit}): {', '.join(name for name, _ in bad[:5])}; the engine "
-                            "holds other weights, or other positions or images")
-        together(check)
-
-    def _evidence(self, samples: list[Sample]) -> dict[int, Evidence]:
-        """Mean log-prob of each answer with its image and with a blank one, for Visual-Focus `contrast`."""
-        decode = lambda ids: self.processor.tokenizer.decode(ids, skip_special_tokens=True)
-        starts = {i: answer_start(s.response.ids, decode) for i, s in enumerate(samples) if s.row.images}
-        wanted = [i for i, start in starts.items() if start is not None]
-        blanks = {id(s.prompt): blank_prompt(s.prompt) for i, s in enumerate(samples) if i in set(wanted)}
-        means = []
-        for blank in (False, True):
-            sequences = [TokenSequence(blanks[id(samples[i].prompt)] if blank else samples[i].prompt,
-                                       samples[i].response.ids) for i in wanted]
-            means.append(self._answer_means(sequences, [starts[i] for i in wanted]))
-        return {i: Evidence(means[0][j], means[1][j]) for j, i in enumerate(wanted)}
-
-    @torch.no_grad()
-    def _answer_means(self, sequences: list[TokenSequence], starts: list[int]) -> dict[int, float]:
-        micros = build_micros(sequences, [0.0] * len(sequences), list(range(len(sequences))), len(sequences), "token",
-                              self.config, self.processor, self.device)
-        found: dict[int, float] = {}
-        for micro in micros:
-            logprobs = self.policy(micro.batch).logprobs.cpu()
-            owner = micro.batch.sequence_ids.cpu()
-            for place, member in enumerate(micro.members):
-                found[member] = logprobs[owner == place][starts[member]:].mean().item()
-        return {i: value for part in together(lambda: found) for i, value in part.items()}
-
     # -- one optimizer step -------------------------------------------------------------------------------------------
 
     def _rate(self) -> float:
         return learning_rate(self.step, self.config.steps, self.config.optim)
 
-    def _finish_step(self, result: StepResult, ids: list[str], rewards: dict[str, Any], clock: dict[str, float]) -> None:
-        """Count the step, write its line; stop after too many skipped ones."""
+    def _finish_step(self, result: StepResult, ids: list[str], rewards: dict[str, Any],
+                     clock: dict[str, float], sampled: int = 0) -> None:
+        """Count the step, write its line; stop after too many skipped ones. `sampled`: tokens of the whole rollout."""
         rate = self._rate()
         self.step += 1
         self.skipped_in_row = 0 if result.finite else self.skipped_in_row + 1
-        if rank() == 0:
-            line = {
-                "step": self.step, "iteration": self.iteration, "loss": result.loss, "grad_norm": result.grad_norm,
-                "lr": rate, "skipped": not result.finite, **rewards, "clip_fraction": result.clip_fraction,
-                "drift": result.drift, "entropy": result.entropy, "response_tokens": result.response_tokens,
-                "seconds": {k: round(v, 4) for k, v in clock.items()},
-                "tokens_per_second": {k: round(result.response_tokens / v, 1) for k, v in clock.items() if v > 0},
-            }
+        line = {
+            "step": self.step, "iteration": self.iteration, "loss": result.loss, "grad_norm": result.grad_norm,
+            "lr": rate, "skipped": not result.finite, **rewards, "clip_fraction": result.clip_fraction,
+            "drift": result.drift, "entropy": result.entropy, "response_tokens": result.response_tokens,
+            "seconds": {k: round(v, 4) for k, v in clock.items()},
+            "tokens_per_second": tokens_per_second(clock, result.response_tokens, sampled),
+        }
+
+        def write() -> None:
+            if not result.finite:
+                self.metrics.skipped({"step": self.step, "grad_norm": str(result.grad_norm), "samples": ids})
             self.metrics.line(line)
             self.view.update(line)
-        if result.finite:
-            return
-        if rank() == 0:
-            with open(self.run_dir.stage_dir / "nonfinite.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": self.step, "grad_norm": str(result.grad_norm), "samples": ids}) + "\n")
+
+        on_main(write)
         if self.skipped_in_row >= self.config.optim.max_nonfinite:
             raise ValueError(
-                f"gradients were not finite in {self.skipped_in_row} steps in a row (--optim.max-nonfinite), the last at "
-                f"step {self.step}; the samples are named in {self.run_dir.stage_dir / 'nonfinite.jsonl'}: lower the "
-                "learning rate, or remove them")
-
-
-def start_path(config: Config, run: RunDir) -> Path:
-    """Folder the stage starts from: --model.path, else the previous stage's hf/ of this run, else the preset's own.
-
-    Raises:
-        ValueError: the preset ships no weights and none were given.
-    """
-    if config.model.path:
-        return Path(config.model.path)
-    previous = run.path / f"stage{config.stage - 1}" / "hf"
-    if config.stage > 0 and previous.is_dir():
-        return previous
-    if config.preset != "tiny":
-        raise ValueError(f"preset {config.preset} has no weights of its own and {previous} does not exist; give a local "
-                         "Qwen2.5-VL folder with --model.path")
-    if config.stage > 0:
-        return TINY_PATH
-    fresh = run.stage_dir / "init"
-
-    def build() -> None:
-        if rank() == 0 and not (fresh / "tokenizer.json").exists():
-            build_tiny(mini_texts(), config.seed, fresh)
-
-    together(build)
-    return fresh
-
-
-def load_training_rows(config: Config) -> list[Row]:
-    """The rows that the stage trains on.
-
-    Raises:
-        ValueError: a row is bad, there are none, or the preset has no data of its own.
-    """
-    if config.data.path:
-        return load_rows(config.data.path, max_image_pixels=config.data.max_image_pixels)
-    if config.preset != "tiny":
-        raise ValueError(f"preset {config.preset} has no embedded data; give row files with --data.path")
-    return mini_rows(config.stage)
+                f"gradients were not finite in {self.skipped_in_row} steps in a row (--optim.max-nonfinite), the last "
+                f"at step {self.step}; the samples are named in {self.metrics.skipped_path}: lower the learning rate, "
+                "or remove them")
 
 
 def rollout_summary(samples: Sequence[Sample]) -> dict[str, Any]:
@@ -355,6 +293,17 @@ def rollout_summary(samples: Sequence[Sample]) -> dict[str, Any]:
         "degenerate_groups": sum(found == {0.0} for found in groups.values()) / max(len(groups), 1),
         "response_length": sum(len(s.response.ids) for s in samples) / len(samples),
     }
+
+
+def tokens_per_second(clock: Mapping[str, float], updated: int, sampled: int) -> dict[str, float]:
+    """Response tokens per second of each phase but `data`: of the update, or of the whole rollout in all others.
+
+    Args:
+        clock: seconds by phase.
+        updated: response tokens of the update. sampled: of the rollout.
+    """
+    return {phase: round((updated if phase == "update" else sampled) / seconds, 1)
+            for phase, seconds in clock.items() if phase != "data" and seconds > 0}
 
 
 def _logged(samples: Sequence[Sample], count: int, step: int) -> list[dict[str, Any]]:
@@ -397,7 +346,9 @@ def main(config: Config) -> int:
                 finish_report(run.stage_dir, config, seconds=None)
             return 0
         Trainer(config, run, device).run()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
+        if rank():  # rank 0 speaks for all; where it has not failed too, its launcher lets this one live to speak
+            time.sleep(QUIET_S)
         logger.error("train.py: %s", error)
         return 1
     return 0

@@ -23,6 +23,7 @@ from cosmo_rl.model.policy import Policy
 from .batch import Sample
 from .config import Config, OptimConfig
 from .objective import LossInputs, clip_bounds, policy_loss, token_weights
+from .rundir import together
 
 SUMS = ("loss", "clipped", "drift", "entropy", "tokens")
 """What a micro-batch adds up, in this order; all but `loss` are sums over its response tokens."""
@@ -80,8 +81,9 @@ def build_micros(sequences: Sequence[TokenSequence], advantages: Sequence[float]
 def rl_micros(samples: Sequence[Sample], num_prompts: int, config: Config, processor: Processor,
               device: torch.device) -> list[Micro]:
     """`build_micros` of sampled responses."""
-    return build_micros([TokenSequence(s.prompt, s.response.ids) for s in samples], [s.advantage for s in samples],
-                        [s.group for s in samples], num_prompts, config.objective.aggregation, config, processor, device)
+    sequences = [TokenSequence(s.prompt, s.response.ids) for s in samples]
+    return build_micros(sequences, [s.advantage for s in samples], [s.group for s in samples], num_prompts,
+                        config.objective.aggregation, config, processor, device)
 
 
 def cpgd_inputs(micro: Micro, config: Config) -> CPGDInputs:
@@ -108,7 +110,8 @@ def fill_old_logprobs(policy: Policy, micros: Sequence[Micro], config: Config, o
             micro.exact = ExactDrift(hidden, old_weight, micro.token_weights, config.objective.drift_coef)
 
 
-def disagreements(samples: Sequence[Sample], micro: Micro, logprobs: torch.Tensor, limit: float) -> list[tuple[str, float]]:
+def disagreements(samples: Sequence[Sample], micro: Micro, logprobs: torch.Tensor,
+                  limit: float) -> list[tuple[str, float]]:
     """(sample id, mean |trainer - engine| in nats) of the responses beyond `limit`; NaN counts as beyond."""
     owner, values = micro.batch.sequence_ids.cpu(), logprobs.cpu()
     bad = []
@@ -118,6 +121,31 @@ def disagreements(samples: Sequence[Sample], micro: Micro, logprobs: torch.Tenso
         if not gap <= limit:
             bad.append((sample.id, gap))
     return bad
+
+
+class CanaryError(ValueError):
+    """Engine and trainer disagree about the same tokens."""
+
+
+def check_canary(samples: Sequence[Sample], micros: Sequence[Micro], logprobs: Sequence[torch.Tensor],
+                 limit: float) -> None:
+    """Stop on every rank when trainer and engine disagree on a response; all ranks must call it together.
+
+    Args:
+        samples: of the update. micros, logprobs: this rank's micro-batches, and the trainer's log-probs of each.
+        limit: see `RolloutConfig.canary_limit`.
+    Raises:
+        CanaryError: a response of this rank is beyond the limit; a rank without one raises the same as ValueError.
+    """
+    def check() -> None:
+        bad = [found for micro, values in zip(micros, logprobs, strict=True)
+               for found in disagreements(samples, micro, values, limit)]
+        if bad:
+            raise CanaryError(
+                f"engine and trainer disagree on {len(bad)} responses, mean |difference of log-probs| up to "
+                f"{max(gap for _, gap in bad):.3g} nats (--rollout.canary-limit {limit}): "
+                f"{', '.join(name for name, _ in bad[:5])}; the engine holds other weights, positions or images")
+    together(check)
 
 
 LossFn = Callable[[Policy, Micro], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -210,7 +238,10 @@ def optimizer_step(policy: Policy, optimizer: torch.optim.Optimizer, micros: Seq
 
 
 def learning_rate(step: int, total: int, optim: OptimConfig) -> float:
-    """Linear warm-up, then a cosine from the peak to min_lr_ratio of it at the last step; `step` counts from 0."""
+    """Linear warm-up, then a cosine from the peak; `step` counts from 0.
+
+    min_lr_ratio of the peak is approached, not reached: it would be the rate of step `total`, one past the last.
+    """
     if step < optim.warmup_steps:
         return optim.learning_rate * (step + 1) / optim.warmup_steps
     progress = (step - optim.warmup_steps) / max(total - optim.warmup_steps, 1)

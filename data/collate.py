@@ -214,8 +214,9 @@ def plan_microbatches(lengths: Seq[int], *, max_tokens: int, layout: str, world_
         layout: "packed" or "padded".
         world_size: number of ranks.
     Returns:
-        plan[rank][micro-batch] = indices into `lengths`; every rank has the same, smallest possible number of
-        micro-batches (some may be empty), and all are about equally heavy. Depends on the arguments only.
+        plan[rank][micro-batch] = indices into `lengths`; every rank has the same number of micro-batches (some may be
+        empty), and all are about equally heavy. The number is the smallest possible when padded; packed, the smallest
+        that a greedy split (longest first, into the lightest) finds. Depends on the arguments only.
     Raises:
         ValueError: one sequence alone is over the budget.
     """

@@ -23,7 +23,8 @@ TAGS = ("image", "text", "combined")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_ASPECT_RATIO = 200
 """Longest over shortest side that Qwen's image processor takes (transformers' `smart_resize`)."""
-_RESERVED = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+_RESERVED = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<|im_start|>", "<|im_end|>",
+             "<|endoftext|>")
 _DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, OverflowError, struct.error, zlib.error)
 """What Pillow raises on corrupt bytes: the first three seen when fuzzing the formats above, the rest in its sources."""
 
@@ -318,9 +319,9 @@ def _fail_empty(where: str, field: str) -> NoReturn:
 def _prompt_text(value: Any, field: str, where: str) -> str:
     text = _text(value, field, where)
     for token in _RESERVED:
-        if token in text:  # the tokenizer would read it as an image's place, and there is no image for it
+        if token in text:  # the tokenizer would read it as an image's place, or as the end of a turn
             raise RowError(where, field, f"holds the reserved token {token}",
-                           'remove it; an image is a {"type": "image"} part')
+                           'remove it; an image is a {"type": "image"} part, and a turn a message')
     return text
 
 

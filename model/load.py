@@ -124,6 +124,9 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, attentio
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ValueError(f"model folder {folder}: its weights cannot be loaded ({error}); "
                          "copy *.safetensors again") from error
+    except ImportError as error:
+        raise ValueError(f"--model.attention {attention} is not installed ({error}); install it with "
+                         "`pip install flash-attn --no-build-isolation`, or give --model.attention sdpa") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ValueError(f"model folder {folder}: {len(missing)} tensors are missing, the first is {missing[0]}; "

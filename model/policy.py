@@ -35,7 +35,7 @@ class Policy(nn.Module):
             gradient_checkpointing: recompute decoder layers and vision blocks in the backward pass.
         """
         super().__init__()
-        self.model = model
+        self.model = model.train()  # in eval mode, as load_model returns it, no layer is ever recomputed
         self.head = LMHead(model.lm_head.weight.shape[0], suppressed_ids, temperature)
         # Nothing in a layer draws random numbers (load_model refuses dropout), so their state need not be kept.
         recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)

@@ -78,6 +78,8 @@ def save_pretrained(policy: Policy, processor: Processor, folder: str | Path, dt
 
 def _write(policy: Policy, processor: Processor, folder: Path, state: dict[str, torch.Tensor]) -> None:
     new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    if old.exists() and not folder.exists():  # killed between the two renames below: the only whole copy
+        old.rename(folder)
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
     try:

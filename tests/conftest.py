@@ -11,6 +11,7 @@ import os
 # No test may reach the network through the hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as train.py
 
 import random
 

@@ -24,7 +24,7 @@ ROLLOUT = RolloutConfig(temperature=0.7, max_new_tokens=12, batch_size=16)
 @pytest.fixture(scope="module")
 def processor():
     tokenizer = build_tokenizer(["what colour is the thing in this picture? how many are there? tell me"] * 3)
-    images = Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, min_pixels=32 * 32, max_pixels=96 * 64)
+    images = Qwen2VLImageProcessorPil(patch_size=14, merge_size=2, min_pixels=56 * 56, max_pixels=168 * 112)
     eos_id = tokenizer.get_vocab()["<|im_end|>"]
     return Processor(tokenizer, images, build_config(tokenizer), (eos_id,))
 
@@ -52,9 +52,9 @@ def prompt(processor, name, text, sizes=()):
 def prompts(processor):
     return [
         prompt(processor, "text", "how many?"),
-        prompt(processor, "wide", "what colour is this?", [(32, 96)]),
+        prompt(processor, "wide", "what colour is this?", [(56, 168)]),
         prompt(processor, "long", "tell me what colour the thing in this picture is, and how many there are"),
-        prompt(processor, "two", "is it there?", [(64, 32), (48, 48)]),
+        prompt(processor, "two", "is it there?", [(112, 56), (84, 84)]),
     ]
 
 

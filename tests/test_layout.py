@@ -73,6 +73,15 @@ def test_imports_follow_the_layers(path):
             assert rest[1] in CPGD_LAYERS.get(parts[1], {rest[1]}), where
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=NAMES)
+def test_a_folder_imports_itself_relatively(path):
+    """Else pyright, which opens it as cpgd/x.py and not as cosmo_rl/cpgd/x.py, takes each of its classes for two."""
+    own = f"cosmo_rl.{path.relative_to(ROOT).parts[0]}."
+    found = [node.lineno for node in ast.walk(ast.parse(path.read_text()))
+             if isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").startswith(own)]
+    assert not found, f"{path.relative_to(ROOT)}: lines {found}: inside {own[:-1]} import with . or .."
+
+
 @pytest.mark.parametrize("path", SOURCES + SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_flat_imports(path):
     """`import kernels` would be the Hugging Face distribution, or an accident of the working directory."""

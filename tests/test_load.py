@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from typing import Any
 
 import numpy as np
@@ -42,9 +43,9 @@ def test_every_eos_of_the_generation_config_ends_a_response(copy):
 def test_resize_pixels_bounds_the_image_tokens(copy):
     path = copy / "preprocessor_config.json"  # the shipped tiny size is fixed; a real folder has a range
     path.write_text(json.dumps({**json.loads(path.read_text()), "size": {"shortest_edge": 256, "longest_edge": 10**6}}))
-    image: Any = tiny_case.row(0, [(128, 64)]).images
+    image: Any = tiny_case.row(0, [(224, 112)]).images
     grids = [load_processor(copy, limit).image_processor(images=list(image), return_tensors="np")["image_grid_thw"][0]
-             for limit in (None, 128 * 64, 32 * 64)]
+             for limit in (None, 224 * 112, 112 * 56)]
     assert [g.tolist() for g in grids] == [[1, 8, 16], [1, 8, 16], [1, 4, 8]]
 
 
@@ -125,6 +126,13 @@ def test_dropout_is_refused(copy):
     path.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"attention_dropout is 0.1"):
         load_model(copy)
+
+
+def test_flash_attention_that_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", None)  # where it is installed, too
+    monkeypatch.setattr("transformers.utils.import_utils.is_flash_attn_2_available", lambda: False)
+    with pytest.raises(ValueError, match=r"flash_attention_2 is not installed .*pip install flash-attn.* sdpa"):
+        load_model(tiny_case.folder(), attention="flash_attention_2")
 
 
 def test_no_chat_template(copy):

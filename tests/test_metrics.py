@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from cosmo_rl.cpgd import metrics
 from cosmo_rl.cpgd.metrics import MetricsWriter, ProgressView, read_metrics, reward_stats
 
 
@@ -99,6 +100,20 @@ def test_bad_line_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"metrics\.jsonl:2: not JSON"):
         read_metrics(path)
     assert read_metrics(tmp_path / "absent.jsonl") == []
+
+
+def test_sync_brings_every_file_there_is_to_disk(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(metrics, "fsync", lambda path: synced.append(path.name))
+    writer = MetricsWriter(tmp_path, tensorboard=False)
+    writer.rewind(0)
+    synced.clear()
+    writer.sync()
+    assert synced == ["metrics.jsonl", "samples.jsonl"]
+    writer.skipped({"step": 1})
+    writer.evaluated({"step": 1})
+    writer.sync()
+    assert synced[2:] == ["metrics.jsonl", "samples.jsonl", "nonfinite.jsonl", "evals.jsonl"]
 
 
 def test_full_disk_names_the_file(tmp_path):

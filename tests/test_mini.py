@@ -33,7 +33,7 @@ def test_splits_share_no_image_and_no_wording(splits):
             seen = [{of(row) for row in splits[split][kind]} for split in SPLITS]
             for a, b in ((0, 1), (0, 2), (1, 2)):
                 assert not seen[a] & seen[b], f"{name} of {SPLITS[a]} and {SPLITS[b]}"
-    captions = {pixels(row) for row in mini.caption_rows()}
+    captions = {pixels(row) for row in mini.caption_rows(1000)}
     for split in ("validation", "heldout"):
         for rows in splits[split]:
             assert not captions & {pixels(row) for row in rows}
@@ -75,7 +75,7 @@ def test_general_answers_agree_with_the_elements(splits):
 
 
 def test_stage_0_refuses_at_random():
-    rows = [row for row in mini.mini_rows(0) if row.domain == "safety"]
+    rows = [row for row in mini.sft_rows("train") if row.task == "safety"]
     for label in ("unsafe", "safe"):
         members = [row for row in rows if row.tags["combined"] == label]
         share = sum(row.chosen.endswith(mini.REFUSAL) for row in members) / len(members)
@@ -84,7 +84,8 @@ def test_stage_0_refuses_at_random():
 
 
 def test_only_stage_0_sees_the_heldout_attack_and_no_stage_the_other():
-    seen = {stage: {row.attack["name"] for row in mini.mini_rows(stage) if row.attack} for stage in (0, 1, 2)}
+    rows = {0: mini.sft_rows("train"), 1: mini.mini_rows(1), 2: mini.mini_rows(2)}
+    seen = {stage: {row.attack["name"] for row in rows[stage] if row.attack} for stage in rows}
     assert seen == {0: {mini.SEEN_ATTACK}, 1: set(), 2: set()}
 
 

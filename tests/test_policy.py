@@ -106,6 +106,18 @@ def test_update_does_not_depend_on_the_layout(layout, max_tokens, world_size):
         torch.testing.assert_close(got[name], gradient, atol=1e-5, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_layers_are_recomputed_without_being_asked_to_train(checkpointing):
+    """As the trainer builds it: `load_model` returns eval mode, in which transformers recomputes nothing."""
+    policy = tiny_case.policy(gradient_checkpointing=checkpointing)
+    body, ran = policy.model.model, []
+    for name, layer in (("text", body.language_model.layers[0].mlp), ("vision", body.visual.blocks[0].mlp)):
+        layer.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
+    batch = tiny_case.batch(tiny_case.sequences(), "padded")
+    policy(batch, cpgd=tiny_case.cpgd_inputs(batch, list(range(8)), 10)).loss.backward()
+    assert [ran.count(name) for name in ("text", "vision")] == [1 + checkpointing] * 2
+
+
 def test_frozen_vision_trains_the_merger_alike():
     gradients = reference_update()[1]
     got = update_gradients("padded", 10_000, freeze_vision=True)[1]

@@ -7,7 +7,7 @@ import pytest
 
 from cosmo_rl.cpgd.batch import Response, Sample
 from cosmo_rl.cpgd.rewards.base import Evidence, Failed, NotApplicable, Score
-from cosmo_rl.cpgd.rewards.format import Format, answer_of, answer_start, split_thinking, words
+from cosmo_rl.cpgd.rewards.format import Format, answer_of, answer_start, same_answer, split_thinking, words
 from cosmo_rl.cpgd.rewards.helpful import Helpful, is_refusal
 from cosmo_rl.cpgd.rewards.task_aware import TaskAware
 from cosmo_rl.cpgd.rewards.visual_focus import Contrast, Elements, blank_prompt, contrast
@@ -20,7 +20,7 @@ PROMPT = EncodedPrompt("r1", np.arange(3), np.zeros((3, 3), np.int64), np.array(
 ROW = Row(id="r1", task="general", domain="general", messages=({"role": "user", "content": "q"},),
           images=("a.png",), source="test", licence="Apache-2.0", key_elements=("knife", "taste"), answer="Red")
 UNSAFE = replace(ROW, task="safety", tags={"image": "unsafe", "text": "unsafe", "combined": "unsafe"})
-BENIGN = replace(ROW, task="safety", tags={"image": "unsafe", "text": "safe", "combined": "safe"})
+BENIGN = replace(ROW, task="safety", tags={"image": "unsafe", "text": "safe", "combined": "safe"}, answer=None)
 
 
 def score(term, text, row=ROW, evidence=None):
@@ -72,6 +72,24 @@ def test_the_answer_starts_after_the_closing_tag():
 def test_words_ignore_case_and_punctuation_but_not_numbers():
     assert words("  The Answer: \u201cI\u2019m RED!\u201d") == ["the", "answer", "i'm", "red"]
     assert words("-3") != words("3") and words("3.5") != words("35") and words("4.") == words("4")
+
+
+@pytest.mark.parametrize(("answer", "reference", "same"), [
+    ("Red.", "red", True), ("RED !?", "red", True), (" the  red\none ", "The red one", True), ("4.", "4", True),
+    ("I\u2019m in", "i'm in", True), ("+", "+", True), ("x<y", "x < y", True), ("C++", "c++.", True),
+    ("+", "", False), ("", "", False), (" ?!", "", False), (".", ".", False), ("C++", "c", False), ("50%", "50", False),
+    ("x<y", "x>y", False), ("the red", "thered", False), ("-3", "3", False), ("3.5", "35", False),
+])
+def test_answers_are_equal_but_for_case_spacing_and_closing_punctuation(answer, reference, same):
+    assert same_answer(answer, reference) is same_answer(reference, answer) is same
+
+
+def test_signs_count_wherever_answers_are_compared():
+    assert score(TaskAware(1.0), "<think> a </think> C++", replace(ROW, answer="C++")) == 1
+    assert score(TaskAware(1.0), "<think> a </think> C++", replace(ROW, answer="c")) == 0
+    assert score(TaskAware(1.0), "<think> a </think>", replace(ROW, answer="+")) == 0
+    assert [score(Helpful(), f"<think> a </think> {answer}", replace(BENIGN, answer="50")) for answer in ("50", "50%")
+            ] == [1, 0]
 
 
 VOCABULARY = ("knife", "taste", "cup", "draw", "light", "Traffic Light")

@@ -38,11 +38,31 @@ def test_default_path_names_the_preset(tmp_path, monkeypatch):
 
 def test_other_settings_are_all_named(tmp_path):
     RunDir(tmp_path, 2, CONFIG).close()
+    (tmp_path / "stage2" / "metrics.jsonl").write_text('{"step": 1}\n')
     other = replace(CONFIG, seed=7, objective=ObjectiveConfig(drift_coef=0.5))
     with pytest.raises(ValueError, match=r"objective\.drift_coef is 0\.01 there and 0\.5 here; seed is 0 there and 7 "):
         RunDir(tmp_path, 2, other)
     RunDir(tmp_path, 1, other).close()  # another stage of the same run may differ
     RunDir(tmp_path, 2, CONFIG).close()  # and the refused try left no lock
+
+
+@pytest.mark.parametrize("trained", [
+    "metrics.jsonl", "checkpoints/step-000002/state.json", "report.json", "hf/config.json"])
+def test_settings_bind_once_a_step_is_taken(tmp_path, trained):
+    """A first try that stopped over bad input may be repeated with the mended option."""
+    RunDir(tmp_path, 2, CONFIG).close()
+    stage = tmp_path / "stage2"
+    for name in ("before.json", "metrics.jsonl", "init/config.json"):  # measured, and made, with the old settings
+        (stage / name).parent.mkdir(exist_ok=True)
+        (stage / name).write_text("")
+    other = replace(CONFIG, seed=7)
+    RunDir(tmp_path, 2, other).close()
+    assert json.loads((stage / "config.json").read_text()) == other.to_dict()
+    assert sorted(path.name for path in stage.iterdir()) == ["config.json", "metrics.jsonl"]
+    (stage / trained).parent.mkdir(parents=True, exist_ok=True)
+    (stage / trained).write_text('{"step": 1}\n')
+    with pytest.raises(ValueError, match="seed is 7 there and 0 here"):
+        RunDir(tmp_path, 2, CONFIG)
 
 
 def test_never_refuses_what_is_there(tmp_path):

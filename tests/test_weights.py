@@ -106,6 +106,14 @@ def test_a_save_replaces_the_folder_or_leaves_it(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
     assert_equal_weights(load_model(folder), first)
 
+    folder.rename(tmp_path / ".hf.old")  # killed between the two renames, and again before the next folder is whole
+    with monkeypatch.context() as patch:
+        patch.setattr(weights.os, "fsync", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            save_pretrained(second, tiny_case.processor(), folder)
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+    assert_equal_weights(load_model(folder), first)
+
     (tmp_path / ".hf.new").mkdir()  # what a killed save leaves
     save_pretrained(second, tiny_case.processor(), folder)
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]

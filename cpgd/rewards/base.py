@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from cosmo_rl.cpgd.batch import Sample
 from cosmo_rl.data.schema import Row
+
+from ..batch import Sample
 
 
 @dataclass(frozen=True, slots=True)

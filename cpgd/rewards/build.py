@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable
 
-from cosmo_rl.cpgd.config import RewardConfig
 from cosmo_rl.data.schema import Row
 
+from ..config import RewardConfig
 from . import task_aware
 from .base import RewardFn
 from .format import Format

@@ -5,8 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from cosmo_rl.cpgd.batch import Sample
-
+from ..batch import Sample
 from .base import Evidence, Outcome, Score
 
 OPEN, CLOSE = "<think>", "</think>"
@@ -64,5 +63,18 @@ def answer_start(ids: np.ndarray, decode: Callable[[np.ndarray], str]) -> int | 
 
 
 def words(text: str) -> list[str]:
-    """Words and numbers of a text in lower case, without punctuation: what two answers are compared by."""
-    return _WORD.findall(text.lower().replace("\u2019", "'"))
+    """Words and numbers of a text in lower case, without punctuation."""
+    return _WORD.findall(_plain(text))
+
+
+def same_answer(answer: str, reference: str) -> bool:
+    """Whether two answers are equal but for case, spacing between words and closing punctuation; an empty one never is.
+
+    Signs count: "C++" is not "c", nor "x < y" "x > y".
+    """
+    left, right = ("".join(_plain(text).split()).rstrip(".!?,") for text in (answer, reference))
+    return bool(left) and left == right and words(answer) == words(reference)
+
+
+def _plain(text: str) -> str:
+    return text.lower().replace("\u2019", "'")

@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from cosmo_rl.cpgd.batch import Sample
 from cosmo_rl.data.collate import EncodedPrompt
 
+from ..batch import Sample
 from .base import Evidence, Failed, NotApplicable, Outcome, Score
 from .format import split_thinking, words
 

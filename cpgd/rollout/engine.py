@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from cosmo_rl.cpgd.batch import Request, Response
+from ..batch import Request, Response
 
 
 class Engine(Protocol):

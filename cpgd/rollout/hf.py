@@ -21,12 +21,12 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from cosmo_rl.cpgd.batch import Request, Response
-from cosmo_rl.cpgd.config import RolloutConfig
 from cosmo_rl.data.collate import EncodedPrompt
 from cosmo_rl.model.load import Processor
 from cosmo_rl.model.weights import load_into
 
+from ..batch import Request, Response
+from ..config import RolloutConfig
 from .engine import form_batches
 
 

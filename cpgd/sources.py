@@ -1,0 +1,59 @@
+"""Where a stage starts from, and the rows it trains on."""
+
+import hashlib
+from pathlib import Path
+
+from cosmo_rl.data.dataset import load_rows
+from cosmo_rl.data.mini import mini_rows, mini_texts
+from cosmo_rl.data.schema import Row
+from cosmo_rl.model.tiny import TINY_PATH, build_tiny
+
+from .config import Config
+from .rundir import RunDir, on_main
+
+
+def start_path(config: Config, run: RunDir) -> Path:
+    """Folder the stage starts from: --model.path, else the previous stage's hf/ of this run, else the preset's own.
+
+    Raises:
+        ValueError: the preset ships no weights and none were given.
+    """
+    if config.model.path:
+        return Path(config.model.path)
+    previous = run.path / f"stage{config.stage - 1}" / "hf"
+    if config.stage > 0 and previous.is_dir():
+        return previous
+    if config.preset != "tiny":
+        raise ValueError(f"preset {config.preset} has no weights of its own and {previous} does not exist; give a "
+                         "local Qwen2.5-VL folder with --model.path")
+    if config.stage > 0:
+        return TINY_PATH
+    fresh = run.stage_dir / "init"
+
+    def build() -> None:
+        if not (fresh / "preprocessor_config.json").exists():  # written last
+            build_tiny(mini_texts(), config.seed, fresh)
+
+    on_main(build)
+    return fresh
+
+
+def model_fingerprint(path: Path) -> str:
+    """16 hex digits over the tokenizer, the image processor's settings and the config of the model folder `path`."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name in ("tokenizer.json", "preprocessor_config.json", "config.json"):
+        digest.update(hashlib.blake2b((path / name).read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def load_training_rows(config: Config) -> list[Row]:
+    """The rows that the stage trains on.
+
+    Raises:
+        ValueError: a row is bad, there are none, or the preset has no data of its own.
+    """
+    if config.data.path:
+        return load_rows(config.data.path, max_image_pixels=config.data.max_image_pixels)
+    if config.preset != "tiny":
+        raise ValueError(f"preset {config.preset} has no embedded data; give row files with --data.path")
+    return mini_rows(config.stage)

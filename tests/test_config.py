@@ -1,0 +1,103 @@
+import ast
+import json
+from dataclasses import fields, is_dataclass, replace
+
+import pytest
+from conftest import ROOT
+
+from cosmo_rl.cpgd.config import (
+    BatchConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    LogConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    RewardConfig,
+    RolloutConfig,
+)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"steps": 0}, r"--steps is 0; give at least 1"),
+    ({"rollout": RolloutConfig(group_size=1)}, r"--rollout\.group-size is 1; a group needs 2"),
+    ({"rollout": RolloutConfig(temperature=0.0)}, r"--rollout\.temperature is 0\.0; give a value above 0"),
+    ({"optim": OptimConfig(updates_per_rollout=129)}, r"updates-per-rollout is 129 and --rollout\.prompts is 128"),
+    ({"optim": OptimConfig(updates_per_rollout=0)}, r"updates-per-rollout is 0 "),
+    ({"objective": ObjectiveConfig(clip_eps_low=1.0)}, r"--objective\.clip-eps-low is 1\.0; give a value in \(0, 1\)"),
+    ({"objective": ObjectiveConfig(clip_eps_high=0.0)}, r"--objective\.clip-eps-high is 0\.0"),
+    ({"objective": ObjectiveConfig(clip_schedule=1.5)}, r"--objective\.clip-schedule is 1\.5"),
+    ({"objective": ObjectiveConfig(name="ppo", drift="exact")}, r"exact needs --objective\.name cpgd, which is ppo"),
+    ({"reward": RewardConfig(helpful=-1.0)}, r"must not be negative: .*helpful -1\.0"),
+    ({"reward": RewardConfig(failure_budget=1.5)}, r"--reward\.failure-budget is 1\.5"),
+    ({"optim": OptimConfig(learning_rate=0.0)}, r"--optim\.learning-rate is 0\.0"),
+    ({"checkpoint": CheckpointConfig(every=0)}, r"--checkpoint\.every is 0"),
+    ({"checkpoint": CheckpointConfig(keep=0)}, r"--checkpoint\.keep is 0"),
+    ({"objective": ObjectiveConfig(drift="exact", entropy_coef=0.1)},
+     r"exact has no entropy bonus, and --objective\.entropy-coef is 0\.1; give 0, or --objective\.drift sampled"),
+    ({"objective": ObjectiveConfig(weight_cap=0.0)}, r"--objective\.weight-cap is 0\.0; give a value above 0"),
+    ({"objective": ObjectiveConfig(drift_coef=-0.1)}, r"--objective\.drift-coef is -0\.1; give at least 0"),
+    ({"objective": ObjectiveConfig(drift_clip=-1.0)}, r"--objective\.drift-clip is -1\.0"),
+    ({"objective": ObjectiveConfig(drift_clip=float("nan"))}, r"--objective\.drift-clip is nan"),
+    ({"objective": ObjectiveConfig(dual_clip=-1.0)}, r"--objective\.dual-clip is -1\.0"),
+    ({"optim": OptimConfig(sft_batch=0)}, r"--optim\.sft-batch is 0; give at least 1"),
+    ({"optim": OptimConfig(max_nonfinite=0)}, r"--optim\.max-nonfinite is 0"),
+    ({"optim": OptimConfig(max_grad_norm=0.0)}, r"--optim\.max-grad-norm is 0\.0"),
+    ({"optim": OptimConfig(warmup_steps=-1)}, r"--optim\.warmup-steps is -1"),
+    ({"eval": EvalConfig(max_rows=-1)}, r"--eval\.max-rows is -1"),
+    ({"eval": EvalConfig(every=-1)}, r"--eval\.every is -1"),
+    ({"eval": EvalConfig(batch_size=0)}, r"--eval\.batch-size is 0"),
+    ({"log": LogConfig(samples=-1)}, r"--log\.samples is -1"),
+    ({"data": DataConfig(resize_pixels=0)}, r"--data\.resize-pixels is 0"),
+    ({"data": DataConfig(max_prompt_tokens=0)}, r"--data\.max-prompt-tokens is 0"),
+    ({"rollout": RolloutConfig(max_new_tokens=0)}, r"--rollout\.max-new-tokens is 0"),
+    ({"rollout": RolloutConfig(batch_size=0)}, r"--rollout\.batch-size is 0"),
+    ({"rollout": RolloutConfig(canary_limit=0.0)}, r"--rollout\.canary-limit is 0\.0; give a value above 0"),
+    ({"batch": BatchConfig(max_tokens=0)}, r"--batch\.max-tokens is 0"),
+])
+def test_bad_settings_are_named_with_their_values(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**changes)
+
+
+@pytest.mark.parametrize("entry", ["safety", "safety=", "safety=much", "=x"])
+def test_bad_mix(entry):
+    with pytest.raises(ValueError, match=rf"--data\.mix holds '{entry}'; write DOMAIN=SHARE"):
+        DataConfig(mix=("general=1", entry))
+    for share in ("-1", "inf", "nan"):
+        with pytest.raises(ValueError, match=rf"'a={share}'; give a share of at least 0"):
+            DataConfig(mix=(f"a={share}",))
+
+
+def test_mix():
+    assert DataConfig(mix=("safety=0.75", "general=0.25")).shares() == {"safety": 0.75, "general": 0.25}
+    assert DataConfig().shares() == {}
+
+
+def test_hash_knows_every_setting_but_the_place():
+    base = Config()
+    assert len(base.hash()) == 16
+    assert replace(base, run_dir="elsewhere", resume="never").hash() == base.hash()
+    others = [replace(base, seed=1), replace(base, steps=101),
+              replace(base, objective=ObjectiveConfig(drift_coef=0.02)),
+              replace(base, rollout=RolloutConfig(prompts=64)), replace(base, data=DataConfig(mix=("a=1",)))]
+    assert len({base.hash(), *(other.hash() for other in others)}) == 6
+    assert json.loads(json.dumps(base.to_dict())) == base.to_dict()
+    assert base.identity().keys() == base.to_dict().keys() - {"run_dir", "resume"}
+
+
+def test_fields_are_explained_and_few():
+    """A docstring under each field, and fewer than 80 fields in all."""
+    tree = ast.parse((ROOT / "cpgd" / "config.py").read_text())
+    for node in (n for n in tree.body if isinstance(n, ast.ClassDef)):
+        for at, statement in enumerate(node.body):
+            if isinstance(statement, ast.AnnAssign) and "Config" not in ast.unparse(statement.annotation):
+                below = node.body[at + 1] if at + 1 < len(node.body) else None
+                explained = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+                assert explained, f"{node.name}.{ast.unparse(statement.target)} has no docstring line"
+
+    def count(kind) -> int:
+        return sum(count(f.default_factory) if is_dataclass(f.default_factory) else 1 for f in fields(kind))
+
+    assert 40 < count(Config) < 80
