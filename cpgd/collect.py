@@ -54,7 +54,7 @@ def sample_groups(engine: Engine, rows: Sequence[Row], prompts: Sequence[Encoded
             requests.append(Request(prompt, k, request_seed(config.seed, config.stage, step, prompt.id, draw)))
         times[prompt.id] += 1
     responses = generate(engine, requests, config.rollout.batch_size)
-    texts = processor.tokenizer.batch_decode([r.ids for r in responses], skip_special_tokens=True)
+    texts = processor.tokenizer.batch_decode([r.ids.tolist() for r in responses], skip_special_tokens=True)
     size = config.rollout.group_size
     return [
         Sample(row=rows[i // size], prompt=prompts[i // size], group=i // size, k=i % size, response=response,

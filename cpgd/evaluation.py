@@ -105,7 +105,7 @@ def evaluate(engine: Engine, suite: Mapping[str, Sequence[Row]], encode: Encode,
                     for prompt in _encoded(rows, encode)]
         for is_greedy, answered in ((False, sampled), (True, greedy)):
             responses = generate(engine, requests, config.eval.batch_size, greedy=is_greedy)
-            texts = processor.tokenizer.batch_decode([r.ids for r in responses], skip_special_tokens=True)
+            texts = processor.tokenizer.batch_decode([r.ids.tolist() for r in responses], skip_special_tokens=True)
             answered += [Answered(group, row, text) for row, text in zip(rows, texts, strict=True)]
     return numbers(sampled), numbers(greedy), sampled
 

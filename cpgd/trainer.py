@@ -80,8 +80,8 @@ class Trainer:
             [p for p in self.policy.parameters() if p.requires_grad], lr=optim.learning_rate, betas=optim.betas,
             eps=optim.eps, weight_decay=optim.weight_decay)
         self.dtype = dtype
-        self.engine = HFEngine(
-            load_model(path, dtype=dtype, attention=config.model.attention).to(device), self.processor, config.rollout)
+        sampler: Any = load_model(path, dtype=dtype, attention=config.model.attention)
+        self.engine = HFEngine(sampler.to(device), self.processor, config.rollout)
         self.loss_fn = rl_loss(config)
         self.step, self.iteration, self.skipped_in_row, self.trained_s = 0, 0, 0, 0.0
 

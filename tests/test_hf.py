@@ -16,7 +16,7 @@ from cosmo_rl.cpgd.rollout.hf import HFEngine, _Sampler, _uniforms
 from cosmo_rl.data.collate import encode_prompt
 from cosmo_rl.data.schema import Row
 from cosmo_rl.model.load import Processor
-from cosmo_rl.model.tiny import build_config, build_tokenizer
+from cosmo_rl.model.tiny import INIT_RANGE, build_config, build_tokenizer
 
 ROLLOUT = RolloutConfig(temperature=0.7, max_new_tokens=12, batch_size=16)
 
@@ -31,10 +31,11 @@ def processor():
 
 @pytest.fixture
 def model(processor):
-    torch.manual_seed(0)
+    torch.manual_seed(2)
     model = Qwen2_5_VLForConditionalGeneration(processor.config)
     for name, parameter in model.named_parameters():  # at their initial size neither images nor positions tell
-        parameter.data.mul_(4 if "embed_tokens" in name or "visual" in name else 3)
+        scale = 4 if "embed_tokens" in name or "visual" in name else 3
+        parameter.data.mul_(scale if parameter.ndim == 1 else scale * 0.02 / INIT_RANGE)
     model.generation_config.repetition_penalty = 5.0  # as a model folder may bring it
     return model.eval()
 

@@ -1,6 +1,7 @@
 """One forward, however it is laid out: equal to plain transformers, to itself packed, padded, split and recomputed."""
 
 import functools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -110,7 +111,8 @@ def test_update_does_not_depend_on_the_layout(layout, max_tokens, world_size):
 def test_layers_are_recomputed_without_being_asked_to_train(checkpointing):
     """As the trainer builds it: `load_model` returns eval mode, in which transformers recomputes nothing."""
     policy = tiny_case.policy(gradient_checkpointing=checkpointing)
-    body, ran = policy.model.model, []
+    body: Any = policy.model.model
+    ran: list[str] = []
     for name, layer in (("text", body.language_model.layers[0].mlp), ("vision", body.visual.blocks[0].mlp)):
         layer.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
     batch = tiny_case.batch(tiny_case.sequences(), "padded")

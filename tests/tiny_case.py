@@ -14,7 +14,7 @@ from cosmo_rl.data.collate import EncodedPrompt, MicroBatch, Sequence, collate, 
 from cosmo_rl.data.schema import Row
 from cosmo_rl.model.load import Processor, load_model, load_processor
 from cosmo_rl.model.policy import CPGDInputs, Policy
-from cosmo_rl.model.tiny import build_tiny
+from cosmo_rl.model.tiny import INIT_RANGE, build_tiny
 
 TEXTS = ["what is this?", "a red circle", "sorry i can not help with that", "sure here is how", "user\n", "assistant\n"]
 # Two images; none; one tall; one wide between texts.
@@ -31,7 +31,7 @@ def folder() -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter.mul_(4)
+                parameter.mul_(0.08 / INIT_RANGE)
     model.save_pretrained(path)
     return path
 
