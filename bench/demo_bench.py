@@ -10,7 +10,6 @@ import csv
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -29,15 +28,17 @@ def run(seed: int, stage: int, folder: Path, extra: list[str]) -> dict:
     command = [Path(sys.executable).with_name("torchrun"), ROOT / "train.py", "--stage", stage, "--seed", seed,
                "--run-dir", folder, *extra]
     started = time.perf_counter()
-    subprocess.run([str(part) for part in command], check=True, cwd=ROOT)
+    process = subprocess.Popen([str(part) for part in command], cwd=ROOT)
+    _, status, usage = os.wait4(process.pid, 0)  # its usage counts the workers, and no earlier run
+    if status:
+        sys.exit(f"{' '.join(map(str, command))}: exit status {os.waitstatus_to_exitcode(status)}")
     seconds = time.perf_counter() - started
     report = json.loads((folder / f"stage{stage}" / "report.json").read_text())
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True,
                             check=False)
     row = {"stage": stage, "seed": seed, "total_s": round(seconds, 1), "training_s": report["seconds"],
-           "peak_MiB": round(peak), "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),
-           "torch": version("torch"), "transformers": version("transformers"), "commit": commit.stdout.strip()}
+           "peak_MiB": round(usage.ru_maxrss / 1024), "cpu": platform.processor() or platform.machine(),
+           "cores": os.cpu_count(), "torch": version("torch"), "transformers": version("transformers"), "commit": commit.stdout.strip()}
     for when in ("before", "after"):
         row |= {f"{when}_{name}": round((report[when] or {}).get(name, float("nan")), 4) for name in MEASURES}
     return row

@@ -60,6 +60,7 @@ def main() -> None:
             sampled, _, _ = evaluate(engine, rows, encode, processor, config)
             result[name] = {key: round(value, 4) for key, value in sampled.items()}
             print(name, result[name])
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps(result, indent=2) + "\n")
 
 
