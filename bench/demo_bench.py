@@ -38,7 +38,8 @@ def run(seed: int, stage: int, folder: Path, extra: list[str]) -> dict:
                             check=False)
     row = {"stage": stage, "seed": seed, "total_s": round(seconds, 1), "training_s": report["seconds"],
            "peak_MiB": round(usage.ru_maxrss / 1024), "cpu": platform.processor() or platform.machine(),
-           "cores": os.cpu_count(), "torch": version("torch"), "transformers": version("transformers"), "commit": commit.stdout.strip()}
+           "cores": os.cpu_count(), "torch": version("torch"), "transformers": version("transformers"),
+           "commit": commit.stdout.strip()}
     for when in ("before", "after"):
         row |= {f"{when}_{name}": round((report[when] or {}).get(name, float("nan")), 4) for name in MEASURES}
     return row
