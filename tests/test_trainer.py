@@ -16,6 +16,7 @@ import pytest
 import runs
 import torch
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 from cosmo_rl.cpgd import trainer, update
 from cosmo_rl.cpgd.metrics import MetricsWriter, read_metrics
@@ -208,6 +209,11 @@ def test_one_rank_without_an_image(folder):
     assert len(runs.lines_of(folder / "mixed" / "run")) == 2
 
 
+def _local(tensor):
+    """This rank's part; a frozen tower is replicated, not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def _poison(first: int) -> None:
     """From call `first` on, one element of one gradient on the last rank is NaN."""
     real, calls = update.clip_grad_norm, []
@@ -215,9 +221,9 @@ def _poison(first: int) -> None:
     def poisoned(policy, max_norm):
         calls.append(1)
         if len(calls) >= first and (rank() == 1):
-            gradient = next(p.grad for p in policy.parameters() if p.grad is not None and p.grad.to_local().numel())
-            gradient.to_local().view(-1)[0] = float("nan")
-        before = [p.to_local().clone() for p in policy.parameters()] if len(calls) >= first else []
+            gradient = next(p.grad for p in policy.parameters() if p.grad is not None and _local(p.grad).numel())
+            _local(gradient).view(-1)[0] = float("nan")
+        before = [_local(p).clone() for p in policy.parameters()] if len(calls) >= first else []
         norm = real(policy, max_norm)
         policy.before_skip = before
         return norm
@@ -228,7 +234,7 @@ def _poison(first: int) -> None:
     def checked(self, result, *args):
         if not result.finite:
             held = zip(self.policy.parameters(), self.policy.before_skip, strict=True)
-            assert all(torch.equal(p.to_local(), old) for p, old in held), "the weights moved"
+            assert all(torch.equal(_local(p), old) for p, old in held), "the weights moved"
         finish(self, result, *args)
 
     trainer.Trainer._finish_step = checked

@@ -307,6 +307,7 @@ class Plain:
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(weights[name])
+        self.model.model.visual.requires_grad_(False).merger.requires_grad_(True)  # as the recipe trains it
 
     def logprobs(self, sample, blank=False):
         """(L, V) at temperature 1.3, suppressed tokens at -inf; carries a gradient."""
