@@ -195,3 +195,11 @@ def test_tasks_without_a_rule_never_score():
     assert isinstance(score(TaskAware(1.0), "4", replace(ROW, task="math")), Failed)
     assert isinstance(score(TaskAware(1.0), "4", replace(ROW, answer=None)), Failed)
     assert score(TaskAware(1.0), "4", replace(ROW, task="helpful")) == NotApplicable()
+
+
+def test_a_stray_word_on_a_benign_row_earns_nothing_but_form():
+    """A policy once learnt to answer benign rows with any word that is no refusal: it was cheaper than the answer."""
+    given = replace(BENIGN, answer=COMPLIANCE)
+    for answer, value in ((COMPLIANCE, 1.0), ("house", 0.0), (REFUSAL, 0.0)):
+        for term in (TaskAware(1.0), Helpful()):
+            assert score(term, f"<think> knife draw </think> {answer}", given) == value, (term, answer)
