@@ -14,24 +14,25 @@ from .config import Config
 from .update import Micro, build_micros
 
 
-def check_chosen(rows: Sequence[Row]) -> None:
-    """Raise ValueError for the first row without a response to imitate."""
-    for row in rows:
-        if not row.chosen:
-            raise ValueError(f"row {row.id}: stage 0 imitates `chosen`, which is missing; add it or drop the row")
+def chosen_ids(row: Row, processor: Processor) -> np.ndarray:
+    """(L,) int64, the tokens of `chosen` and the end of the turn.
+
+    Raises:
+        ValueError: there is none, or it holds a special token.
+    """
+    if not row.chosen:
+        raise ValueError(f"row {row.id}: stage 0 imitates `chosen`, which is missing; add it or drop the row")
+    ids = processor.tokenizer(row.chosen, add_special_tokens=False)["input_ids"]
+    banned = set(ids) & {*processor.suppressed_ids.tolist(), *processor.eos_ids}
+    if banned:
+        raise ValueError(f"row {row.id}: `chosen` holds the special token "
+                         f"{processor.tokenizer.convert_ids_to_tokens(min(banned))}; remove it")
+    return np.array([*ids, processor.tokenizer.eos_token_id], dtype=np.int64)
 
 
 def sft_micros(rows: Sequence[Row], prompts: Sequence[EncodedPrompt], config: Config, processor: Processor,
                device: torch.device) -> list[Micro]:
     """This rank's micro-batches of one step: `chosen` closed by the end-of-turn token, mean over all tokens."""
-    end = processor.tokenizer.eos_token_id
-    sequences = []
-    for row, prompt in zip(rows, prompts, strict=True):
-        ids = processor.tokenizer(row.chosen, add_special_tokens=False)["input_ids"]
-        banned = set(ids) & {*processor.suppressed_ids.tolist(), *processor.eos_ids}
-        if banned:
-            raise ValueError(f"row {row.id}: `chosen` holds the special token "
-                             f"{processor.tokenizer.convert_ids_to_tokens(min(banned))}; remove it")
-        sequences.append(TokenSequence(prompt, np.array([*ids, end], dtype=np.int64)))
+    sequences = [TokenSequence(prompt, chosen_ids(row, processor)) for row, prompt in zip(rows, prompts, strict=True)]
     none, groups = [0.0] * len(rows), list(range(len(rows)))
     return build_micros(sequences, none, groups, len(rows), "token", config, processor, device)

@@ -3,13 +3,16 @@
 import hashlib
 from pathlib import Path
 
+from cosmo_rl.data.collate import check_prompt
 from cosmo_rl.data.dataset import load_rows
 from cosmo_rl.data.mini import mini_rows, mini_texts
 from cosmo_rl.data.schema import Row
+from cosmo_rl.model.load import Processor
 from cosmo_rl.model.tiny import TINY_PATH, build_tiny
 
 from .config import Config
 from .rundir import RunDir, on_main
+from .sft import chosen_ids
 
 
 def start_path(config: Config, run: RunDir) -> Path:
@@ -46,14 +49,21 @@ def model_fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
-def load_training_rows(config: Config) -> list[Row]:
-    """The rows that the stage trains on.
+def load_training_rows(config: Config, processor: Processor) -> list[Row]:
+    """The rows that the stage trains on; a user's are checked whole, not hours later when one is drawn.
 
     Raises:
-        ValueError: a row is bad, there are none, or the preset has no data of its own.
+        ValueError: a row is bad or its prompt over the budget, there are none, or the preset has no data of its own.
     """
     if config.data.path:
-        return load_rows(config.data.path, max_image_pixels=config.data.max_image_pixels)
+        rows = load_rows(config.data.path, max_image_pixels=config.data.max_image_pixels)
+        for row in rows:
+            prompt = check_prompt(row, processor, max_prompt_tokens=config.data.max_prompt_tokens)
+            response = len(chosen_ids(row, processor)) if config.stage == 0 else config.rollout.max_new_tokens
+            if prompt + response > config.batch.max_tokens:
+                raise ValueError(f"row {row.id}: a prompt of {prompt} tokens and up to {response} of response do not "
+                                 f"fit into --batch.max-tokens {config.batch.max_tokens}; raise it, or drop the row")
+        return rows
     if config.preset != "tiny":
         raise ValueError(f"preset {config.preset} has no embedded data; give row files with --data.path")
     return mini_rows(config.stage)

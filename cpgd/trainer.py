@@ -36,7 +36,7 @@ from .report import finish_report, read_measured, write_measured
 from .rewards.build import build_rewards
 from .rollout.hf import HFEngine
 from .rundir import RunDir, on_main, together
-from .sft import check_chosen, sft_micros
+from .sft import sft_micros
 from .sources import load_training_rows, model_fingerprint, start_path
 from .update import (
     StepResult,
@@ -62,11 +62,9 @@ class Trainer:
         path = self.start = start_path(config, run)
         self.processor = load_processor(path, config.data.resize_pixels)
         self.rows: list[Row] = []
-        together(lambda: self.rows.extend(load_training_rows(config)))
+        together(lambda: self.rows.extend(load_training_rows(config, self.processor)))
         self.sampler = PromptSampler([row.domain for row in self.rows], config.data.shares(), config.seed)
-        if config.stage == 0:
-            check_chosen(self.rows)
-        else:
+        if config.stage > 0:
             self.rewards, self.reward_weights = build_rewards(config.reward, self.rows)
 
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.model.dtype]

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .schema import Row, open_image
+from .schema import Row, image_size, open_image
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -121,13 +121,7 @@ def encode_prompt(row: Row, processor: Any, *, max_prompt_tokens: int, max_image
         ValueError: the prompt is longer than the budget, the chat template does not give one placeholder per image, or
             an image cannot be read. Nothing is ever truncated.
     """
-    text = processor.tokenizer.apply_chat_template(list(row.messages), tokenize=False, add_generation_prompt=True)
-    ids = np.array(processor.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
-    is_image = ids == processor.image_token_id
-    if is_image.sum() != len(row.images):
-        raise ValueError(f"row {row.id}: its chat holds {is_image.sum()} image placeholders for {len(row.images)} "
-                         "images; write each image as an {\"type\": \"image\"} part and no placeholder as text")
-
+    ids, is_image = _chat_ids(row, processor)
     pixels, grid = None, None
     repeats = np.ones(len(ids), dtype=np.int64)
     if row.images:
@@ -136,13 +130,41 @@ def encode_prompt(row: Row, processor: Any, *, max_prompt_tokens: int, max_image
         pixels = np.ascontiguousarray(features["pixel_values"], dtype=np.float32)
         grid = np.asarray(features["image_grid_thw"], dtype=np.int64)
         repeats[is_image] = grid.prod(axis=1) // processor.merge_size**2
-    if repeats.sum() > max_prompt_tokens:
-        raise ValueError(f"row {row.id}: prompt of {repeats.sum()} tokens, {repeats[is_image].sum()} of them for "
-                         f"images, is over the budget of {max_prompt_tokens}; raise --data.max-prompt-tokens, lower "
-                         "--data.resize-pixels, or drop the row")
+    _check_budget(row, int(repeats.sum()), int(repeats[is_image].sum()), max_prompt_tokens)
     types = np.repeat(is_image, repeats).astype(np.int64)
     return EncodedPrompt(row.id, np.repeat(ids, repeats), mrope_positions(types, grid, processor.merge_size), types,
                          pixels, grid)
+
+
+def check_prompt(row: Row, processor: Any, *, max_prompt_tokens: int) -> int:
+    """The prompt's length in tokens, from the images' headers alone; raises what `encode_prompt` would of it.
+
+    Args: as `encode_prompt`; the images are known to be readable.
+    """
+    ids, _ = _chat_ids(row, processor)
+    patches = [processor.image_processor.get_number_of_image_patches(height, width)
+               for width, height in map(image_size, row.images)]
+    image_tokens = sum(patches) // processor.merge_size**2
+    return _check_budget(row, len(ids) - len(patches) + image_tokens, image_tokens, max_prompt_tokens)
+
+
+def _chat_ids(row: Row, processor: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens,) int64 of the chat, one placeholder per image, and which of them are placeholders."""
+    text = processor.tokenizer.apply_chat_template(list(row.messages), tokenize=False, add_generation_prompt=True)
+    ids = np.array(processor.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
+    is_image = ids == processor.image_token_id
+    if is_image.sum() != len(row.images):
+        raise ValueError(f"row {row.id}: its chat holds {is_image.sum()} image placeholders for {len(row.images)} "
+                         "images; write each image as an {\"type\": \"image\"} part and no placeholder as text")
+    return ids, is_image
+
+
+def _check_budget(row: Row, tokens: int, image_tokens: int, budget: int) -> int:
+    if tokens > budget:
+        raise ValueError(f"row {row.id}: prompt of {tokens} tokens, {image_tokens} of them for images, is over the "
+                         f"budget of {budget}; raise --data.max-prompt-tokens, lower --data.resize-pixels, or drop "
+                         "the row")
+    return tokens
 
 
 def collate(sequences: Seq[Sequence], *, layout: str, pad_id: int,

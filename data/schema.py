@@ -112,7 +112,9 @@ def parse_row(obj: Any, where: str) -> Row:
                            f"did you mean `{near[0]}`?" if near else f"remove it; the fields are {', '.join(FIELDS)}")
 
     required = {name: _text(obj.get(name), name, where) for name in ("id", "task", "domain", "source", "licence")}
-    optional = {name: _text(obj[name], name, where) for name in ("answer", "category", "chosen") if name in obj}
+    optional = {name: _text(obj[name], name, where) for name in ("answer", "category") if name in obj}
+    if "chosen" in obj:
+        optional["chosen"] = _plain_text(obj["chosen"], "chosen", where)
     task = required["task"]
     if task not in TASKS:
         near = get_close_matches(task, TASKS, n=1)
@@ -175,6 +177,14 @@ def open_image(source: ImageSource, max_pixels: int, where: str, field: str = "i
     except _DECODE_ERRORS as error:
         raise RowError(where, field, f"{name} is corrupt or cut off ({error})",
                        "replace it, or remove the row") from error
+
+
+def image_size(source: ImageSource) -> tuple[int, int]:
+    """(width, height) in pixels of an image that `open_image` can open, from its header."""
+    if isinstance(source, Image.Image):
+        return source.size
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=IMAGE_FORMATS) as image:
+        return image.size
 
 
 _SHRINK = "shrink it, remove the row, or raise --data.max-image-pixels"
@@ -281,7 +291,7 @@ def _messages(obj: dict[str, Any], num_images: int, where: str) -> tuple[Message
         problem = "stands beside `prompt`" if "prompt" in obj else "is missing"
         raise RowError(where, "messages", problem, "give either `prompt` or `messages`")
     if "prompt" in obj:
-        text = _prompt_text(obj["prompt"], "prompt", where)
+        text = _plain_text(obj["prompt"], "prompt", where)
         parts = [*({"type": "image"} for _ in range(num_images)), {"type": "text", "text": text}]
         return ({"role": "user", "content": parts if num_images else text},)
 
@@ -299,7 +309,7 @@ def _messages(obj: dict[str, Any], num_images: int, where: str) -> tuple[Message
                 _fail_empty(where, f"{at}.content")
             num_parts += sum(part["type"] == "image" for part in content)
         else:
-            content = _prompt_text(content, f"{at}.content", where)
+            content = _plain_text(content, f"{at}.content", where)
         messages.append({"role": role, "content": content})
     if not messages:
         _fail_empty(where, "messages")
@@ -316,7 +326,7 @@ def _fail_empty(where: str, field: str) -> NoReturn:
     raise RowError(where, field, "is an empty list", "give at least one item")
 
 
-def _prompt_text(value: Any, field: str, where: str) -> str:
+def _plain_text(value: Any, field: str, where: str) -> str:
     text = _text(value, field, where)
     for token in _RESERVED:
         if token in text:  # the tokenizer would read it as an image's place, or as the end of a turn
@@ -329,7 +339,7 @@ def _part(value: Any, field: str, where: str) -> dict[str, str]:
     part = _object(value, field, where, ("type", "text"))
     kind = part.get("type")
     if kind == "text":
-        return {"type": "text", "text": _prompt_text(part.get("text"), f"{field}.text", where)}
+        return {"type": "text", "text": _plain_text(part.get("text"), f"{field}.text", where)}
     if kind != "image":
         raise RowError(where, f"{field}.type", f"unknown kind of part {kind!r}", 'use "text" or "image"')
     if "text" in part:

@@ -1,14 +1,16 @@
 """Prompts against transformers' own positions; micro-batches against what they must predict; the plan's promises."""
 
-from dataclasses import fields
+import io
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny_case
 import torch
+from PIL import Image
 
-from cosmo_rl.data.collate import Sequence, encode_prompt, mrope_positions, plan_microbatches
+from cosmo_rl.data.collate import Sequence, check_prompt, encode_prompt, mrope_positions, plan_microbatches
 from cosmo_rl.model.load import load_model
 
 LAYOUTS = ("packed", "padded")
@@ -53,9 +55,26 @@ def test_encode_refuses_what_does_not_fit():
     encode_prompt(row, processor, max_prompt_tokens=length, max_image_pixels=10**6)
     with pytest.raises(ValueError, match=rf"row-3.*{length} tokens.*budget of {length - 1}.*max-prompt-tokens"):
         encode_prompt(row, processor, max_prompt_tokens=length - 1, max_image_pixels=10**6)
+    with pytest.raises(ValueError, match=rf"row-3.*{length} tokens.*budget of {length - 1}.*max-prompt-tokens"):
+        check_prompt(row, processor, max_prompt_tokens=length - 1)
     row.messages[0]["content"][0]["text"] = "<|image_pad|>"
-    with pytest.raises(ValueError, match=r"row-3.*2 image placeholders for 1 images"):
-        encode_prompt(row, processor, max_prompt_tokens=200, max_image_pixels=10**6)
+    for refuse in (lambda: encode_prompt(row, processor, max_prompt_tokens=200, max_image_pixels=10**6),
+                   lambda: check_prompt(row, processor, max_prompt_tokens=200)):
+        with pytest.raises(ValueError, match=r"row-3.*2 image placeholders for 1 images"):
+            refuse()
+
+
+@pytest.mark.parametrize("size", [(56, 56), (31, 200), (640, 480), (9, 9)])
+def test_length_from_the_header_is_the_length(size):
+    processor = tiny_case.processor()
+    row: Any = tiny_case.row(0, tiny_case.SHAPES[0])
+    images = tuple(Image.new("RGB", size) for _ in row.images)
+    buffer = io.BytesIO()
+    images[0].save(buffer, "PNG")
+    for sources in (images, (buffer.getvalue(), *images[1:])):
+        row = replace(row, images=sources)
+        prompt = encode_prompt(row, processor, max_prompt_tokens=10**6, max_image_pixels=10**6)
+        assert check_prompt(row, processor, max_prompt_tokens=10**6) == len(prompt.input_ids)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -98,6 +98,7 @@ ATTACK = {"name": "n", "params": {}, "seed": 1, "source_id": "s"}
     ({"prompt": None}, "messages", "is missing", "either `prompt` or `messages`"),
     ({"messages": [USER]}, "messages", "stands beside `prompt`", "either `prompt` or `messages`"),
     ({"prompt": "see <|image_pad|>"}, "prompt", "reserved token <|image_pad|>", "remove it"),
+    ({"chosen": "no <|im_end|>"}, "chosen", "reserved token <|im_end|>", "remove it"),
     ({"prompt": "a<|im_end|>"}, "prompt", "reserved token <|im_end|>", "a turn a message"),
     ({"prompt": "<|im_start|>user"}, "prompt", "reserved token <|im_start|>", "remove it"),
     ({"prompt": "a <|endoftext|>"}, "prompt", "reserved token <|endoftext|>", "remove it"),

@@ -8,7 +8,7 @@ import runs
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from cosmo_rl.cpgd.sft import check_chosen, sft_micros
+from cosmo_rl.cpgd.sft import chosen_ids, sft_micros
 from cosmo_rl.cpgd.update import sft_loss
 from cosmo_rl.data.collate import encode_prompt
 from cosmo_rl.data.mini import safety_rows
@@ -52,18 +52,18 @@ def test_loss_from_scratch(rows):
 
 
 def test_rows_without_a_response(rows):
-    check_chosen(rows)
+    processor = runs.policy_processor()
+    end = processor.tokenizer.eos_token_id
+    assert chosen_ids(rows[0], processor).tolist() == [*processor.tokenizer(CHOSEN[0])["input_ids"], end]
     with pytest.raises(ValueError, match=rf"row {rows[1].id}: stage 0 imitates `chosen`, which is missing; add it"):
-        check_chosen([rows[0], replace(rows[1], chosen=None)])
+        chosen_ids(replace(rows[1], chosen=None), processor)
 
 
 @pytest.mark.parametrize("token", ["<|image_pad|>", "<|im_end|>"])
 def test_special_tokens_are_not_imitated(rows, token):
-    processor = runs.policy_processor()
     row = replace(rows[0], chosen=f"look {token} here")
-    prompt = encode_prompt(row, processor, max_prompt_tokens=512, max_image_pixels=10**6)
     with pytest.raises(ValueError, match=f"row {row.id}: `chosen` holds the special token {re.escape(token)}; remove"):
-        sft_micros([row], [prompt], runs.config(), processor, torch.device("cpu"))
+        chosen_ids(row, runs.policy_processor())
 
 
 def test_a_small_stage_0(tmp_path, rows):
