@@ -48,7 +48,7 @@ def tiny(stage: int) -> Config:
     # As many unsafe rows as safe ones, or the first thing learnt is one answer for all. The tower is fixed, as in the
     # papers; the small norm keeps the rare large gradients of general rows from drowning those of the decision.
     return Config(
-        steps=360, optim=OptimConfig(learning_rate=3.5e-4, min_lr_ratio=0.0, updates_per_rollout=4, max_grad_norm=0.1),
+        steps=420, optim=OptimConfig(learning_rate=3.5e-4, min_lr_ratio=0.0, updates_per_rollout=4, max_grad_norm=0.1),
         data=data("unsafe=0.34", "safe_image=0.13", "safe_text=0.21", "general=0.32"),
         **{**common, "model": replace(common["model"], freeze_vision=True)},
     )

@@ -77,7 +77,7 @@ CASES = {
     "long prompt": ({}, ["--data.max-prompt-tokens", 12],
                     ["prompt of", "is over the budget of 12; raise --data.max-prompt-tokens"]),
     "long sequence": ({}, ["--batch.max-tokens", 20],
-                      ["a prompt of", "of response do not fit into --batch.max-tokens 20; raise it"]),
+                      ["a prompt of", "do not fit into --batch.max-tokens 20; raise it"]),
     "missing model": ({}, ["--model.path", "/nowhere/model"],
                       ["model folder /nowhere/model does not exist", "--model.path"]),
     "no rule for the task": ({"task": "math"}, [], ["there is no reward rule for task math", "--reward.task-aware 0"]),
