@@ -1,11 +1,40 @@
-"""Argument checks shared by the public kernel functions, in the order backend, shapes and dtypes, values.
+"""Which backend runs, how a Triton kernel is launched, and the argument checks shared by the public functions.
 
 Shapes, dtypes and devices are checked always (they cost nothing). Values are read only where `wants_values` says so,
 because reading a CUDA tensor stalls the stream.
 """
 
+import os
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
+
 import torch
 
+
+class _Absent:
+    """In place of a missing Triton: kernels are still defined, and never launched."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return args[0] if args else self
+
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:
+    triton = tl = TensorDescriptor = _Absent()  # pyright: ignore
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+"""Triton's CPU interpreter: for tests. Its bfloat16 `tl.dot` is wrong, so kernels cast to float32 under this flag."""
+MINIMUM_CAPABILITY = (8, 0)
+LOWEST = tl.constexpr(-1e36)
+"""Stands for -inf in running maxima, where (-inf) * 0 would be NaN; below the -1e30 of a banned token."""
 IGNORE_INDEX = -100
 INPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 STATISTIC_DTYPES = (torch.float32, torch.float64)
@@ -17,10 +46,67 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def check_backend(backend: str | None) -> None:
-    """None and "torch" run the PyTorch reference, which is all that this build has."""
-    require(backend != "triton", "backend is 'triton', but this build has no Triton backend; give None or 'torch'")
-    require(backend in (None, "torch"), f"backend is {backend!r}; give None or 'torch'")
+def use_triton(backend: str | None, device: torch.device) -> bool:
+    """None: Triton on CUDA, the PyTorch reference elsewhere; "triton" and "torch" force one.
+
+    Raises:
+        ValueError: no such backend, or Triton was asked for where it cannot run.
+    """
+    require(backend in (None, "torch", "triton"), f"backend is {backend!r}; give None, 'triton' or 'torch'")
+    if backend == "torch" or (backend is None and device.type != "cuda"):
+        return False
+    missing = _what_triton_misses(device)
+    require(backend is None or missing is None, f"backend is 'triton', but {missing}; give None or 'torch'")
+    if missing is not None:
+        _warn_once(missing)
+    return missing is None
+
+
+def _what_triton_misses(device: torch.device) -> str | None:
+    if isinstance(triton, _Absent):
+        return "triton is not installed (pip install triton)"
+    if INTERPRET:
+        return None
+    if device.type != "cuda":
+        return f"the tensors are on {device}, not on a GPU"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MINIMUM_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        return f"{name} has compute capability {capability}, below {MINIMUM_CAPABILITY}"
+    return None
+
+
+@cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"cosmo_rl.kernels runs its PyTorch reference, which is slow, because {reason}", stacklevel=4)
+
+
+def on(device: torch.device) -> AbstractContextManager:
+    """Kernels launched inside run on `device`, whatever the current one is."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@cache
+def num_programs(device: torch.device) -> int:
+    """Programs of a persistent kernel: one a multiprocessor; few in the interpreter, but more than one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+@cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability; the interpreter plays a Hopper."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+def rows_contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself if its last dimension is dense, else a copy."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def takes_tma(*tensors: torch.Tensor) -> bool:
+    """TMA descriptors need Hopper, and bases and row strides of multiples of 16 bytes."""
+    return capability(tensors[0].device) >= (9, 0) and all(
+        t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 and t.stride(1) == 1 for t in tensors)
 
 
 def check_backward(backward: str, tile_threshold: float) -> None:

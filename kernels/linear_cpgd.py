@@ -10,6 +10,10 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import launch, reference
+from .cpgd_objective import objective_settings, objective_terms
+from .gemm import head_gradients
+from .launch import LOWEST, tl, triton
+from .linear_logprob import finish_stats
 
 
 class CPGDOutput(NamedTuple):
@@ -22,8 +26,117 @@ class CPGDOutput(NamedTuple):
     drift: torch.Tensor
 
 
-def _forward(hidden, weight, targets, old_logprobs, advantages, token_weights, temperature, bias, *settings):
-    """(CPGDOutput, stats, d loss / d logprobs (N,) float64)."""
+@triton.jit
+def _fold_kernel(logits, dlogits, targets, bias, old_logprobs, advantages, token_weights, upper, lower, coefs, scale,
+                 stats, losses, clipped_out, size, vocab, upper_stride, lower_stride, inverse_temperature,
+                 HAS_BIAS: tl.constexpr, HAS_OLD: tl.constexpr, HAS_GRADIENT: tl.constexpr, IGNORE_INDEX: tl.constexpr,
+                 BLOCK: tl.constexpr):
+    """One token a program: fold its logits, evaluate the objective, write the gradient with respect to them.
+
+    stats (3, size) float32: log-prob, entropy, drift; losses, token weights included, float64.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    here = logits + row * vocab
+    target = tl.load(targets + row)
+    peaks = tl.full((BLOCK,), LOWEST, tl.float32)  # of each lane: one reduction a row, not one a block
+    mass = tl.zeros((BLOCK,), tl.float32)
+    moment = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, vocab, BLOCK):
+        cols = start + lane
+        z = tl.load(here + cols, mask=cols < vocab, other=LOWEST)
+        if HAS_BIAS:
+            z += tl.load(bias + cols, mask=cols < vocab, other=0.0)
+        z = tl.where(cols < vocab, z * inverse_temperature, LOWEST)
+        top = tl.maximum(peaks, z)
+        shift = peaks - top
+        decay = tl.exp(shift)
+        z -= top
+        e = tl.exp(z)
+        moment = decay * (moment + shift * mass) + e * z
+        mass = decay * mass + e
+        peaks = top
+    peak = tl.max(peaks, axis=0)
+    shift = peaks - peak
+    decay = tl.exp(shift)
+    # A lane beyond the vocabulary has peak and shift of -3e38, and decay 0.
+    total = tl.sum(decay * mass, axis=0)
+    total_moment = tl.sum(decay * (moment + shift * mass), axis=0)
+    at_target = 0.0
+    if (target >= 0) & (target < vocab):
+        at_target = tl.load(here + target)
+        if HAS_BIAS:
+            at_target += tl.load(bias + target)
+        at_target *= inverse_temperature
+    logprob, entropy, log_mass = finish_stats(target, peak, total, total_moment, at_target, vocab, IGNORE_INDEX)
+
+    log_ratio = tl.zeros((), tl.float64)
+    if HAS_OLD:
+        log_ratio = logprob.to(tl.float64) - tl.load(old_logprobs + row).to(tl.float64)
+    loss, clipped, drift, slope = objective_terms(
+        log_ratio, tl.load(advantages + row).to(tl.float64), tl.load(upper + row * upper_stride),
+        tl.load(lower + row * lower_stride), tl.load(coefs), tl.load(coefs + 1))
+    counts = target != IGNORE_INDEX
+    weight = tl.load(token_weights + row).to(tl.float64)
+    slope = tl.where(counts, weight * slope, 0.0)
+    # Without old log-probs the terms never read the log-prob: carry a NaN of it (target out of range) over.
+    loss = tl.where(counts, weight * loss, 0.0) + logprob.to(tl.float64) * 0.0
+    tl.store(stats + row, logprob)
+    tl.store(stats + size + row, entropy)
+    tl.store(stats + 2 * size + row, tl.where(counts, drift, 0.0).to(tl.float32))
+    tl.store(losses + row, loss)
+    tl.store(clipped_out + row, clipped & counts)
+
+    if HAS_GRADIENT:
+        g = (slope / tl.load(scale).to(tl.float64)).to(tl.float32) * inverse_temperature
+        for start in range(0, vocab, BLOCK):
+            cols = start + lane
+            inside = cols < vocab
+            z = tl.load(here + cols, mask=inside, other=0.0)
+            if HAS_BIAS:
+                z += tl.load(bias + cols, mask=inside, other=0.0)
+            p = tl.exp((z * inverse_temperature - peak) - log_mass)
+            dz = tl.where(cols == target, g, 0.0) - g * p
+            tl.store(dlogits + row * vocab + cols, dz.to(dlogits.dtype.element_ty), mask=inside)
+
+
+def _triton_forward(hidden, weight, targets, old_logprobs, advantages, token_weights, temperature, bias, *settings,
+                    needs: tuple[bool, bool] = (False, False)):
+    """(CPGDOutput, dhidden, dweight): the logits of a chunk are folded, and spent, before those of the next."""
+    size, vocab, device = hidden.shape[0], weight.shape[0], hidden.device
+    found = objective_settings(*settings, device)
+    vectors = [None if t is None else t.contiguous() for t in (targets, old_logprobs, advantages, token_weights)]
+    stats = torch.empty((3, size), device=device)
+    losses = torch.empty(size, dtype=torch.float64, device=device)
+    clipped = torch.empty(size, dtype=torch.bool, device=device)
+    scale = torch.ones((), device=device)
+    if hidden.dtype == torch.float16 and size:  # the largest slope that can occur, or float16 rounds small ones to 0
+        drift_coef, drift_clip = settings[2:]
+        bound = token_weights.abs() * (advantages.abs() + drift_coef * max(1.0, min(drift_clip, 1e4)))
+        scale = bound.max().clamp(min=1e-30).float()
+
+    def fill(rows: slice, logits: torch.Tensor, dlogits: torch.Tensor | None) -> None:
+        target, old, advantage, token_weight = (None if t is None else t[rows] for t in vectors)
+        upper, lower = (t[rows] if t.numel() > 1 else t for t in found[:2])
+        with launch.on(device):
+            _fold_kernel[(logits.shape[0],)](
+                logits, dlogits, target, bias, old, advantage, token_weight, upper, lower, found.coefs, scale,
+                stats[:, rows], losses[rows], clipped[rows], size, vocab, *found.strides(), 1.0 / temperature,
+                HAS_BIAS=bias is not None, HAS_OLD=old is not None, HAS_GRADIENT=dlogits is not None,
+                IGNORE_INDEX=launch.IGNORE_INDEX, BLOCK=4096, num_warps=8)
+
+    ignored = targets == launch.IGNORE_INDEX
+    # Token weights hold 1 / (tokens of the update): before the loss scale float16 would round these to 0.
+    dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+    dhidden, dweight = head_gradients(hidden, weight, fill, needs=needs, ignored=ignored, dtype=dtype,
+                                      scale=scale if hidden.dtype == torch.float16 else None)
+    logprobs, entropy, drift = stats
+    return CPGDOutput(losses.sum().float(), logprobs, entropy, clipped, drift), dhidden, dweight
+
+
+def _reference_forward(hidden, weight, targets, old_logprobs, advantages, token_weights, temperature, bias, *settings,
+                       needs: tuple[bool, bool] = (False, False)):
+    """(CPGDOutput, dhidden, dweight)."""
     stats = reference.linear_logprob_forward(hidden, weight, targets, temperature, bias)
     terms = reference.cpgd_terms(stats.logprobs, old_logprobs, advantages, *settings)
     ignored = targets == launch.IGNORE_INDEX
@@ -33,19 +146,20 @@ def _forward(hidden, weight, targets, old_logprobs, advantages, token_weights, t
     loss = loss + (stats.logprobs * 0.0).sum()
     output = CPGDOutput(loss.float(), stats.logprobs, stats.entropy, terms.clipped & ~ignored,
                         terms.drift.float().masked_fill(ignored, 0.0))
-    return output, stats, token_weights * terms.dlogprobs
+    if not any(needs):
+        return output, None, None
+    # Token weights hold 1 / (tokens of the update): before the loss scale float16 would round these to 0.
+    dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+    dhidden, dweight, _ = reference.linear_logprob_backward(
+        hidden, weight, targets, temperature, bias, stats, token_weights * terms.dlogprobs, needs=(*needs, False),
+        out_dtype=dtype)
+    return output, dhidden, dweight
 
 
 class _LinearCPGD(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, old_logprobs, advantages, token_weights, temperature, bias, *settings):
-        output, stats, slope = _forward(hidden, weight, targets, old_logprobs, advantages, token_weights, temperature,
-                                        bias, *settings)
-        # Token weights hold 1 / (tokens of the update): before the loss scale float16 would round these to 0.
-        dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
-        dhidden, dweight, _ = reference.linear_logprob_backward(
-            hidden, weight, targets, temperature, bias, stats, slope,
-            needs=(*ctx.needs_input_grad[:2], False), out_dtype=dtype)
+    def forward(ctx, forward, hidden, weight, *args):
+        output, dhidden, dweight = forward(hidden, weight, *args, needs=ctx.needs_input_grad[1:3])
         ctx.save_for_backward(dhidden, dweight)
         ctx.dtype = hidden.dtype
         ctx.mark_non_differentiable(*output[1:])
@@ -55,8 +169,9 @@ class _LinearCPGD(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dloss, *_):
         # Out of place: a second backward of a retained graph must find the gradients unscaled.
-        scaled = [None if g is None else (g * dloss).to(ctx.dtype) for g in ctx.saved_tensors]
-        return (*scaled, *(None,) * 10)
+        scaled = [None if g is None else torch.mul(g, dloss, out=torch.empty_like(g, dtype=ctx.dtype))
+                  for g in ctx.saved_tensors]
+        return (None, *scaled, *(None,) * 10)
 
 
 def linear_cpgd(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, old_logprobs: torch.Tensor | None,
@@ -81,7 +196,7 @@ def linear_cpgd(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tenso
         ValueError: shapes, dtypes, devices or values do not fit; the message has both.
     Memory: the gradients (N, D) and (V, D) and tiles of 4M logits beyond the inputs.
     """
-    launch.check_backend(backend)
+    fused = launch.use_triton(backend, hidden.device)
     launch.check_backward(backward, tile_threshold)
     launch.check_temperature(temperature)
     launch.check_head(hidden, weight)
@@ -94,10 +209,13 @@ def linear_cpgd(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tenso
     launch.check_vector("advantages", advantages, size, device, finite=values)
     launch.check_vector("token_weights", token_weights, size, device, finite=values)
     launch.check_clip(clip_eps_low, clip_eps_high, drift_coef, drift_clip, size, device, values)
-    args = (hidden, weight, targets, old_logprobs, advantages, token_weights, float(temperature), bias,
+    args = (targets, old_logprobs, advantages, token_weights, float(temperature), bias,
             clip_eps_low, clip_eps_high, drift_coef, drift_clip)
+    forward = _reference_forward
+    if fused:
+        hidden, weight, forward = launch.rows_contiguous(hidden), launch.rows_contiguous(weight), _triton_forward
     # Tested here, because grad mode is always off inside a Function's forward.
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return CPGDOutput(*_LinearCPGD.apply(*args))
+        return CPGDOutput(*_LinearCPGD.apply(forward, hidden, weight, *args))
     with torch.no_grad():
-        return _forward(*args)[0]
+        return forward(hidden, weight, *args)[0]

@@ -1,31 +1,210 @@
 """Exact KL(pi_old || pi_theta) over the vocabulary from two pairs of hidden states and LM head: no logits are kept.
 
-The drift term of `objective.drift = exact`: the old hidden states and a copy of the old head stand for pi_old.
+The drift term of `objective.drift = exact`: the old hidden states and a copy of the old head stand for pi_old. On CUDA
+one pass over the vocabulary folds both log-sum-exps and the weighted gap between the two tiles of logits.
 """
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from . import launch, reference
+from .gemm import head_gradients, matmul
+from .launch import LOWEST, TensorDescriptor, tl, triton
+from .linear_logprob import Tiles, block_and_split, load_tile, multiply, plan_splits
 from .reference import Stats
+
+
+def kl_tiles(dtype: torch.dtype, capability: tuple[int, int]) -> Tiles:
+    """The shipped configuration of a chip; two float32 accumulators must fit into its registers."""
+    if dtype == torch.float32:
+        return Tiles(64, 64, 32, num_warps=4, num_stages=2)
+    if capability >= (9, 0):
+        return Tiles(128, 128, 64, num_warps=8, num_stages=3)
+    return Tiles(64, 128, 64, num_warps=8, num_stages=3 if capability == (8, 0) else 2)
+
+
+@triton.jit
+def _partial_kl_kernel(old_hidden, old_weight, hidden, weight, bias, partials, size, vocab, old_dim, dim,
+                       old_hidden_stride, old_weight_stride, hidden_stride, weight_stride, inverse_temperature, splits,
+                       tiles_per_split, SHARED: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_DIM: tl.constexpr,
+                       TMA: tl.constexpr, TOKENS: tl.constexpr, VOCAB: tl.constexpr, DIM: tl.constexpr,
+                       GROUP: tl.constexpr, INTERPRET: tl.constexpr):
+    """partials (5, splits, size) float32: old peak and mass, new peak and mass, sum e^(z_old - peak) (z_old - z)."""
+    blocks = tl.cdiv(size, TOKENS)
+    tiles = tl.cdiv(vocab, VOCAB)
+    for item in range(tl.program_id(0), blocks * splits, tl.num_programs(0)):
+        block, split = block_and_split(item, blocks, splits, GROUP)
+        row = block * TOKENS
+        old_peak = tl.full((TOKENS,), LOWEST, tl.float32)
+        old_mass = tl.zeros((TOKENS,), tl.float32)
+        peak = tl.full((TOKENS,), LOWEST, tl.float32)
+        mass = tl.zeros((TOKENS,), tl.float32)
+        gap = tl.zeros((TOKENS,), tl.float32)
+        for tile in range(split * tiles_per_split, tl.minimum((split + 1) * tiles_per_split, tiles)):
+            col = tile * VOCAB
+            z_old = tl.zeros((TOKENS, VOCAB), tl.float32)
+            z = tl.zeros((TOKENS, VOCAB), tl.float32)
+            for k in range(0, dim, DIM):
+                h = load_tile(hidden, row, k, hidden_stride, size, dim, TOKENS, DIM, EVEN_DIM, TMA)
+                w = load_tile(weight, col, k, weight_stride, vocab, dim, VOCAB, DIM, EVEN_DIM, TMA)
+                z = multiply(h, w, z, INTERPRET)
+                if SHARED:  # one tile of the head for both policies
+                    h_old = load_tile(old_hidden, row, k, old_hidden_stride, size, dim, TOKENS, DIM, EVEN_DIM, TMA)
+                    z_old = multiply(h_old, w, z_old, INTERPRET)
+            if not SHARED:
+                for k in range(0, old_dim, DIM):
+                    h = load_tile(old_hidden, row, k, old_hidden_stride, size, old_dim, TOKENS, DIM, EVEN_DIM, TMA)
+                    w = load_tile(old_weight, col, k, old_weight_stride, vocab, old_dim, VOCAB, DIM, EVEN_DIM, TMA)
+                    z_old = multiply(h, w, z_old, INTERPRET)
+            cols = col + tl.arange(0, VOCAB)
+            if HAS_BIAS:
+                shift = tl.load(bias + cols, mask=cols < vocab, other=0.0)[None, :]
+                z += shift
+                z_old += shift
+            z = tl.where(cols[None, :] < vocab, z * inverse_temperature, LOWEST)
+            z_old = tl.where(cols[None, :] < vocab, z_old * inverse_temperature, LOWEST)
+            top = tl.maximum(peak, tl.max(z, axis=1))
+            mass = tl.exp(peak - top) * mass + tl.sum(tl.exp(z - top[:, None]), axis=1)
+            peak = top
+            old_top = tl.maximum(old_peak, tl.max(z_old, axis=1))
+            decay = tl.exp(old_peak - old_top)
+            e = tl.exp(z_old - old_top[:, None])
+            old_mass = decay * old_mass + tl.sum(e, axis=1)
+            gap = decay * gap + tl.sum(e * (z_old - z), axis=1)
+            old_peak = old_top
+        rows = row + tl.arange(0, TOKENS)
+        inside = rows < size
+        here = partials + split.to(tl.int64) * size + rows
+        plane = splits.to(tl.int64) * size
+        tl.store(here, old_peak, mask=inside)
+        tl.store(here + plane, old_mass, mask=inside)
+        tl.store(here + 2 * plane, peak, mask=inside)
+        tl.store(here + 3 * plane, mass, mask=inside)
+        tl.store(here + 4 * plane, gap, mask=inside)
+
+
+@triton.jit
+def _merge_kl_kernel(partials, stats, size, splits, TOKENS: tl.constexpr):
+    """stats (5, size): KL, old peak and log_mass, new peak and log_mass."""
+    rows = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    inside = rows < size
+    plane = splits.to(tl.int64) * size
+    old_peak = tl.full((TOKENS,), LOWEST, tl.float32)
+    old_mass = tl.zeros((TOKENS,), tl.float32)
+    peak = tl.full((TOKENS,), LOWEST, tl.float32)
+    mass = tl.zeros((TOKENS,), tl.float32)
+    gap = tl.zeros((TOKENS,), tl.float32)
+    for split in range(splits):
+        here = partials + tl.cast(split, tl.int64) * size + rows
+        next_old_peak = tl.load(here, mask=inside, other=0.0)
+        next_peak = tl.load(here + 2 * plane, mask=inside, other=0.0)
+        old_top, top = tl.maximum(old_peak, next_old_peak), tl.maximum(peak, next_peak)
+        decay, next_decay = tl.exp(old_peak - old_top), tl.exp(next_old_peak - old_top)
+        old_mass = decay * old_mass + next_decay * tl.load(here + plane, mask=inside, other=1.0)
+        gap = decay * gap + next_decay * tl.load(here + 4 * plane, mask=inside, other=0.0)
+        mass = tl.exp(peak - top) * mass + tl.exp(next_peak - top) * tl.load(here + 3 * plane, mask=inside, other=1.0)
+        old_peak, peak = old_top, top
+    old_log_mass, log_mass = tl.log(old_mass), tl.log(mass)
+    # sum p_old (ln p_old - ln p): the peaks cancel first, they are the large numbers.
+    kl = gap / old_mass - (old_peak - peak) - (old_log_mass - log_mass)
+    here = stats + rows
+    tl.store(here, tl.where(kl < 0, 0.0, kl), mask=inside)  # keeps NaN
+    tl.store(here + size, old_peak, mask=inside)
+    tl.store(here + 2 * size, old_log_mass, mask=inside)
+    tl.store(here + 3 * size, peak, mask=inside)
+    tl.store(here + 4 * size, log_mass, mask=inside)
+
+
+@triton.jit
+def _dkl_kernel(old_logits, logits, dlogits, bias, old_peak, old_log_mass, peak, log_mass, dkl, scale, vocab,
+                inverse_temperature, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
+    """dlogits (rows, vocab) = dkl (p - p_old) / (temperature scale)."""
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = cols < vocab
+    z = tl.load(logits + row * vocab + cols, mask=inside, other=0.0)
+    z_old = tl.load(old_logits + row * vocab + cols, mask=inside, other=0.0)
+    if HAS_BIAS:
+        shift = tl.load(bias + cols, mask=inside, other=0.0)
+        z += shift
+        z_old += shift
+    p = tl.exp((z * inverse_temperature - tl.load(peak + row)) - tl.load(log_mass + row))
+    p_old = tl.exp((z_old * inverse_temperature - tl.load(old_peak + row)) - tl.load(old_log_mass + row))
+    g = tl.load(dkl + row) * (inverse_temperature / tl.load(scale))
+    tl.store(dlogits + row * vocab + cols, (g * (p - p_old)).to(dlogits.dtype.element_ty), mask=inside)
+
+
+def _triton_forward(old_hidden, old_weight, hidden, weight, temperature, bias) -> tuple[torch.Tensor, Stats, Stats]:
+    """(KL, old stats, new stats); only peak and log_mass of the stats are there."""
+    (size, dim), vocab, device = hidden.shape, weight.shape[0], hidden.device
+    old_dim = old_hidden.shape[1]
+    stats = torch.empty((5, size), device=device)
+    if size:
+        tiles = kl_tiles(hidden.dtype, launch.capability(device))
+        shared = old_weight.data_ptr() == weight.data_ptr() and old_weight.shape == weight.shape
+        programs = launch.num_programs(device)
+        splits, per_split = plan_splits(triton.cdiv(size, tiles.tokens), triton.cdiv(vocab, tiles.vocab), programs)
+        partials = torch.empty((5, splits, size), device=device)
+        tensors = (old_hidden, old_weight, hidden, weight)
+        tma = launch.takes_tma(*tensors)
+        operands = tensors
+        if tma:
+            operands = [TensorDescriptor.from_tensor(t, [rows, tiles.dim])
+                        for t, rows in zip(tensors, (tiles.tokens, tiles.vocab) * 2, strict=True)]
+        with launch.on(device):
+            _partial_kl_kernel[(programs,)](
+                *operands, bias, partials, size, vocab, old_dim, dim, *(t.stride(0) for t in tensors),
+                1.0 / temperature, splits, per_split, SHARED=shared, HAS_BIAS=bias is not None,
+                EVEN_DIM=dim % tiles.dim == 0 and old_dim % tiles.dim == 0, TMA=tma, TOKENS=tiles.tokens,
+                VOCAB=tiles.vocab, DIM=tiles.dim, GROUP=tiles.group, INTERPRET=launch.INTERPRET,
+                num_warps=tiles.num_warps, num_stages=tiles.num_stages)
+            _merge_kl_kernel[(triton.cdiv(size, 128),)](partials, stats, size, splits, TOKENS=128)
+    kl, old_peak, old_log_mass, peak, log_mass = stats
+    return kl, Stats(kl, kl, old_peak, old_log_mass), Stats(kl, kl, peak, log_mass)
+
+
+def _triton_backward(old_hidden, old_weight, hidden, weight, temperature, bias, old: Stats, new: Stats, dkl, needs):
+    """(dhidden, dweight); both policies' logits are formed again."""
+    vocab, device = weight.shape[0], hidden.device
+    dkl = dkl.float().contiguous()
+    scale = torch.ones((), device=device)
+    if hidden.dtype == torch.float16 and dkl.numel():
+        scale = dkl.abs().max().clamp(min=1e-30)
+    old_logits = torch.empty(0, device=device)
+
+    def fill(rows: slice, logits: torch.Tensor, dlogits: torch.Tensor | None) -> None:
+        nonlocal old_logits
+        assert dlogits is not None
+        if old_logits.shape[0] < logits.shape[0] or old_logits.ndim == 1:
+            old_logits = torch.empty_like(logits)
+        z_old = matmul(old_hidden[rows], old_weight.T, old_logits[:logits.shape[0]])
+        with launch.on(device):
+            _dkl_kernel[(logits.shape[0], triton.cdiv(vocab, 4096))](
+                z_old, logits, dlogits, bias, old.peak[rows], old.log_mass[rows], new.peak[rows], new.log_mass[rows],
+                dkl[rows], scale, vocab, 1.0 / temperature, HAS_BIAS=bias is not None, BLOCK=4096, num_warps=8)
+
+    dhidden, dweight = head_gradients(hidden, weight, fill, needs=needs, scale=scale)
+    return dhidden, None if dweight is None else dweight.to(weight.dtype)
 
 
 class _LinearKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, old_hidden, old_weight, hidden, weight, temperature, bias):
-        kl, old, new = reference.linear_kl_forward(old_hidden, old_weight, hidden, weight, temperature, bias)
+    def forward(ctx, fused, old_hidden, old_weight, hidden, weight, temperature, bias):
+        forward = _triton_forward if fused else reference.linear_kl_forward
+        kl, old, new = forward(old_hidden, old_weight, hidden, weight, temperature, bias)
         ctx.save_for_backward(old_hidden, old_weight, hidden, weight, bias, *old, *new)
-        ctx.temperature = temperature
+        ctx.fused, ctx.temperature = fused, temperature
         return kl
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dkl):
         old_hidden, old_weight, hidden, weight, bias, *stats = ctx.saved_tensors
-        dhidden, dweight = reference.linear_kl_backward(
+        backward = _triton_backward if ctx.fused else reference.linear_kl_backward
+        dhidden, dweight = backward(
             old_hidden, old_weight, hidden, weight, ctx.temperature, bias, Stats(*stats[:4]), Stats(*stats[4:]), dkl,
-            needs=ctx.needs_input_grad[2:4])
-        return None, None, dhidden, dweight, None, None
+            needs=ctx.needs_input_grad[3:5])
+        return None, None, None, dhidden, dweight, None, None
 
 
 def linear_kl(old_hidden: torch.Tensor, old_weight: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, *,
@@ -37,15 +216,16 @@ def linear_kl(old_hidden: torch.Tensor, old_weight: torch.Tensor, hidden: torch.
         hidden: (N, D), weight: (V, D): the policy in training, same N, V, dtype and device as the old one.
         temperature: above 0, of both policies.
         bias: (V,) float32, finite, added to both policies' logits before the division; no gradient.
-        backend: None or "torch", the PyTorch reference on any device.
+        backend: None takes Triton on CUDA and the PyTorch reference elsewhere; "triton" and "torch" force one.
     Returns:
         (N,) float32, nats, >= 0, gradients to hidden and weight; exactly 0 for equal heads and hidden states.
     Raises:
         ValueError: shapes, dtypes, devices or values do not fit; the message has both.
-    Memory: the gradients and tiles of 4M logits beyond the inputs; both passes recompute the logits.
+    Memory beyond the inputs, Triton: forward 20 bytes x N x (at most 64 splits); backward as linear_logprob, and one
+        more (512, V) float32. Reference: the gradients and tiles of 4M logits.
     Source: written here from the formulas in reference.py.
     """
-    launch.check_backend(backend)
+    fused = launch.use_triton(backend, hidden.device)
     launch.check_temperature(temperature)
     launch.check_head(hidden, weight)
     launch.check_head(old_hidden, old_weight, ("old_hidden", "old_weight"))
@@ -57,5 +237,7 @@ def linear_kl(old_hidden: torch.Tensor, old_weight: torch.Tensor, hidden: torch.
                        f"old_{name} is {old.dtype} on {old.device} and {name} {new.dtype} on {new.device}; "
                        "cast or move the old one")
     launch.check_bias(bias, weight, launch.wants_values(None, weight.device))
-    return _LinearKL.apply(old_hidden.detach(), old_weight.detach(), hidden, weight, float(temperature),
-                           None if bias is None else bias.detach())
+    heads = old_hidden.detach(), old_weight.detach(), hidden, weight
+    if fused:
+        heads = [launch.rows_contiguous(t) for t in heads]
+    return _LinearKL.apply(fused, *heads, float(temperature), None if bias is None else bias.detach())
