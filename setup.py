@@ -39,6 +39,6 @@ setup(
     ],
     extras_require={
         "gpu": ["triton; sys_platform == 'linux'", "liger-kernel"],
-        "dev": ["pytest", "ninja", "ruff", "pyright", "triton; sys_platform == 'linux'"],
+        "dev": ["pytest", "ninja", "ruff", "pyright", "liger-kernel", "triton; sys_platform == 'linux'"],
     },
 )

@@ -27,6 +27,8 @@ class ModelConfig:
     """Recompute decoder layers in the backward pass."""
     attention: Literal["sdpa", "flash_attention_2"] = "sdpa"
     """Attention implementation of transformers."""
+    liger: Literal["auto", "on", "off"] = "auto"
+    """Liger's RMSNorm, SwiGLU and M-RoPE kernels; auto: on CUDA, where liger-kernel is installed."""
 
 
 @dataclass(frozen=True, kw_only=True)

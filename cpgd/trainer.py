@@ -21,6 +21,7 @@ from cosmo_rl.data.collate import EncodedPrompt, encode_prompt
 from cosmo_rl.data.dataset import fingerprint, load_rows
 from cosmo_rl.data.sampler import PromptSampler
 from cosmo_rl.data.schema import Row
+from cosmo_rl.model.liger import wants_liger
 from cosmo_rl.model.load import load_model, load_processor
 from cosmo_rl.model.parallel import init_distributed, rank, shard
 from cosmo_rl.model.policy import Policy
@@ -68,17 +69,18 @@ class Trainer:
             self.rewards, self.reward_weights = build_rewards(config.reward, self.rows)
 
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.model.dtype]
-        options = {"attention": config.model.attention, "freeze_vision": config.model.freeze_vision}
+        options = {"attention": config.model.attention, "liger": wants_liger(config.model.liger, device)}
         self.policy = shard(
-            Policy(load_model(path, **options), suppressed_ids=self.processor.suppressed_ids,
-                   temperature=config.rollout.temperature, gradient_checkpointing=config.model.gradient_checkpointing),
+            Policy(load_model(path, freeze_vision=config.model.freeze_vision, **options),
+                   suppressed_ids=self.processor.suppressed_ids, temperature=config.rollout.temperature,
+                   gradient_checkpointing=config.model.gradient_checkpointing),
             device=device, dtype=dtype, freeze_vision=config.model.freeze_vision)
         optim = config.optim
         self.optimizer = torch.optim.AdamW(
             [p for p in self.policy.parameters() if p.requires_grad], lr=optim.learning_rate, betas=optim.betas,
             eps=optim.eps, weight_decay=optim.weight_decay)
         self.dtype = dtype
-        sampler: Any = load_model(path, dtype=dtype, attention=config.model.attention)
+        sampler: Any = load_model(path, dtype=dtype, **options)
         self.engine = HFEngine(sampler.to(device), self.processor, config.rollout)
         self.loss_fn = rl_loss(config)
         self.step, self.iteration, self.skipped_in_row, self.trained_s = 0, 0, 0, 0.0

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from .liger import use_liger
 from .tiny import TINY_PATH as TINY_PATH
 
 _FILES = ("config.json", "tokenizer.json", "preprocessor_config.json")
@@ -100,13 +101,14 @@ def load_processor(path: str | Path, resize_pixels: int | None = None) -> Proces
 
 
 def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, attention: str = "sdpa",
-               freeze_vision: bool = False) -> Qwen2_5_VLForConditionalGeneration:
+               freeze_vision: bool = False, liger: bool = False) -> Qwen2_5_VLForConditionalGeneration:
     """The model in folder `path`, on the CPU, in eval mode.
 
     Args:
         dtype: of the weights held in memory (the trainer holds float32 masters, whatever it computes in).
         attention: "sdpa" or "flash_attention_2".
         freeze_vision: switch gradients off for the vision tower, but not for its merger.
+        liger: see `cosmo_rl.model.liger.use_liger`.
     Raises:
         ValueError: the folder, a file or a tensor is missing or broken, or the folder holds another kind of model.
     """
@@ -134,6 +136,8 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, attentio
     if freeze_vision:
         model.model.visual.requires_grad_(False)
         model.model.visual.merger.requires_grad_(True)
+    if liger:
+        use_liger(model)
     return model
 
 
