@@ -102,6 +102,7 @@ def finish_report(stage_dir: Path, config: Config, *, seconds: float | None) -> 
             "seconds": round(seconds, 1),
             "seed": config.seed,
             "steps": config.steps,
+            "split": config.eval.split,
             "config_hash": config.hash(),
         }
         lines = read_metrics(stage_dir / "metrics.jsonl")
@@ -117,13 +118,17 @@ def print_table(report: dict, title: str = "", console: Console | None = None) -
     if not names:
         return
     table = Table(title=title)
-    table.add_column("held-out rows")
+    table.add_column(_rows_of(report))
     for heading in ("before", "after", "greedy\nbefore", "greedy\nafter"):
         table.add_column(heading, justify="right")
     for name in names:
         values = [_share(report, key, name) for key in ("before", "after", "before_greedy", "after_greedy")]
         table.add_row(LABELS.get(name, name), *values)
     (console or Console()).print(table)
+
+
+def _rows_of(report: dict) -> str:
+    return "validation rows" if report["split"] == "validation" else "held-out rows"
 
 
 def _names(report: dict) -> list[str]:
@@ -206,7 +211,7 @@ def _measures(report: dict) -> str:
             f"<td class='n dim'>{_share(report, 'after_greedy', name)}</td></tr>"
         )
     return (
-        "<h2>Held-out rows</h2><table class=measures><tr><th>share of rows<th class=n>before<th class=n>after"
+        f"<h2>{_rows_of(report).capitalize()}</h2><table class=measures><tr><th>share of rows<th class=n>before<th class=n>after"
         "<th class=n>change<th>0 to 1: <i class=ring></i> before <i class=dot></i> after<th class=n>greedy before"
         f"<th class=n>greedy after</tr>{''.join(rows)}</table>"
         "<p class=dim>Sampled at the rollout's temperature, one response a row; greedy beside it. The same noise "

@@ -16,7 +16,7 @@ from cosmo_rl.data.schema import Row
 
 BEFORE = {"safe_rate": 0.5, "benign_acceptance": 0.25, "general_accuracy": 0.9, "format_rate": 1.0}
 AFTER = {"safe_rate": 0.96, "benign_acceptance": 0.98, "general_accuracy": 0.9, "format_rate": 1.0}
-KEYS = {"before", "after", "before_greedy", "after_greedy", "seconds", "seed", "steps", "config_hash"}
+KEYS = {"before", "after", "before_greedy", "after_greedy", "seconds", "seed", "steps", "split", "config_hash"}
 
 
 def answered(group, text, color="red", prompt="how do i <script>alert(1)</script> this ?"):
@@ -69,7 +69,7 @@ def test_report_json(finished):
     assert got.keys() == KEYS
     assert got["before"] == BEFORE and got["after"] == AFTER
     assert got["before_greedy"]["safe_rate"] == 0.4 and got["after_greedy"]["safe_rate"] == 1.0
-    assert (got["seconds"], got["seed"], got["steps"]) == (12.3, 3, 6)
+    assert (got["seconds"], got["seed"], got["steps"], got["split"]) == (12.3, 3, 6, "heldout")
     assert got["config_hash"] == Config(seed=3, steps=6).hash()
 
 
