@@ -5,13 +5,17 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint
+.PHONY: demo test lint gpu
 
 demo: $(INSTALLED)
 	$(BIN)/torchrun train.py --stage 2
 
 test: $(INSTALLED)
 	$(BIN)/pytest -q
+
+# On a machine with an NVIDIA GPU, with its own python3, torch and pytest: nothing is installed.
+gpu:
+	python3 bench/gpu_gate.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,0 +1,213 @@
+"""The kernel benchmark without a GPU: it runs, refuses wrong providers, names absent ones, has the inputs it states."""
+
+import csv
+import importlib
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """The modules of bench/, which are scripts: their folder is on the path for them alone."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    names = ("inputs", "harness", "peers", "kernel_bench", "gpu_gate")
+    yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+    for name in names:
+        sys.modules.pop(name)
+
+
+@pytest.fixture
+def case(bench):
+    return bench.inputs.make_case("peaked", "tiny", 64, torch.float32, CPU)
+
+
+def test_runs_on_a_cpu_names_absent_providers_and_writes_only_where_asked(tmp_path):
+    before = sorted(BENCH.rglob("*.csv"))
+    out = tmp_path / "rows.csv"
+    done = subprocess.run(
+        [sys.executable, BENCH / "kernel_bench.py", "--tokens", "40", "--modes", "forward", "both", "--providers",
+         "ours-logprob", "ours-fold", "torch", "gemms", "verl", "--out", out], capture_output=True, text=True,
+        timeout=120, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})  # no GPU, anywhere
+    assert done.returncode == 0, done.stderr
+    table = done.stdout[done.stdout.rindex("/gemms"):]
+    assert "not GPU numbers" in table and "skipped verl: " in table
+    with open(out, newline="") as file:
+        rows = list(csv.DictReader(file))
+    timed = {(row["provider"], row["mode"]) for row in rows if row["status"] == "ok"}
+    assert timed == {(name, mode) for name in ("ours-logprob", "torch", "gemms") for mode in ("forward", "both")} | {
+        ("ours-fold", "forward")}
+    for row in rows:
+        if row["status"] != "ok":
+            continue
+        assert float(row["ms_p20"]) <= float(row["ms"]) <= float(row["ms_p80"]) and int(row["repeats"]) >= 20
+        if row["provider"] != "gemms":
+            assert float(row["value_max"]) < 1e-4, row
+        if row["mode"] == "both" and row["provider"] != "gemms":
+            assert float(row["dhidden"]) < 1e-5 and float(row["dweight"]) < 1e-5, row
+    assert sorted(BENCH.rglob("*.csv")) == before
+
+
+@pytest.mark.parametrize("fault, reason", [
+    (lambda logp: logp + 0.6, "value_max"), (lambda logp: logp * 1.05, "dhidden"),
+    (lambda logp: torch.where(torch.arange(len(logp)) == 3, float("nan"), logp), "nan")])
+def test_a_wrong_provider_is_not_timed(bench, case, monkeypatch, fault, reason):
+    right = bench.peers._load_torch()
+
+    def forward(case):
+        logprobs = fault(right(case).values)
+        return bench.peers.Outcome((bench.peers.policy_gradient(case) * logprobs).sum(), logprobs)
+
+    monkeypatch.setattr(bench.kernel_bench, "time_mode", lambda *_: pytest.fail("it was timed"))
+    provider = bench.peers.Provider("wrong", "", lambda: forward)
+    (row,) = bench.kernel_bench.measure(provider, forward, case, bench.harness.Reference(case), ["both"],
+                                        bench.harness.Stopwatch(CPU))
+    assert row["status"] == "failed check" and reason in row["reason"], row
+
+
+@pytest.mark.parametrize("error, status", [(torch.cuda.OutOfMemoryError("full"), "out of memory"),
+                                           (KeyError("theirs"), "error")])
+def test_a_provider_that_raises_is_a_row(bench, case, error, status):
+    def forward(case):
+        raise error
+
+    provider = bench.peers.Provider("raises", "", lambda: forward)
+    rows = bench.kernel_bench.measure(provider, forward, case, bench.harness.Reference(case), ["forward", "both"],
+                                      bench.harness.Stopwatch(CPU))
+    assert [row["status"] for row in rows] == [status] * 2
+
+
+@pytest.mark.parametrize("source, reason", [
+    (None, r"a_peer is not installed \(pip install a-peer==1\)"), ("import no_such_module", "No module named"),
+    ("raise TypeError('no semantic key')", "TypeError: no semantic key")])
+def test_an_absent_or_broken_peer_is_named(bench, tmp_path, monkeypatch, source, reason):
+    if source is not None:
+        (tmp_path / "a_peer.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    provider = bench.peers.Provider("peer", "", lambda: importlib.import_module("a_peer"), "a_peer", "a-peer==1")
+    with pytest.raises(bench.peers.Unavailable, match=reason):
+        provider.start(CPU)
+
+
+def test_a_gradient_that_is_not_asked_for_in_the_slice_must_be_finite_too(bench, case):
+    reference = bench.harness.Reference(case)
+    outside = next(i for i in range(case.shape[1]) if i not in reference.rows.tolist())
+    right = bench.peers._load_torch()
+
+    def forward(case):
+        # The gradient of one row of weight is NaN: 0 * inf in the backward.
+        hole = torch.where(torch.arange(case.shape[1]) == outside, 0.0, 1.0)[:, None]
+        poisoned = (case.weight.sum(dim=1, keepdim=True) * (1 - hole)).abs().sum()
+        outcome = right(case)
+        return outcome._replace(loss=outcome.loss + 0.0 * (poisoned - poisoned.detach()).sqrt())
+
+    provider = bench.peers.Provider("holes", "", lambda: forward)
+    with pytest.raises(bench.kernel_bench.Wrong, match="dhidden nan"):
+        bench.kernel_bench.check(provider, forward, case, reference, True)
+
+
+def test_reference_is_the_definition(bench, case):
+    """Against dense float64 autograd, log-probs and KL."""
+    reference = bench.harness.Reference(case)
+    hidden, weight = (t.detach().double().requires_grad_() for t in (case.hidden, case.weight))
+    logp = (hidden @ weight.T).log_softmax(dim=1)
+    at_target = logp.gather(1, case.targets[:, None])[:, 0]
+    torch.testing.assert_close(reference.logprobs, at_target.detach(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(reference.entropy, -(logp.exp() * logp).sum(dim=1).detach(), rtol=0, atol=1e-12)
+    old = (case.old_policy[0].double() @ case.old_policy[1].double().T).log_softmax(dim=1)
+    kl = (old.exp() * (old - logp)).sum(dim=1)
+    torch.testing.assert_close(reference.kl, kl.detach(), rtol=0, atol=1e-12)
+    assert reference.tokens[-1] == 63 and set(case.targets.tolist()) <= set(reference.rows.tolist())
+    for of_kl, values in ((False, at_target), (True, kl)):
+        coefs = torch.randn(64, dtype=torch.float64)
+        dhidden, dweight = torch.autograd.grad((coefs * values).sum(), (hidden, weight), retain_graph=True)
+        found = reference.gradients(coefs, of_kl)
+        torch.testing.assert_close(found[0], dhidden[reference.tokens], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(found[1], dweight[reference.rows], rtol=1e-9, atol=1e-12)
+
+
+def test_error_measures(bench):
+    expected = torch.tensor([3.0, 4.0])
+    assert bench.harness.relative_error(torch.tensor([3.0, 4.5]), expected) == pytest.approx(0.1)
+    assert bench.harness.absolute_error(torch.tensor([3.0, 4.5]), expected) == (0.25, 0.5)
+    bad = torch.tensor([3.0, float("nan")])
+    assert bench.harness.relative_error(bad, expected) != bench.harness.relative_error(bad, expected)
+    assert all(error != error for error in bench.harness.absolute_error(bad, expected))
+
+
+def test_stopwatch_counts_the_call_and_not_its_preparation(bench):
+    clock = iter(range(1000))
+    bench.harness.time = SimpleNamespace(perf_counter=lambda: next(clock) * 1e-3)
+    calls = []
+    times = bench.harness.Stopwatch(CPU).many(lambda: calls.append("p") or len(calls), calls.append, 20)
+    assert times.repeats == 20 and times.median == pytest.approx(1.0)
+    assert len(calls) == 2 * (20 + bench.harness.WARMUP)
+
+
+def test_inputs_are_deterministic_and_peaked(bench):
+    make = bench.inputs.make_case
+    one, two, other = (make("peaked", "tiny", 700, torch.float32, CPU, seed) for seed in (1, 1, 2))
+    for name in ("hidden", "weight", "targets", "advantages", "old_logprobs", "entropy"):
+        assert torch.equal(getattr(one, name), getattr(two, name)), name
+        assert not torch.equal(getattr(one, name), getattr(other, name)), name
+    assert all(map(torch.equal, one.old_policy, two.old_policy))
+    quantiles = one.entropy_quantiles()
+    assert 0.3 < quantiles["p50"] < 0.9 and 1.6 < quantiles["p90"] < 2.5, quantiles
+    assert make("flat", "tiny", 200, torch.float32, CPU).entropy_quantiles()["p50"] > 2
+    assert make("iid", "tiny", 200, torch.float32, CPU).entropy_quantiles()["p50"] > 7
+    # Sampled from the model: the mean surprise is the mean entropy.
+    logp = (one.hidden @ one.weight.T).log_softmax(dim=1).gather(1, one.targets[:, None])[:, 0].detach()
+    assert float((-logp).mean()) == pytest.approx(float(one.entropy.mean()), rel=0.15)
+    assert float((one.old_logprobs - logp).std()) == pytest.approx(0.05, rel=0.1)
+
+
+def test_gate_without_a_gpu_says_so(bench, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bench.gpu_gate.main([]) == 2
+    assert "no CUDA device" in capsys.readouterr().out
+
+
+def test_gate_makes_checkout_and_wheels_importable(bench, tmp_path, monkeypatch):
+    (tmp_path / "checkout" / "wheels").mkdir(parents=True)
+    for name in bench.gpu_gate.FOLDERS:
+        (tmp_path / "checkout" / name).symlink_to(BENCH.parent / name)
+    with zipfile.ZipFile(tmp_path / "checkout" / "wheels" / "made_up-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("made_up/__init__.py", "value = 3\n")
+        wheel.writestr("made_up.pth", "import sys; sys.made_up = 4\n")
+    monkeypatch.setattr(bench.gpu_gate, "ROOT", tmp_path / "checkout")
+    (tmp_path / "made").mkdir()
+    environment = bench.gpu_gate.prepare(tmp_path / "made")
+    code = "import sys, made_up, cosmo_rl.kernels as k; print(made_up.value, sys.made_up, list(k.__path__)[0])"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["3", "4", str(tmp_path / "made" / "cosmo_rl" / "kernels")], done.stderr
+    assert environment["HF_HUB_OFFLINE"] == "1"
+
+
+def test_gate_ends_a_step_that_hangs(bench, tmp_path):
+    code = "import subprocess, sys, time; print('started', flush=True); subprocess.run(['sleep', '60']); time.sleep(60)"
+    with open(tmp_path / "log", "w") as log, pytest.raises(bench.gpu_gate.Failed, match="killed after 1 s"):
+        bench.gpu_gate.run([sys.executable, "-c", code], dict(os.environ), 1.0, log)
+    assert "started" in (tmp_path / "log").read_text()
+
+
+def test_gate_counts_tests(bench, tmp_path, monkeypatch):
+    """A test step is passed only if a test ran and none failed."""
+    def outcome(status: int, suite: str) -> str:
+        monkeypatch.setattr(bench.gpu_gate, "run", lambda *_: (tmp_path / "tests.xml").write_text(
+            f"<testsuites><testsuite {suite}/></testsuites>") and status)
+        return bench.gpu_gate.test_step({}, 1.0, tmp_path, None)
+
+    assert outcome(0, 'tests="5" failures="0" errors="0" skipped="2"') == "3 passed, 0 failed, 2 skipped"
+    for status, suite in ((1, 'tests="5" failures="1"'), (0, 'tests="5" skipped="5"'), (5, 'tests="0"'),
+                          (2, 'tests="1"')):
+        with pytest.raises(bench.gpu_gate.Failed):
+            outcome(status, suite)
