@@ -47,7 +47,7 @@ def objective_terms(log_ratio, advantage, upper, lower, drift_coef, drift_clip):
     return loss, clipped, drift, slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("size",))
 def _objective_kernel(logprobs, old_logprobs, advantages, upper, lower, coefs, loss, log_ratio, clipped, drift, slope,
                       size, upper_stride, lower_stride, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

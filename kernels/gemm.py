@@ -44,6 +44,7 @@ def add_matmul(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Ten
     return out.addmm_(a.float(), b.float())
 
 
+@torch.no_grad()
 def head_gradients(hidden: torch.Tensor, weight: torch.Tensor, fill: Fill, *, needs: tuple[bool, bool],
                    ignored: torch.Tensor | None = None, scale: torch.Tensor | None = None,
                    dtype: torch.dtype | None = None) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -26,7 +26,7 @@ class CPGDOutput(NamedTuple):
     drift: torch.Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("size",))
 def _fold_kernel(logits, dlogits, targets, bias, old_logprobs, advantages, token_weights, upper, lower, coefs, scale,
                  stats, losses, clipped_out, size, vocab, upper_stride, lower_stride, inverse_temperature,
                  HAS_BIAS: tl.constexpr, HAS_OLD: tl.constexpr, HAS_GRADIENT: tl.constexpr, IGNORE_INDEX: tl.constexpr,

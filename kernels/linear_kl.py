@@ -23,7 +23,7 @@ def kl_tiles(dtype: torch.dtype, capability: tuple[int, int]) -> Tiles:
     return Tiles(64, 128, 64, num_warps=8, num_stages=3 if capability == (8, 0) else 2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("size", "splits", "tiles_per_split"))
 def _partial_kl_kernel(old_hidden, old_weight, hidden, weight, bias, partials, size, vocab, old_dim, dim,
                        old_hidden_stride, old_weight_stride, hidden_stride, weight_stride, inverse_temperature, splits,
                        tiles_per_split, SHARED: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_DIM: tl.constexpr,
@@ -83,7 +83,7 @@ def _partial_kl_kernel(old_hidden, old_weight, hidden, weight, bias, partials, s
         tl.store(here + 4 * plane, gap, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("size", "splits"))
 def _merge_kl_kernel(partials, stats, size, splits, TOKENS: tl.constexpr):
     """stats (5, size): KL, old peak and log_mass, new peak and log_mass."""
     rows = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)

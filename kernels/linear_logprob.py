@@ -90,7 +90,8 @@ def block_and_split(item, blocks, splits, GROUP: tl.constexpr):
     return first + within % size, within // size
 
 
-@triton.jit
+# An argument of 1 would be compiled in, once more for each batch size and as a constant that has no .to().
+@triton.jit(do_not_specialize=("size", "splits", "tiles_per_split"))
 def _partial_stats_kernel(hidden, weight, targets, bias, partials, size, vocab, dim, hidden_stride, weight_stride,
                           inverse_temperature, splits, tiles_per_split, HAS_BIAS: tl.constexpr, EVEN_DIM: tl.constexpr,
                           TMA: tl.constexpr, TOKENS: tl.constexpr, VOCAB: tl.constexpr, DIM: tl.constexpr,
@@ -147,7 +148,7 @@ def finish_stats(target, peak, mass, moment, at_target, vocab, IGNORE_INDEX: tl.
     return logprob, tl.where(ignored, 0.0, log_mass - moment / mass), log_mass
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("size", "splits"))
 def _merge_kernel(partials, targets, stats, size, vocab, splits, IGNORE_INDEX: tl.constexpr, TOKENS: tl.constexpr):
     """stats (5, size): log-prob, entropy, peak, log_mass, lse; the splits are summed in their order."""
     rows = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
