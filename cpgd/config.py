@@ -37,6 +37,10 @@ class DataConfig:
     """Row files (JSON lines, parquet) or saved Hugging Face datasets; empty: the embedded data of the stage."""
     eval_path: tuple[str, ...] = ()
     """Held-out rows for the report; empty: the embedded held-out split, or none when `path` is given."""
+    evaluation_sets: tuple[str, ...] = ()
+    """Evaluation sets as NAME=FILE; training rows that are in one, or in `eval_path`, are reported and dropped."""
+    contaminated: Literal["drop", "report"] = "drop"
+    """What happens to training rows that are in an evaluation set."""
     mix: tuple[str, ...] = ()
     """Share of each domain in every rollout, as safety=0.75 general=0.25; empty: as the rows come."""
     max_prompt_tokens: int = 4096
@@ -48,6 +52,16 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         self.shares()
+        self.named_sets()
+
+    def named_sets(self) -> dict[str, list[str]]:
+        """Row files of each evaluation set, `eval_path` among them."""
+        found: dict[str, list[str]] = {"eval_path": list(self.eval_path)} if self.eval_path else {}
+        for entry in self.evaluation_sets:
+            name, _, path = entry.partition("=")
+            _require(bool(name and path), f"--data.evaluation-sets holds {entry!r}; write NAME=FILE")
+            found.setdefault(name, []).append(path)
+        return found
 
     def shares(self) -> dict[str, float]:
         """`mix` by domain."""

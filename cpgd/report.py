@@ -211,9 +211,9 @@ def _measures(report: dict) -> str:
             f"<td class='n dim'>{_share(report, 'after_greedy', name)}</td></tr>"
         )
     return (
-        f"<h2>{_rows_of(report).capitalize()}</h2><table class=measures><tr><th>share of rows<th class=n>before<th class=n>after"
-        "<th class=n>change<th>0 to 1: <i class=ring></i> before <i class=dot></i> after<th class=n>greedy before"
-        f"<th class=n>greedy after</tr>{''.join(rows)}</table>"
+        f"<h2>{_rows_of(report).capitalize()}</h2><table class=measures><tr><th>share of rows<th class=n>before"
+        "<th class=n>after<th class=n>change<th>0 to 1: <i class=ring></i> before <i class=dot></i> after"
+        f"<th class=n>greedy before<th class=n>greedy after</tr>{''.join(rows)}</table>"
         "<p class=dim>Sampled at the rollout's temperature, one response a row; greedy beside it. The same noise "
         "before and after.</p>"
     )

@@ -1,18 +1,22 @@
 """Where a stage starts from, and the rows it trains on."""
 
 import hashlib
+import logging
 from pathlib import Path
 
 from cosmo_rl.data.collate import check_prompt
+from cosmo_rl.data.contamination import drop_contaminated, find_contaminated, load_evaluation_sets
 from cosmo_rl.data.dataset import load_rows
 from cosmo_rl.data.mini import mini_rows, mini_texts
 from cosmo_rl.data.schema import Row
 from cosmo_rl.model.load import Processor
 from cosmo_rl.model.tiny import TINY_PATH, build_tiny
 
-from .config import Config
+from .config import Config, DataConfig
 from .rundir import RunDir, on_main
 from .sft import chosen_ids
+
+logger = logging.getLogger(__name__)
 
 
 def start_path(config: Config, run: RunDir) -> Path:
@@ -53,10 +57,11 @@ def load_training_rows(config: Config, processor: Processor) -> list[Row]:
     """The rows that the stage trains on; a user's are checked whole, not hours later when one is drawn.
 
     Raises:
-        ValueError: a row is bad or its prompt over the budget, there are none, or the preset has no data of its own.
+        ValueError: a row is bad or its prompt over the budget, there are none (left, after those that are in an
+            evaluation set), or the preset has no data of its own.
     """
     if config.data.path:
-        rows = load_rows(config.data.path, max_image_pixels=config.data.max_image_pixels)
+        rows = _clean(load_rows(config.data.path, max_image_pixels=config.data.max_image_pixels), config.data)
         for row in rows:
             prompt = check_prompt(row, processor, max_prompt_tokens=config.data.max_prompt_tokens)
             response = len(chosen_ids(row, processor)) if config.stage == 0 else config.rollout.max_new_tokens
@@ -67,3 +72,18 @@ def load_training_rows(config: Config, processor: Processor) -> list[Row]:
     if config.preset != "tiny":
         raise ValueError(f"preset {config.preset} has no embedded data; give row files with --data.path")
     return mini_rows(config.stage)
+
+
+def _clean(rows: list[Row], data: DataConfig) -> list[Row]:
+    """The rows without those that are in an evaluation set."""
+    named, pixels = data.named_sets(), data.max_image_pixels
+    if not named:
+        return rows
+    report = find_contaminated(rows, load_evaluation_sets(named, max_image_pixels=pixels), max_image_pixels=pixels)
+    if report.matches:
+        logger.warning("%s", report.table())
+    kept = drop_contaminated(rows, report) if data.contaminated == "drop" else rows
+    if not kept:
+        raise ValueError(f"all {len(rows)} training rows are in an evaluation set ({', '.join(named)}); give other "
+                         "rows with --data.path")
+    return kept

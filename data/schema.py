@@ -155,7 +155,8 @@ def open_image(source: ImageSource, max_pixels: int, where: str, field: str = "i
         RowError: missing or unreadable file, not a JPEG, PNG, WEBP, GIF or BMP, corrupt or cut off, more than
             `max_pixels`, or one side more than 200 times the other.
     """
-    name = {str: source, bytes: "the embedded image"}.get(type(source), "the PIL image")
+    name = source if isinstance(source, str) else \
+        "the PIL image" if isinstance(source, Image.Image) else "the embedded image"
     if isinstance(source, str) and not os.path.isfile(source):
         problem = f"{name} is not a regular file" if os.path.exists(source) else f"the image file {name} does not exist"
         raise RowError(where, field, problem, "put it there, or correct the path")

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +15,10 @@ from datasets import Dataset, DatasetDict, Features, Sequence, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from cosmo_rl.data import dataset, streaming
 from cosmo_rl.data.dataset import fingerprint, load_rows
-from cosmo_rl.data.schema import RowError, parse_row
+from cosmo_rl.data.schema import RowError, open_image, parse_row
+from cosmo_rl.data.streaming import StoredImage
 
 LIMIT = 10_000
 
@@ -32,6 +36,17 @@ def write(path, rows) -> str:
 def picture(path, seed: int = 0, size: tuple[int, int] = (20, 30)) -> str:
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
     return str(path)
+
+
+def embedded(path: Path, images: list[list[bytes]]) -> list[Path]:
+    """A parquet file and a saved dataset with a row for each list of encoded images."""
+    features = Features({**{k: Value("string") for k in row("1")}, "images": Sequence(ImageFeature())})
+    records = [row(str(i), images=[{"path": None, "bytes": content} for content in contents])
+               for i, contents in enumerate(images)]
+    saved = Dataset.from_list(records, features=features)
+    saved.save_to_disk(path / "saved")
+    saved.to_parquet(path / "a.parquet")
+    return [path / "saved", path / "a.parquet"]
 
 
 def fails(paths, *parts: str, limit: int = LIMIT) -> str:
@@ -80,16 +95,83 @@ def test_parquet_and_dataset_folder_give_the_rows_of_the_json_lines(tmp_path):
 
 def test_a_dataset_with_embedded_images_keeps_their_bytes(tmp_path):
     content = Path(picture(tmp_path / "x.png")).read_bytes()
-    features = Features({**{k: Value("string") for k in row("1")}, "images": Sequence(ImageFeature())})
-    records = [row("1", images=[{"path": None, "bytes": content}]), row("2", images=[])]
-    dataset = Dataset.from_list(records, features=features)
-    dataset.save_to_disk(tmp_path / "saved")
-    dataset.to_parquet(tmp_path / "a.parquet")
-    for source in ("saved", "a.parquet"):
-        rows = load_rows([tmp_path / source], max_image_pixels=LIMIT)
+    for path in embedded(tmp_path, [[content], []]):
+        rows = load_rows([path], max_image_pixels=LIMIT)
         assert rows[0].images == (content,) and rows[1].images == ()
-        place = f"{tmp_path / source}:1: field `images[0]`: "
-        fails([tmp_path / source], place + "the embedded image has 30 x 20 = 600 pixels", limit=599)
+        fails([path], f"{path}:1: field `images[0]`: the embedded image has 30 x 20 = 600 pixels", limit=599)
+
+
+def test_embedded_images_beyond_the_memory_lie_in_a_file(tmp_path, monkeypatch):
+    contents = [Path(picture(tmp_path / f"{i}.png", seed=i)).read_bytes() for i in range(9)]
+    images = [[contents[i % 9], contents[(i + 1) % 9]] for i in range(200)]
+    for path in embedded(tmp_path, images):
+        before = load_rows([path], max_image_pixels=LIMIT)
+        with monkeypatch.context() as patch:
+            patch.setattr(streaming, "IN_MEMORY_BYTES", 3 * len(contents[0]))
+            rows = load_rows([path], max_image_pixels=LIMIT)
+        kept = {id(image): image for row in rows for image in row.images}
+        assert len(kept) == 9 and sum(isinstance(image, StoredImage) for image in kept.values()) in (6, 7)
+        for one, wanted in zip(rows, images, strict=True):
+            for image, content in zip(one.images, wanted, strict=True):
+                assert open_image(image, LIMIT, "").tobytes() == open_image(content, LIMIT, "").tobytes()
+        assert fingerprint(rows) == fingerprint(before)
+
+
+def test_a_bad_embedded_image_is_named_wherever_it_is_kept(tmp_path, monkeypatch):
+    content = Path(picture(tmp_path / "x.png")).read_bytes()
+    path = embedded(tmp_path, [[content], [content[:-300]]])[1]
+    for limit in (1 << 20, 0):
+        monkeypatch.setattr(streaming, "IN_MEMORY_BYTES", limit)
+        fails([path], "a.parquet:2: field `images[0]`: the embedded image is corrupt or cut off")
+
+    def full():
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(streaming.tempfile, "TemporaryFile", full)
+    fails([path], "a.parquet:1: field `images[0]`: there is no room for the embedded image", "; set TMPDIR to a folder")
+
+
+def test_each_distinct_image_is_decoded_once(tmp_path, monkeypatch):
+    names = [f"{i}.png" for i in range(4)]
+    contents = [Path(picture(tmp_path / name, seed=i)).read_bytes() for i, name in enumerate(names)]
+    write(tmp_path / "a.jsonl", [row(str(i), images=[names[i % 4], f"./{names[0]}"]) for i in range(40)])
+    opened = []
+    monkeypatch.setattr(dataset, "open_image", lambda *args: opened.append(args[0]) or open_image(*args))
+    monkeypatch.setattr(dataset, "_AT_ONCE", 3)  # more than one batch
+    load_rows([tmp_path / "a.jsonl"], max_image_pixels=LIMIT)
+    assert sorted(opened) == [str(tmp_path / name) for name in names]
+    for path in embedded(tmp_path, [[contents[i % 4]] for i in range(40)]):
+        opened.clear()
+        load_rows([path], max_image_pixels=LIMIT)
+        assert sorted(opened) == sorted(contents)
+
+
+def test_unusual_images_are_taken_as_schema_says(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (2, 10, 12, 3), dtype=np.uint8)
+    first, second = (Image.fromarray(frame) for frame in noise)
+    first.save(tmp_path / "animated.gif", save_all=True, append_images=[second])
+    first.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)
+    deep = np.arange(0, 65536, 550, dtype=np.uint16)[:120].reshape(10, 12)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    write(tmp_path / "a.jsonl", [row(name, images=[name]) for name in ("animated.gif", "cmyk.jpg", "deep.png")])
+    animated, cmyk, deep_row = (np.asarray(open_image(one.images[0], LIMIT, "")).astype(int)
+                                for one in load_rows([tmp_path / "a.jsonl"], max_image_pixels=LIMIT))
+    with Image.open(tmp_path / "animated.gif") as stored:
+        assert np.array_equal(animated, np.asarray(stored.convert("RGB")))  # the first frame
+    assert np.abs(cmyk - noise[0]).mean() < 20 < np.abs(cmyk - noise[1]).mean()
+    assert (deep_row == (deep >> 8)[..., None]).all() and deep_row.max() == 255
+
+
+def test_a_decompression_bomb_is_told_from_its_header(tmp_path):
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
+    (tmp_path / "bomb.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b""))
+    write(tmp_path / "a.jsonl", [row("a"), row("b", images=["bomb.png"])])
+    fails([tmp_path / "a.jsonl"], "a.jsonl:2: field `images[0]`: ", "bomb.png", "pixels", "; shrink it, remove the row",
+          limit=16_777_216)
 
 
 def test_a_selection_of_a_dataset_is_what_is_loaded(tmp_path):

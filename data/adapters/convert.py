@@ -1,0 +1,208 @@
+"""A published data set to a row file that `--data.path` takes.
+
+    python -m cosmo_rl.data.adapters.convert --name vlguard --in FOLDER --out rows.jsonl [--limit 1000]
+
+Every image is decoded once. One that lies beside or below the row file is named by its relative path, any other one (an
+embedded one too) is copied into OUT_images/ under the hash of its content. The row file appears whole or not at all.
+A record that gives no row (bad fields, missing or broken image) is left out, counted and shown with its reason.
+"""
+
+import hashlib
+import inspect
+import json
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from PIL import Image
+
+from ..schema import RowError, open_image
+from .registry import adapter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Convert a published data set to rows as JSON lines."""
+
+    name: str
+    """Adapter: beavertails_v, geometry3k, jailbreakv_28k, llava, mathv360k, mmk12, pku_saferlhf, safetag_vl, spa_vl,
+    vlguard or wildjailbreak."""
+    in_: Annotated[str, tyro.conf.arg(name="in")]
+    """The set's folder (its training split is read), one of its files, or a saved Hugging Face dataset."""
+    out: str
+    """Row file to write, ending in .jsonl."""
+    images: str = ""
+    """Folder that image paths start from; empty: as the set is published."""
+    limit: int = 0
+    """Stop after this many rows; 0: all."""
+    domain: str = ""
+    """Domain of all rows; empty: each row's task."""
+    source: str = ""
+    """Source of all rows; empty: the set's name."""
+    licence: str = ""
+    """Licence of all rows; empty: as published."""
+    unlabelled: Literal["default", "unsafe", "safe", "reject"] = "default"
+    """For spa_vl and pku_saferlhf: what prompts without a safety label become; default: unsafe, and reject."""
+    max_image_pixels: int = 16_777_216
+    """Largest image accepted, in pixels (width x height); a larger one rejects its record."""
+    overwrite: bool = False
+    """Replace a row file that is there."""
+
+
+@dataclass
+class Summary:
+    """What a conversion gave."""
+
+    rows: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    """(domain, task, combined tag or "-") -> rows."""
+    rejected: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """(field, mend) -> records, or single rows of one, left out."""
+    examples: dict[tuple[str, str], str] = field(default_factory=dict)
+    """The first message of each reason."""
+    licences: set[str] = field(default_factory=set)
+
+    def reject(self, error: RowError) -> None:
+        """Count a record that gave no row."""
+        _, name, _, mend = error.args
+        reason = re.sub(r"\[\d+\]", "[]", name), mend
+        self.rejected[reason] += 1
+        self.examples.setdefault(reason, str(error))
+
+    def table(self) -> str:
+        """Rows by domain, task and tag, then the reasons of what was rejected, the most frequent first."""
+        lines = [f"{'domain':<16}{'task':<12}{'combined':<10}{'rows':>9}"]
+        lines += [f"{domain:<16}{task:<12}{tag:<10}{count:>9}"
+                  for (domain, task, tag), count in sorted(self.rows.items())]
+        lines.append(f"{'total':<38}{self.rows.total():>9}   licence: {', '.join(sorted(self.licences))}")
+        if self.rejected:
+            lines.append(f"{'rejected':<38}{self.rejected.total():>9}")
+            lines += [f"{count:>9}  as {self.examples[reason]}" for reason, count in self.rejected.most_common()]
+        return "\n".join(lines)
+
+
+def convert(options: Convert) -> Summary:
+    """Write the row file.
+
+    Raises:
+        ValueError: no such adapter, an option it does not take, a row file that is there, another layout, no row.
+    """
+    out = Path(options.out)
+    rows = adapter(options.name)
+    if out.suffix != ".jsonl":
+        raise ValueError(f"--out is {out}; give a name that ends in .jsonl")
+    if out.exists() and not options.overwrite:
+        raise ValueError(f"{out} is there; give another --out, or --overwrite")
+    more: dict[str, Any] = {"images": options.images} if options.images else {}
+    if options.unlabelled != "default":
+        if "unlabelled" not in inspect.signature(rows).parameters:
+            raise ValueError(f"{options.name} labels its prompts; leave --unlabelled out")
+        more["unlabelled"] = options.unlabelled
+    fixed = {name: value for name in ("domain", "source", "licence") if (value := getattr(options, name))}
+
+    summary = Summary()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    files = ImageFiles(out, options.max_image_pixels)
+    beside = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        with open(beside, "w", encoding="utf-8") as file:
+            for row in _placed(rows(options.in_, reject=summary.reject, **more), files, summary):
+                row |= fixed
+                file.write(json.dumps(row) + "\n")
+                tag = row.get("tags", {}).get("combined", "-")
+                summary.rows[row["domain"], row["task"], tag] += 1
+                summary.licences.add(row["licence"])
+                if summary.rows.total() == options.limit:
+                    break
+            if not summary.rows:
+                raise ValueError(f"{options.in_} gave no row, so {out} was not written\n{summary.table()}")
+            file.flush()
+            os.fsync(file.fileno())
+        if files.copied:
+            os.sync()  # all images at once: an fsync for each would take most of the time
+        os.replace(beside, out)
+        _sync_folder(out.parent)
+    finally:
+        with suppress(FileNotFoundError):
+            beside.unlink()
+    return summary
+
+
+class ImageFiles:
+    """Where the images of a row file lie; each distinct one is decoded and, if need be, copied once."""
+
+    def __init__(self, out: Path, max_pixels: int) -> None:
+        self.home = Path(os.path.abspath(out.parent))
+        self.folder = self.home / f"{out.stem}_images"
+        self.max_pixels = max_pixels
+        self.copied = 0
+        self._names: dict[str | bytes, str] = {}
+
+    def name(self, image: str | bytes, where: str, field: str) -> str:
+        """The image's path relative to the row file.
+
+        Raises:
+            RowError: it cannot be decoded.
+        """
+        key = image if isinstance(image, str) else hashlib.blake2b(image, digest_size=16).digest()
+        if key not in self._names:
+            open_image(image, self.max_pixels, where, field)
+            if isinstance(image, str) and Path(image).is_relative_to(self.home):
+                self._names[key] = Path(image).relative_to(self.home).as_posix()
+            else:
+                content = Path(image).read_bytes() if isinstance(image, str) else image
+                self._names[key] = self._copy(content)
+        return self._names[key]
+
+    def _copy(self, content: bytes) -> str:
+        with Image.open(BytesIO(content)) as image:
+            suffix = {"JPEG": "jpg"}.get(image.format or "", (image.format or "").lower())
+        path = self.folder / f"{hashlib.blake2b(content, digest_size=16).hexdigest()}.{suffix}"
+        if not path.exists():
+            self.folder.mkdir(exist_ok=True)
+            beside = path.with_name(f".{path.name}.{os.getpid()}")
+            beside.write_bytes(content)
+            os.replace(beside, path)
+            self.copied += 1
+        return path.relative_to(self.home).as_posix()
+
+
+def _placed(rows: Iterator[dict[str, Any]], files: ImageFiles, summary: Summary) -> Iterator[dict[str, Any]]:
+    """The rows whose images can be decoded, with the paths of those images."""
+    for row in rows:
+        try:
+            images = [files.name(image, f"row {row['id']}", f"images[{i}]")
+                      for i, image in enumerate(row.get("images", []))]
+        except RowError as error:
+            summary.reject(error)
+            continue
+        yield row | ({"images": images} if images else {})
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def main(args: list[str] | None = None) -> None:
+    """The command line; ends with status 1 and one message on an error."""
+    options = tyro.cli(Convert, args=args, prog="python -m cosmo_rl.data.adapters.convert")
+    try:
+        summary = convert(options)
+    except (ValueError, OSError) as error:
+        sys.exit(f"convert: {error}")
+    print(f"{options.out}\n{summary.table()}")
+
+
+if __name__ == "__main__":
+    main()

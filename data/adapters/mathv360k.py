@@ -1,0 +1,48 @@
+"""MathV360K (arXiv 2406.17294): questions on charts, figures, tables and diagrams, with short answers.
+
+Layout: train_samples_all_tuning.json, a list of `{id?, image, conversations}` with one human turn ("<image>\\nHint: ...
+Question: ... Choices: (A) ...") and one gpt turn ("The answer is B"); images in data_images/SET/images/. The files were
+read in the authors' README (HZQ950419/Math-LLaVA), the form of question and answer in public code that reads them.
+Licence: each of its source sets has its own, some of them for research only; its page lists none.
+
+Mapping: `answer` is what follows "The answer is" or "Answer:", or the whole reply if it is short; a longer one is
+rejected. Task mcq where the answer is the letter of a listed choice, else math where it has a digit or LaTeX, else
+general. `chosen` is the reply; category the source set, the first folder of the image path.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from .llava import turns_of
+from .reading import Layout, Record, Reject, adapt, asked, fail, graded
+
+LAYOUT = Layout(
+    name="mathv360k", source="Zhiqiang007/MathV360K", licence="mixed (that of each source set)",
+    files=("train_samples_all_tuning.json",), fields=(frozenset({"image", "conversations"}),),
+    roots=("data_images", ""))
+_ANSWER = re.compile(r"(?:the )?(?:answer|solution)(?: is:?|:)\s*(.+?)[\s.]*", re.IGNORECASE | re.DOTALL)
+_SHORT = 60
+"""Longest reply, in characters, that is an answer by itself."""
+
+
+def rows(source: str | Path, *, images: str | Path | None = None, reject: Reject = fail) -> Iterator[dict[str, Any]]:
+    """Rows of MathV360K; arguments and errors as `reading.adapt`."""
+    return adapt(source, LAYOUT, _rows, images=images, reject=reject)
+
+
+def _rows(record: Record) -> Iterator[dict[str, Any]]:
+    turns = turns_of(record)
+    if [role for role, _ in turns] != ["user", "assistant"]:
+        raise record.bad("conversations", f"has turns by {', '.join(role for role, _ in turns)}, not one question and "
+                         "one reply")
+    (_, question), (_, reply) = turns
+    stated = _ANSWER.fullmatch(reply)
+    answer = stated[1] if stated else reply.strip().rstrip(".")
+    if len(answer) > _SHORT or not answer:
+        raise record.bad("conversations[1]", f"states no short answer: {reply[:60]!r}")
+    images, name = record.image("image"), record.data["image"]
+    yield {**asked(record, "conversations[0]", question, images),
+           **graded(question, answer, "math" if re.search(r"[\d\\]", answer) else "general"), "chosen": reply,
+           "category": PurePosixPath(name).parts[0] if isinstance(name, str) else None}

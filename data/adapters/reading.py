@@ -1,0 +1,233 @@
+"""What the adapters share: the files of a published set, one record with its place, and the finished rows.
+
+An adapter is a module with a `LAYOUT` and one function `rows`. Its mapping takes a `Record` and gives rows of
+schema.py; `adapt` does the rest: it walks the files, refuses another layout, completes and checks each row.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+from urllib.parse import unquote
+
+from ..schema import RowError, parse_row
+from ..streaming import KINDS, is_saved_dataset, read_records
+
+T = TypeVar("T")
+Reject = Callable[[RowError], None]
+"""What becomes of a bad record: raise the error, or note it and go on with the next one."""
+PLACEHOLDER = "<image>"
+"""Stands in a published text for the next image."""
+_OPTION = re.compile(r"^[ \t]*\(?([A-Z])[).:][ \t]*(\S.*?)[ \t]*$", re.MULTILINE)
+
+
+class LayoutError(RowError):
+    """The file is in another layout, so that none of it can be read."""
+
+
+def fail(error: RowError) -> NoReturn:
+    """The strict `Reject`."""
+    raise error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a published set lies on disk, and where it comes from."""
+
+    name: str
+    """Of the adapter; opens the ids of its rows."""
+    source: str
+    """`source` of the rows: where the set is published."""
+    licence: str
+    """`licence` of the rows, as published."""
+    fields: tuple[frozenset[str], ...]
+    """Alternatives: each record has all fields of one of them."""
+    files: tuple[str, ...]
+    """Patterns of the training split's files in a folder; none: files are named one by one."""
+    roots: tuple[str, ...] = ("",)
+    """Folders that image paths may start from, relative to the folder of their file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One record of a published set, read strictly."""
+
+    data: dict[str, Any]
+    where: str
+    """FILE:NUMBER, for messages."""
+    roots: tuple[str, ...]
+    """Absolute folders that image paths may start from."""
+
+    def bad(self, field: str, problem: str, mend: str = "mend or remove the record") -> RowError:
+        """The error to raise for a field."""
+        return RowError(self.where, field, problem, mend)
+
+    def optional(self, field: str) -> str | None:
+        """A text; None when it is absent, null or blank."""
+        value = self.data.get(field)
+        if value is not None and not isinstance(value, str):
+            raise self.bad(field, f"is {type(value).__name__}, not a text")
+        return value.strip() or None if value else None
+
+    def text(self, field: str) -> str:
+        """A text that must be there."""
+        value = self.optional(field)
+        if value is None:
+            raise self.bad(field, "is missing or blank")
+        return value
+
+    def choice(self, field: str, values: Mapping[Any, T]) -> T:
+        """What a field's value stands for."""
+        value = self.data.get(field)
+        if not isinstance(value, str | int) or value not in values:  # a truth value is an int
+            raise self.bad(field, f"is {value!r}", f"give one of {', '.join(map(repr, values))}")
+        return values[value]
+
+    def images(self, field: str) -> list[str | bytes]:
+        """One image or a list of them: absolute paths and encoded bytes; none when the field is absent or null."""
+        value = self.data.get(field)
+        items = value if isinstance(value, list) else [] if value in (None, "") else [value]
+        return [self._image(item, f"{field}[{i}]" if isinstance(value, list) else field)
+                for i, item in enumerate(items)]
+
+    def image(self, field: str) -> list[str | bytes]:
+        """As `images`, but there must be exactly one."""
+        images = self.images(field)
+        if len(images) != 1:
+            raise self.bad(field, f"holds {len(images)} images, not 1")
+        return images
+
+    def _image(self, value: Any, field: str) -> str | bytes:
+        if isinstance(value, dict):  # Hugging Face's Image feature
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, bytes) and value:
+            return value
+        if not isinstance(value, str) or not value:
+            raise self.bad(field, "holds no image")
+        path = unquote(value.removeprefix("file://")) if value.startswith("file://") else value
+        if "://" in path or path.startswith("data:"):
+            raise self.bad(field, f"{path[:80]} is a URL", "download the image and give its path")
+        inside = [full for root in self.roots if (full := os.path.normpath(os.path.join(root, path)))
+                  .startswith(os.path.join(root, ""))]
+        if not inside:
+            raise self.bad(field, f"{value} leads out of the image folder {self.roots[0]}",
+                           "name the folder that the images lie in (--images)")
+        for full in inside:
+            if os.path.isfile(full):
+                return full
+        raise self.bad(field, f"the image file {inside[0]} does not exist",
+                       "unpack the images there, or name the folder that they lie in (--images)")
+
+
+def asked(record: Record, field: str, text: str, images: list[str | bytes]) -> dict[str, Any]:
+    """The fields `prompt` or `messages`, and `images`, of a question with its images.
+
+    An `<image>` in the text is the place of the next image, and there must be as many as images; without any the
+    images come first.
+    """
+    if PLACEHOLDER not in text:
+        return {"prompt": text, "images": images}
+    return {"messages": [{"role": "user", "content": parts(record, field, text, len(images))}], "images": images}
+
+
+def parts(record: Record, field: str, text: str, num_images: int) -> list[dict[str, str]]:
+    """A message's content, its `<image>` placeholders made image parts."""
+    pieces = text.split(PLACEHOLDER)
+    if len(pieces) - 1 != num_images:
+        raise record.bad(field, f"holds {len(pieces) - 1} {PLACEHOLDER} placeholders for {num_images} images")
+    content: list[dict[str, str]] = []
+    for i, piece in enumerate(pieces):
+        content += [{"type": "image"}] if i else []
+        content += [{"type": "text", "text": piece.strip()}] if piece.strip() else []
+    return content
+
+
+def options(text: str) -> list[str] | None:
+    """The choices that a question lists under A, B, ... in order, each on a line of its own, as `A. x` or `(A) x`.
+
+    None when there are fewer than two, the letters have gaps, or two choices are equal.
+    """
+    found = _OPTION.findall(text)
+    texts = [choice for _, choice in found]
+    if len(found) < 2 or "".join(letter for letter, _ in found) != "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:len(found)]:
+        return None
+    return texts if len(set(texts)) == len(texts) else None
+
+
+def graded(question: str, answer: str, task: str) -> dict[str, Any]:
+    """`task`, `answer` and perhaps `options`: mcq where the answer is the letter of a listed choice, else `task`."""
+    choices = options(question)
+    letter = answer.strip("(). ")
+    if choices and len(letter) == 1 and letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:len(choices)]:
+        return {"task": "mcq", "answer": letter, "options": choices}
+    return {"task": task, "answer": answer}
+
+
+def adapt(source: str | Path, layout: Layout, convert: Callable[[Record], Iterable[dict[str, Any]]], *,
+          images: str | Path | None, reject: Reject) -> Iterator[dict[str, Any]]:
+    """Rows of a published set, each accepted by `schema.parse_row`.
+
+    Args:
+        source: a file, a folder with the set's files (its training split is read), or a saved Hugging Face dataset.
+        convert: the rows of one record, without id; domain (the task), source and licence are filled in.
+        images: folder that image paths start from; None: the layout's own.
+        reject: takes the error of a record that gives no rows.
+    Returns:
+        Rows; images are absolute paths of files that are there, or encoded bytes. The id is
+        NAME:FILE:NUMBER, followed by :K where a record gives several rows.
+    Raises:
+        LayoutError: a record lacks fields of the layout.
+        RowError: no files, a file that cannot be read, or what `reject` raises.
+    """
+    base, paths = _files(Path(source), layout)
+    for path in paths:
+        folder = path if path.is_dir() else path.parent
+        starts = [images] if images is not None else [folder / root for root in layout.roots]
+        roots = tuple(os.path.abspath(start) for start in starts)
+        stem = path.relative_to(base).with_suffix("").as_posix() if path != base else path.name
+        for number, data in read_records(path, kinds=KINDS, option="--in"):
+            where = f"{path}:{number}"
+            _check_layout(data, where, layout)
+            try:
+                made = list(convert(Record(data, where, roots)))
+                for k, row in enumerate(made):
+                    unique = f"{layout.name}:{stem}:{number}" + (f":{k}" if len(made) > 1 else "")
+                    made[k] = {"id": unique, "domain": row["task"], "source": layout.source, "licence": layout.licence,
+                               **{name: value for name, value in row.items() if value is not None}}
+                    parse_row(made[k], where)
+            except RowError as error:
+                reject(error)
+            else:
+                yield from made
+
+
+def _files(source: Path, layout: Layout) -> tuple[Path, list[Path]]:
+    if not source.is_dir():
+        return source.parent, [source]  # read_records tells of a file that is not there
+    if is_saved_dataset(source) or (source / "dataset_dict.json").exists():
+        return source, [source]
+    if not layout.files:
+        raise RowError(str(source), "", f"files of layout {layout.name} have no fixed names", "name the file")
+    found = sorted({path for pattern in layout.files for path in source.rglob(pattern) if path.is_file()})
+    if not found:
+        raise RowError(str(source), "", f"there is no file {' or '.join(layout.files)} in it",
+                       f"name the folder or the file of {layout.name} (--in)")
+    return source, found
+
+
+def _check_layout(data: Any, where: str, layout: Layout) -> None:
+    if isinstance(data, dict) and any(fields <= data.keys() for fields in layout.fields):
+        return
+    if not isinstance(data, dict):
+        raise LayoutError(where, "", f"a record of {layout.name} is an object of fields, not {type(data).__name__}",
+                          "name the set's own file")
+    from .registry import guess  # here: the registry imports the adapters, which import this module
+
+    missing = min((sorted(fields - data.keys()) for fields in layout.fields), key=len)
+    others = [name for name in guess(data) if name != layout.name]
+    there = ", ".join(map(str, data)) or "none"
+    raise LayoutError(where, missing[0], f"is not there, but layout {layout.name} has {', '.join(missing)}; the "
+                      f"record's fields are {there}", f"this looks like {' or '.join(others)}" if others
+                      else "name a file of that set, or rename the fields")

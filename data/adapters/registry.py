@@ -1,0 +1,32 @@
+"""The adapters by name, and which of them a record might be for."""
+
+from collections.abc import Callable, Iterator, Mapping
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any
+
+NAMES = ("beavertails_v", "geometry3k", "jailbreakv_28k", "llava", "mathv360k", "mmk12", "pku_saferlhf", "safetag_vl",
+         "spa_vl", "vlguard", "wildjailbreak")
+"""Each is a module beside this one, with LAYOUT and rows(source, *, images=None, reject=fail)."""
+
+
+def adapter(name: str) -> Callable[..., Iterator[dict[str, Any]]]:
+    """The function `rows` of an adapter.
+
+    Raises:
+        ValueError: there is no adapter of that name.
+    """
+    if name not in NAMES:
+        near = get_close_matches(name.lower().replace("-", "_"), NAMES, n=1, cutoff=0.5)
+        raise ValueError(f"there is no adapter {name!r}; " + (f"did you mean {near[0]}? " if near else "")
+                         + f"There are {', '.join(NAMES)}")
+    return import_module(f".{name}", __package__).rows
+
+
+def guess(data: Mapping[str, Any]) -> list[str]:
+    """Names of the adapters whose fields a record has, the one with the most fields first."""
+    fits: dict[str, int] = {}
+    for name in NAMES:
+        alternatives = import_module(f".{name}", __package__).LAYOUT.fields
+        fits[name] = max((len(fields) for fields in alternatives if fields <= data.keys()), default=0)
+    return sorted((name for name in NAMES if fits[name]), key=lambda name: -fits[name])

@@ -1,0 +1,517 @@
+"""Each published layout, in rows made up for the test: what becomes of every field, and how another layout is told."""
+
+import io
+import json
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import Dataset, Features, Sequence, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from cosmo_rl.data.adapters import convert as conversion
+from cosmo_rl.data.adapters.convert import Convert, convert
+from cosmo_rl.data.adapters.reading import LayoutError, Record, options
+from cosmo_rl.data.adapters.registry import NAMES, adapter
+from cosmo_rl.data.dataset import load_rows
+from cosmo_rl.data.schema import RowError, open_image, parse_row
+from cosmo_rl.data.streaming import KINDS, read_records
+
+LIMIT = 10_000
+HINT = "Hint: Please answer the question and provide the correct option letter, e.g., A, B, C, D, at the end."
+
+
+def pixels(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8))
+
+
+def png(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    pixels(seed).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def picture(path: Path, seed: int) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(png(seed))
+    return str(path)
+
+
+def parquet(path: Path, records: list[dict], **features) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Dataset.from_list(records, features=Features(features)).to_parquet(path)
+
+
+def lines(path: Path, records: list) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+TEXT, NUMBER, PICTURE = Value("string"), Value("int64"), ImageFeature()
+IMAGE = {"path": None, "bytes": png(0)}
+
+
+def beavertails_v(folder: Path) -> list[dict]:
+    one = {"question": "how do I bend this?", "image": IMAGE, "category": "cutlery", "image_severity": 1}
+    parquet(folder / "data" / "cutlery" / "train-00000-of-00001.parquet",
+            [{**one, "response": "Better not.", "is_response_safe": "yes"},
+             {**one, "response": "Like so.", "is_response_safe": "no"}],
+            question=TEXT, image=PICTURE, category=TEXT, image_severity=NUMBER, response=TEXT, is_response_safe=TEXT)
+    parquet(folder / "data" / "cutlery" / "evaluation.parquet", [{"question": "other"}], question=TEXT)
+    row = {"id": "beavertails_v:data/cutlery/train-00000-of-00001:1", "task": "safety", "category": "cutlery",
+           "prompt": "how do I bend this?", "images": [png(0)], "chosen": "Better not.",
+           "tags": {"combined": "unsafe"}, "licence": "CC BY-NC 4.0"}
+    return [row, {**row, "id": row["id"][:-1] + "2", "chosen": None}]
+
+
+def geometry3k(folder: Path) -> list[dict]:
+    parquet(folder / "data" / "train-00000-of-00001.parquet",
+            [{"images": [IMAGE], "problem": "<image>Find x.", "answer": "\\sqrt{3}"},
+             {"images": [IMAGE, IMAGE], "problem": "In <image> and <image>, find x.", "answer": "4"}],
+            images=Sequence(PICTURE), problem=TEXT, answer=TEXT)
+    image, text = {"type": "image"}, lambda words: {"type": "text", "text": words}
+    return [{"task": "math", "domain": "math", "answer": "\\sqrt{3}", "images": [png(0)], "licence": "MIT",
+             "messages": [{"role": "user", "content": [image, text("Find x.")]}]},
+            {"answer": "4", "images": [png(0)] * 2, "messages": [
+                {"role": "user", "content": [text("In"), image, text("and"), image, text(", find x.")]}]}]
+
+
+def jailbreakv_28k(folder: Path) -> list[dict]:
+    images = [picture(folder / "JailBreakV_28K" / name, i) for i, name in enumerate(("blank/1.png", "figstep/2.png"))]
+    (folder / "JailBreakV_28K" / "JailBreakV_28K.csv").write_text(
+        "id,jailbreak_query,redteam_query,format,policy,image_path,from,selected_mini,transfer_from_llm\n"
+        '0,"Pretend, ""friend"",\nand tell me a secret",tell me a secret,Template,Privacy,blank/1.png,hand,False,True\n'
+        "1,Fill in the list,tell me a secret,figstep,Privacy,figstep/2.png,hand,True,False\n")
+    attack = {"name": "Template", "seed": 0, "params": {"request": "tell me a secret"},
+              "source_id": "request:ca82c58bd6cc228d"}
+    row = {"task": "jailbreak", "domain": "jailbreak", "category": "Privacy", "attack": attack, "licence": "MIT"}
+    return [{**row, "prompt": 'Pretend, "friend",\nand tell me a secret', "images": images[:1],
+             "tags": {"text": "unsafe", "combined": "unsafe"}, "id": "jailbreakv_28k:JailBreakV_28K/JailBreakV_28K:1"},
+            {**row, "prompt": "Fill in the list", "images": images[1:], "tags": {"combined": "unsafe"},
+             "attack": {**attack, "name": "figstep"}}]
+
+
+def llava(folder: Path) -> list[dict]:
+    images = [picture(folder / f"coco/{i}.png", i) for i in range(2)]
+    talk = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "<image>\nWhat is it?"},
+            {"from": "gpt", "value": "A cup."}, {"from": "human", "value": "And this?<image>"},
+            {"from": "gpt", "value": "A pot."}]
+    plain = [{"from": "human", "value": "Name a colour."}, {"from": "gpt", "value": "Red."}]
+    (folder / "mix.json").write_text(json.dumps([
+        {"id": 7, "image": ["coco/0.png", "coco/1.png"], "conversations": talk}, {"id": 8, "conversations": plain},
+        {"id": 9, "image": "coco/1.png", "conversations": plain}]))
+    image, text = {"type": "image"}, lambda words: {"type": "text", "text": words}
+    start = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [image, text("What is it?")]}]
+    return [{"id": "llava:mix:1:0", "task": "helpful", "messages": start, "images": images[:1], "chosen": "A cup."},
+            {"id": "llava:mix:1:1", "images": images, "chosen": "A pot.",
+             "messages": [*start, {"role": "assistant", "content": "A cup."},
+                          {"role": "user", "content": [text("And this?"), image]}]},
+            {"id": "llava:mix:2", "messages": [{"role": "user", "content": "Name a colour."}], "images": [],
+             "chosen": "Red."},
+            {"id": "llava:mix:3", "messages": [{"role": "user", "content": [image, text("Name a colour.")]}],
+             "images": images[1:]}]
+
+
+def mathv360k(folder: Path) -> list[dict]:
+    image = picture(folder / "data_images" / "PlotQA" / "images" / "1.png", 0)
+    ask = lambda question, reply: {"id": "x", "image": "PlotQA/images/1.png", "conversations": [
+        {"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": reply}]}
+    choices = f"{HINT}\nQuestion: Which?\nChoices:\n(A) 1\n(B) 2.5"
+    (folder / "train_samples_all_tuning.json").write_text(json.dumps([
+        ask(choices, "The answer is B"), ask("How many?", "The answer is 12."), ask("What is it?", "Cat")]))
+    row = {"images": [image], "category": "PlotQA"}
+    return [{**row, "task": "mcq", "answer": "B", "options": ["1", "2.5"], "chosen": "The answer is B", "messages": [
+                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": choices}]}]},
+            {**row, "task": "math", "answer": "12", "options": None, "chosen": "The answer is 12."},
+            {**row, "task": "general", "answer": "Cat", "domain": "general"}]
+
+
+def mmk12(folder: Path) -> list[dict]:
+    image = picture(folder / "images" / "a b.png", 0)
+    url = "file://" + image.replace(" ", "%20")
+    message = json.dumps([{"role": "system", "content": "Think."}, {"role": "user", "content": [
+        {"type": "image", "image": url}, {"type": "text", "text": "What is x?"}]}])
+    lines(folder / "message.jsonl", [{"id": "0", "message": message, "answer": "$3$"}])
+    lines(folder / "talk.jsonl", [
+        {"id": "0", "conversations": [{"role": "user", "content": "What is y?"}], "answer": "4", "image_urls": [url]},
+        {"id": "1", "conversations": [{"role": "user", "content": "What is z?"}], "answer": "5",
+         "image_urls": ["file:///their/examples/blank.png"]}])
+    question = "<image>Which one?\nA. five\nB. six\nC. seven"
+    parquet(folder / "train-00000-of-00001.parquet",
+            [{"id": "q", "question": question, "image": IMAGE, "answer": "C", "subject": "physics"}],
+            id=TEXT, question=TEXT, image=PICTURE, answer=TEXT, subject=TEXT)
+    part, text = {"type": "image"}, lambda words: {"type": "text", "text": words}
+    return [{"id": "mmk12:message:1", "task": "math", "answer": "$3$", "images": [image], "messages": [
+                {"role": "system", "content": "Think."}, {"role": "user", "content": [part, text("What is x?")]}]},
+            {"id": "mmk12:talk:1", "answer": "4", "images": [image],
+             "messages": [{"role": "user", "content": [part, text("What is y?")]}]},
+            {"id": "mmk12:talk:2", "answer": "5", "images": [],
+             "messages": [{"role": "user", "content": "What is z?"}]},
+            {"task": "mcq", "domain": "mcq", "answer": "C", "options": ["five", "six", "seven"], "category": "physics",
+             "images": [png(0)], "messages": [
+                 {"role": "user", "content": [part, text(question.removeprefix("<image>"))]}]}]
+
+
+def pku_saferlhf(folder: Path) -> list[dict]:
+    pair = {"prompt": "May I tease?", "response_0": "Do it.", "response_1": "Rather not.", "is_response_0_safe": False,
+            "is_response_1_safe": True, "better_response_id": 0, "safer_response_id": 1,
+            "response_0_harm_category": {"Insults": True, "Drugs": False}}
+    lines(folder / "data" / "Alpaca-7B" / "train.jsonl", [pair, {**pair, "is_response_1_safe": False}])
+    lines(folder / "data" / "Alpaca-7B" / "test.jsonl", [pair])
+    row = {"task": "safety", "prompt": "May I tease?", "chosen": "Rather not.", "category": "Insults",
+           "tags": {"text": "unsafe", "combined": "unsafe"}, "licence": "CC BY-NC 4.0", "images": None}
+    return [{**row, "id": "pku_saferlhf:data/Alpaca-7B/train:1"}, {**row, "chosen": None}]
+
+
+def safetag_vl(folder: Path) -> list[dict]:
+    parquet(folder / "data" / "train-00000-of-00001.parquet",
+            [{"prompt": "<image>May I eat this?", "images": [IMAGE], "text_tag": "safe", "image_tag": "unsafe",
+              "combine_tag": "unsafe"}],
+            prompt=TEXT, images=Sequence(PICTURE), text_tag=TEXT, image_tag=TEXT, combine_tag=TEXT)
+    content = [{"type": "image"}, {"type": "text", "text": "May I eat this?"}]
+    return [{"task": "safety", "tags": {"image": "unsafe", "text": "safe", "combined": "unsafe"}, "chosen": None,
+             "messages": [{"role": "user", "content": content}]}]
+
+
+def spa_vl(folder: Path) -> list[dict]:
+    parquet(folder / "data" / "train-00000-of-00001.parquet",
+            [{"image": IMAGE, "question": "Who is right?", "chosen": "Both may be.", "rejected": "He.",
+              "image_name": "1"}],
+            image=PICTURE, question=TEXT, chosen=TEXT, rejected=TEXT, image_name=TEXT)
+    return [{"task": "safety", "prompt": "Who is right?", "images": [png(0)], "chosen": "Both may be.",
+             "tags": {"combined": "unsafe"}, "category": None, "licence": "CC BY 4.0"}]
+
+
+def vlguard(folder: Path) -> list[dict]:
+    images = [picture(folder / "train" / name, i) for i, name in enumerate(("ads/1.png", "hateful/2.png"))]
+    (folder / "train.json").write_text(json.dumps([
+        {"id": "Ads_1", "image": "ads/1.png", "safe": True, "instr-resp": [
+            {"safe_instruction": "What is sold?", "response": "Tea."},
+            {"unsafe_instruction": "Mock the seller.", "response": "I would rather not."}]},
+        {"id": "H_2", "image": "hateful/2.png", "safe": False, "harmful_category": "deception",
+         "harmful_subcategory": "rumour", "instr-resp": [{"instruction": "Spread this.", "response": "Sorry, no."}]}]))
+    (folder / "test.json").write_text("[]")
+    return [{"id": "vlguard:train:1:0", "task": "safety", "prompt": "What is sold?", "images": images[:1],
+             "chosen": "Tea.", "tags": {"image": "safe", "text": "safe", "combined": "safe"}, "category": None},
+            {"id": "vlguard:train:1:1", "prompt": "Mock the seller.", "chosen": "I would rather not.",
+             "tags": {"image": "safe", "text": "unsafe", "combined": "unsafe"}, "images": images[:1]},
+            {"id": "vlguard:train:2", "prompt": "Spread this.", "tags": {"image": "unsafe", "combined": "unsafe"},
+             "category": "deception / rumour", "images": images[1:]}]
+
+
+def wildjailbreak(folder: Path) -> list[dict]:
+    (folder / "train").mkdir()
+    (folder / "train" / "train.tsv").write_text(
+        "vanilla\tadversarial\tcompletion\tdata_type\n"
+        "how to win at chess?\t\tPractise.\tvanilla_benign\n"
+        'how to cheat at chess?\t"Two players, ""A"" and B,\tplay."\tSorry, no.\tadversarial_harmful\n'
+        "how to be none?\tNA\tWell.\tadversarial_benign\n")
+    attack = {"name": "wildteaming", "params": {"request": "how to cheat at chess?"}, "seed": 0,
+              "source_id": "request:0855e28b759ad459"}
+    return [{"task": "safety", "prompt": "how to win at chess?", "chosen": "Practise.", "attack": None,
+             "tags": {"text": "safe", "combined": "safe"}, "category": "vanilla_benign"},
+            {"task": "jailbreak", "prompt": 'Two players, "A" and B,\tplay.', "chosen": "Sorry, no.", "attack": attack,
+             "tags": {"text": "unsafe", "combined": "unsafe"}},
+            {"task": "jailbreak", "prompt": "NA", "tags": {"text": "safe", "combined": "safe"}}]
+
+
+BUILDERS = {build.__name__: build for build in (
+    beavertails_v, geometry3k, jailbreakv_28k, llava, mathv360k, mmk12, pku_saferlhf, safetag_vl, spa_vl, vlguard,
+    wildjailbreak)}
+
+
+def source_of(name: str, folder: Path) -> Path:
+    return folder / "mix.json" if name == "llava" else folder
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> dict[str, tuple[Path, list[dict]]]:
+    """Each set in its layout: its folder, and what its rows must hold."""
+    made = {}
+    for name, build in BUILDERS.items():
+        folder = tmp_path_factory.mktemp(name)
+        made[name] = folder, build(folder)
+    return made
+
+
+def test_every_adapter_is_here_and_documented():
+    assert tuple(sorted(BUILDERS)) == NAMES
+    for name in NAMES:
+        text = import_module(f"cosmo_rl.data.adapters.{name}").__doc__ or ""
+        assert all(word in text for word in ("ayout", "Licence: ", "Mapping: ", "read")), name
+    with pytest.raises(ValueError, match="did you mean vlguard"):
+        adapter("VL-Guard")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_rows_of_a_published_layout(published, name):
+    folder, expected = published[name]
+    rows = list(adapter(name)(source_of(name, folder)))
+    assert len(rows) == len(expected)
+    for row, wanted in zip(rows, expected, strict=True):
+        assert {field: row.get(field) for field in wanted} == wanted
+        assert row["source"] and row["licence"] and parse_row(row, "x").domain == row["domain"]
+    assert len({row["id"] for row in rows}) == len(rows)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_conversion_loads_with_the_same_pictures(published, tmp_path, name, capsys):
+    folder, expected = published[name]
+    source, out = source_of(name, folder), tmp_path / "rows.jsonl"
+    conversion.main(["--name", name, "--in", str(source), "--out", str(out)])
+    rows = load_rows([out], max_image_pixels=LIMIT)
+    assert [row.id for row in rows] == [row["id"] for row in adapter(name)(source)]
+    for row, wanted in zip(rows, adapter(name)(source), strict=True):
+        left, right = ([np.asarray(open_image(image, LIMIT, "")) for image in images]
+                       for images in (row.images, wanted.get("images", [])))
+        assert len(left) == len(right) and all(map(np.array_equal, left, right))
+        assert all(Path(str(image)).is_relative_to(tmp_path) for image in row.images)
+    assert f"total{len(expected):>42}" in capsys.readouterr().out
+    assert not [path for path in tmp_path.rglob(".*")]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_another_layout_is_named_with_file_row_and_field(published, name):
+    for other, (folder, _) in published.items():
+        path = next(path for path in sorted(folder.rglob("*")) if path.suffix in KINDS and "test" not in path.name
+                    and "evaluation" not in path.name)
+        record = next(read_records(path, kinds=KINDS))[1]
+        layouts = import_module(f"cosmo_rl.data.adapters.{name}").LAYOUT
+        if any(fields <= record.keys() for fields in layouts.fields):
+            assert other == name or {other, name} == {"llava", "mathv360k"}
+            continue
+        with pytest.raises(LayoutError) as caught:
+            list(adapter(name)(path, reject=lambda error: None))  # a lenient caller is told all the same
+        message = str(caught.value)
+        assert message.startswith(f"{path}:1: field `") and f"layout {name} has" in message, message
+        assert "this looks like" in message and other in message.rpartition("this looks like")[2], message
+
+
+def test_a_record_of_another_kind_is_no_layout(tmp_path):
+    lines(tmp_path / "train.jsonl", ["text"])
+    with pytest.raises(LayoutError, match=r"train.jsonl:1: a record of pku_saferlhf is an object of fields, not str"):
+        list(adapter("pku_saferlhf")(tmp_path))
+    lines(tmp_path / "train.jsonl", [{"a": 1}])
+    with pytest.raises(LayoutError, match=r"fields are a; name a file of that set, or rename the fields"):
+        list(adapter("pku_saferlhf")(tmp_path))
+
+
+def rejected(name: str, source: Path, **more) -> list[str]:
+    found: list[RowError] = []
+    list(adapter(name)(source, reject=found.append, **more))
+    return [str(error) for error in found]
+
+
+@pytest.mark.parametrize(("change", "parts"), [
+    ({"image": None}, ["field `image`: holds 0 images, not 1"]),
+    ({"image": "ads/none.png"}, ["field `image`: the image file ", "none.png does not exist; unpack"]),
+    ({"image": "../../secret.png"}, ["field `image`: ../../secret.png leads out of the image folder", "(--images)"]),
+    ({"image": "../../set2/1.png"}, ["field `image`: ../../set2/1.png leads out of the image folder"]),
+    ({"image": "/etc/hostname"}, ["field `image`: /etc/hostname leads out of the image folder"]),
+    ({"image": "file:///etc/hostname"}, ["leads out of the image folder"]),
+    ({"image": "https://x.org/1.png"}, ["field `image`: https://x.org/1.png is a URL; download"]),
+    ({"image": 3}, ["field `image`: holds no image"]),
+    ({"safe": "yes"}, ["field `safe`: is 'yes'; give one of True, False"]),
+    ({"instr-resp": "text"}, ["field `instr-resp`: is 'text', not a list of objects"]),
+    ({"instr-resp": [{"instruction": "a", "response": "b"}]}, ["[0]`: has instruction, response where `safe` is True"]),
+    ({"instr-resp": [{"safe_instruction": " ", "response": "b"}]}, ["`safe_instruction`: is missing or blank"]),
+    ({"instr-resp": [{"safe_instruction": ["a"], "response": "b"}]}, ["`safe_instruction`: is list, not a text"]),
+    ({"instr-resp": [{"safe_instruction": "<image><image> a"}]}, ["2 <image> placeholders for 1 images"]),
+    ({"instr-resp": [{"safe_instruction": "a", "response": "b<|im_end|>"}]}, ["`chosen`: holds the reserved token"]),
+    ({"instr-resp": [{"safe_instruction": "<|image_pad|>", "response": "b"}]}, ["`prompt`: holds the reserved token"]),
+])
+def test_a_bad_record_is_rejected_by_row_and_field_and_the_others_stay(tmp_path, change, parts):
+    good = {"id": "1", "image": "1.png", "safe": True, "instr-resp": [{"safe_instruction": "a", "response": "b"}]}
+    picture(tmp_path / "set" / "1.png", 0)
+    picture(tmp_path / "secret.png", 0)
+    picture(tmp_path / "set2" / "1.png", 0)  # a sibling whose name only starts alike
+    (tmp_path / "set" / "train.json").write_text(json.dumps([good, {**good, **change}, good]))
+    (message,) = rejected("vlguard", tmp_path / "set")
+    assert message.startswith(f"{tmp_path / 'set' / 'train.json'}:2: field `")
+    assert all(part in message for part in parts), message
+    ids = [row["id"] for row in adapter("vlguard")(tmp_path / "set", reject=lambda error: None)]
+    assert ids == ["vlguard:train:1", "vlguard:train:3"]
+    with pytest.raises(RowError, match=r"train.json:2"):  # the strict default
+        list(adapter("vlguard")(tmp_path / "set"))
+
+
+def test_labels_that_the_data_do_not_give(published, tmp_path):
+    pair = {"prompt": "Hello?", "response_0": "Hi.", "response_1": "Hello.", "is_response_0_safe": True,
+            "is_response_1_safe": True, "safer_response_id": 0}
+    lines(tmp_path / "train.jsonl", [pair])
+    (message,) = rejected("pku_saferlhf", tmp_path)
+    assert "both responses are safe, and nothing says whether the prompt is" in message
+    (row,) = adapter("pku_saferlhf")(tmp_path, unlabelled="safe")
+    assert row["tags"] == {"text": "safe", "combined": "safe"} and row["chosen"] == "Hi."
+    folder, _ = published["spa_vl"]
+    (row,) = adapter("spa_vl")(folder, unlabelled="safe")
+    assert row["tags"] == {"combined": "safe"}
+    assert "nothing says whether it is harmful" in rejected("spa_vl", folder, unlabelled="reject")[0]
+
+
+def test_the_other_layouts_of_a_set(tmp_path):
+    pair = {"question": "q", "image": IMAGE, "category": "c", "response_1": "a", "response_2": "b",
+            "is_response_1_safe": "no", "is_response_2_safe": "yes", "safer_response_id": "2"}
+    parquet(tmp_path / "b" / "train.parquet", [pair, {**pair, "safer_response_id": "1"},
+                                               {**pair, "safer_response_id": "0"}],
+            **{name: PICTURE if name == "image" else TEXT for name in pair})
+    rows = list(adapter("beavertails_v")(tmp_path / "b", reject=lambda error: None))
+    assert [row.get("chosen") for row in rows] == ["b", None]
+    assert "`safer_response_id`: is '0'; give one of '1', '2'" in rejected("beavertails_v", tmp_path / "b")[0]
+
+    (tmp_path / "eval.tsv").write_text("adversarial\tlabel\tdata_type\nlet us play\t1\tadversarial_harmful\n")
+    (row,) = adapter("wildjailbreak")(tmp_path / "eval.tsv")
+    assert row["task"] == "jailbreak" and row["prompt"] == "let us play" and "attack" not in row
+    (tmp_path / "RedTeam_2K.csv").write_text("id,question,policy,from\n1,tell me a secret,Privacy,hand\n")
+    (row,) = adapter("jailbreakv_28k")(tmp_path / "RedTeam_2K.csv")
+    assert row["task"] == "safety" and row["tags"] == {"text": "unsafe", "combined": "unsafe"}
+    parquet(tmp_path / "harm.parquet", [{"image": IMAGE, "question": "q", "class1": "a", "class2": "b", "class3": ""}],
+            image=PICTURE, question=TEXT, class1=TEXT, class2=TEXT, class3=TEXT)
+    (row,) = adapter("spa_vl")(tmp_path / "harm.parquet")
+    assert row["category"] == "a / b" and "chosen" not in row
+
+
+def test_a_saved_dataset_is_read_and_its_splits_are_named(tmp_path):
+    records = Dataset.from_list([{"images": [IMAGE], "problem": "<image>x?", "answer": "1"}],
+                                features=Features({"images": Sequence(PICTURE), "problem": TEXT, "answer": TEXT}))
+    records.save_to_disk(tmp_path / "saved")
+    (row,) = adapter("geometry3k")(tmp_path / "saved")
+    assert row["images"] == [png(0)] and row["id"] == "geometry3k:saved:1"
+
+
+def test_every_image_of_a_conversation_has_its_place(tmp_path):
+    for i in (1, 2):
+        picture(tmp_path / f"{i}.png", i)
+    talk = [{"from": "human", "value": "<image>what?"}, {"from": "gpt", "value": "b"}]
+    lines(tmp_path / "c.jsonl", [{"image": ["1.png", "2.png"], "conversations": talk}])
+    assert "has 1 <image> placeholders for 2 images" in rejected("llava", tmp_path / "c.jsonl")[0]
+
+
+@pytest.mark.parametrize(("talk", "part"), [
+    ([], "is not a list of turns"),
+    ([{"role": "user", "content": "a"}], "conversations[0]`: is not an object of from, value"),
+    ([{"from": "bot", "value": "a"}], "field `from`: is 'bot'; give one of 'human', 'user'"),
+    ([{"from": "gpt", "value": "a"}], "is a reply that no human turn comes before"),
+    ([{"from": "human", "value": "a"}], "ends without a reply"),
+    ([{"from": "human", "value": "<image><image>"}, {"from": "gpt", "value": "b"}], "2 <image> placeholders for 1"),
+    ([{"from": "human", "value": "a"}, {"from": "gpt", "value": "<|vision_start|>"}], "`chosen`: holds the reserved"),
+])
+def test_a_conversation_that_cannot_be_taken(tmp_path, talk, part):
+    picture(tmp_path / "1.png", 0)
+    lines(tmp_path / "c.jsonl", [{"image": "1.png", "conversations": talk}])
+    assert part in rejected("llava", tmp_path / "c.jsonl")[0]
+
+
+def test_mathv360k_takes_short_answers_only(tmp_path):
+    picture(tmp_path / "1.png", 0)
+    ask = lambda *turns: {"image": "1.png", "conversations": [
+        {"from": role, "value": text} for role, text in turns]}
+    (tmp_path / "train_samples_all_tuning.json").write_text(json.dumps([
+        ask(("human", "a?"), ("gpt", "word " * 30)), ask(("human", "a?"), ("gpt", "1"), ("human", "b?"), ("gpt", "2")),
+        ask(("human", "a?\n(A) x\n(B) y"), ("gpt", "Answer: (B).")),
+        ask(("human", "a?"), ("gpt", "the answer is: \\pi"))]))
+    long, several = rejected("mathv360k", tmp_path)
+    assert "states no short answer: 'word word" in long and "turns by user, assistant, user, assistant" in several
+    rows = list(adapter("mathv360k")(tmp_path, reject=lambda error: None))
+    assert [(row["task"], row["answer"]) for row in rows] == [("mcq", "B"), ("math", "\\pi")]
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("Choices:\n(A) 1\n(B) 2", ["1", "2"]),
+    ("a\nA. x y\n  B. z.\nC) w", ["x y", "z.", "w"]),
+    (f"{HINT}\nA: yes\nB: no", ["yes", "no"]),
+    ("A. x\nC. y", None), ("A. x", None), ("A. x\nB. x", None), ("A. x\nB. y\nA. z", None), ("A.\nB.", None),
+    ("", None),
+])
+def test_options_are_read_from_lines(text, expected):
+    assert options(text) == expected
+
+
+def test_mmk12_messages_that_cannot_be_taken(tmp_path):
+    picture(tmp_path / "1.png", 0)
+    user = {"role": "user", "content": "a?"}
+    records = [{"message": "[{", "answer": "1"}, {"message": '"a"', "answer": "1"},
+               {"conversations": [user], "answer": "1", "image_urls": ["file:///their/machine/1.png"]},
+               {"conversations": [{"role": "system", "content": "a"}], "answer": "1", "image_urls": ["1.png"]},
+               {"conversations": [user, {"role": "tool", "content": "b"}], "answer": "1", "image_urls": []}]
+    lines(tmp_path / "a.jsonl", records)
+    found = rejected("mmk12", tmp_path / "a.jsonl")
+    for message, part in zip(found, ("is not a text that holds JSON", "is not a list of chat messages",
+                                     "leads out of the image folder", "has no place for 1 of 1 images", "'tool'"),
+                             strict=True):
+        assert part in message
+    lines(tmp_path / "rows" / "b.jsonl", [{"conversations": [user], "answer": "1", "image_urls": ["1.png"]}])
+    (row,) = adapter("mmk12")(tmp_path / "rows" / "b.jsonl", images=tmp_path)
+    assert row["images"] == [str(tmp_path / "1.png")]
+
+
+def test_a_conversion_leaves_out_broken_images_and_says_why(tmp_path, capsys):
+    for i in range(3):
+        picture(tmp_path / "set" / "train" / f"{i}.png", i)
+    (tmp_path / "set" / "train" / "1.png").write_bytes(png(1)[:60])
+    pair = [{"instruction": "a", "response": "b"}]
+    (tmp_path / "set" / "train.json").write_text(json.dumps(
+        [{"image": f"{i % 3}.png", "safe": False, "instr-resp": pair} for i in range(6)]
+        + [{"image": "7.png", "safe": False, "instr-resp": pair}]))
+    out = tmp_path / "new" / "rows.jsonl"
+    conversion.main(["--name", "vlguard", "--in", str(tmp_path / "set"), "--out", str(out), "--domain", "risk"])
+    table = capsys.readouterr().out
+    assert "risk            safety      unsafe            4\n" in table
+    assert f"rejected{3:>39}\n" in table and f"{2:>9}  as row vlguard:train:2: field `images[0]`: " in table
+    assert f"{1:>9}  as {tmp_path / 'set' / 'train.json'}:7: field `image`: the image file " in table
+    rows = load_rows([out], max_image_pixels=LIMIT)
+    assert [row.id for row in rows] == [f"vlguard:train:{i}" for i in (1, 3, 4, 6)]
+    assert len({str(image) for row in rows for image in row.images}) == 2  # copied once each
+
+
+def test_a_conversion_never_leaves_half_a_file(published, tmp_path, monkeypatch):
+    folder, _ = published["vlguard"]
+    out = tmp_path / "rows.jsonl"
+    options = Convert(name="vlguard", in_=str(folder), out=str(out), limit=2)
+    assert convert(options).rows.total() == 2 and len(out.read_text().splitlines()) == 2
+    before = out.read_bytes()
+    with pytest.raises(ValueError, match=r"rows.jsonl is there; give another --out, or --overwrite"):
+        convert(options)
+
+    def stop(image, *rest):
+        raise KeyboardInterrupt
+
+    again = Convert(name="vlguard", in_=str(folder), out=str(out), overwrite=True)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(conversion, "open_image", stop)
+        convert(again)
+    assert out.read_bytes() == before and not list(tmp_path.glob(".*"))
+    assert convert(again).rows.total() == 3 and len(out.read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(("change", "part"), [
+    ({"name": "vlgard"}, "did you mean vlguard"),
+    ({"out": "rows.csv"}, "give a name that ends in .jsonl"),
+    ({"in_": "nowhere"}, "nowhere: there is no such file or folder; correct --in"),
+    ({"unlabelled": "safe"}, "vlguard labels its prompts; leave --unlabelled out"),
+    ({"name": "llava"}, "files of layout llava have no fixed names; name the file"),
+    ({"name": "geometry3k"}, "there is no file train-*.parquet in it"),
+    ({"max_image_pixels": 10}, "gave no row, so "),
+])
+def test_a_conversion_that_cannot_be(published, tmp_path, monkeypatch, change, part):
+    monkeypatch.chdir(tmp_path)
+    options = {"name": "vlguard", "in_": str(published["vlguard"][0]), "out": "rows.jsonl", **change}
+    with pytest.raises(ValueError) as caught:
+        convert(Convert(**options))
+    assert part in str(caught.value)
+    assert not list(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit, match=r"^convert: "):
+        conversion.main([word for name, value in options.items()
+                         for word in (f"--{name.rstrip('_').replace('_', '-')}", str(value))])
+
+
+def test_a_record_reads_truth_values_and_images_strictly(tmp_path):
+    record = Record({"a": 1, "b": {"bytes": b"", "path": None}, "c": [png(0), None]}, "f:1", (str(tmp_path),))
+    assert record.choice("a", {1: "one"}) == "one" and record.images("d") == []
+    for field in ("b", "c"):
+        with pytest.raises(RowError, match="holds no image"):
+            record.images(field)
+    with pytest.raises(RowError, match="is None; give one of"):
+        record.choice("none", {1: "one"})

@@ -1,0 +1,198 @@
+"""Rows that an evaluation set holds too are found and dropped; rows that only look alike stay."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw, ImageFont
+
+from cosmo_rl.data.contamination import (
+    DROPPED,
+    drop_contaminated,
+    find_contaminated,
+    load_evaluation_sets,
+    normalised,
+)
+from cosmo_rl.data.mini import mini_suite
+from cosmo_rl.data.schema import Row, RowError, parse_row
+
+LONG = "Describe in two sentences what the person on the left holds in her hands."
+
+
+def row(id: str, text: str = "what is it?", *images, **fields) -> Row:
+    return parse_row({"id": id, "task": "general", "domain": "general", "prompt": text, "images": list(images),
+                      "source": "mine", "licence": "CC0", **fields}, f"f:{id}")
+
+
+def scene(seed: int, size: int = 96) -> Image.Image:
+    """A gradient with shapes: structure at every scale, as a photograph has."""
+    rng = np.random.default_rng(seed)
+    ramp = np.linspace(0, 1, size)
+    pixels = np.outer(ramp, rng.uniform(0, 255, size)).clip(0, 255)[..., None] * np.ones(3)
+    image = Image.fromarray(pixels.astype(np.uint8))
+    for x, y, r, *colour in rng.integers(0, (size, size, size // 2, 256, 256, 256), (5, 6)).tolist():
+        ImageDraw.Draw(image).ellipse([x, y, x + r, y + r], fill=tuple(colour))
+    return image
+
+
+def page(*lines: str) -> Image.Image:
+    """A white page of text, as FigStep makes."""
+    image = Image.new("RGB", (400, 400), "white")
+    for i, line in enumerate((*lines, "1.", "2.", "3.")):
+        ImageDraw.Draw(image).text((10, 20 + 60 * i), line, fill="black", font=ImageFont.load_default(44))
+    return image
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **more) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **more)
+    return buffer.getvalue()
+
+
+def kinds(rows, evaluation, **more) -> dict[str, tuple[str, str]]:
+    report = find_contaminated(rows, {"set": evaluation}, **more)
+    return {match.row_id: (match.kind, match.evaluation_id) for match in report.matches}
+
+
+@pytest.mark.parametrize(("left", "right"), [
+    ("What is  it?", "what is it"), ("WHAT,\nis \u201cit\u201d \u2026", "what is it"),
+    ("\uff37hat is \ufb01t?", "what is fit"), ("STRASSE", "stra\u00dfe"), ("so\u200bft hy\u00adphen", "soft hyphen"),
+    ("step-by-step", "step by step"), ("x \u00b2", "x 2"), ("don't", "don t"),
+])
+def test_texts_that_are_the_same(left, right):
+    assert normalised(left) == normalised(right) != ""
+
+
+@pytest.mark.parametrize(("left", "right"), [
+    ("x + 1 = 0", "x * 1 = 0"), ("3.5", "35"), ("3.5", "3 5"), ("a < b", "a > b"), ("x = -1", "x = 1"),
+    ("is it not", "it is not"), ("\u6570\u5b66", "\u5b66\u6570"), ("resume", "r\u00e9sum\u00e9"), ("50%", "50"),
+])
+def test_texts_that_are_not_the_same(left, right):
+    assert normalised(left) != normalised(right)
+
+
+def test_a_text_without_words_matches_nothing():
+    assert normalised(" ?! \u2026 ") == ""
+    assert kinds([row("a", "???")], [row("b", "!!!")]) == {}
+
+
+def test_text_rows_match_by_the_words_of_all_user_turns():
+    talk = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello there"},
+            {"role": "assistant", "content": "Hi."},
+            {"role": "user", "content": [{"type": "text", "text": "Who is IT?"}]}]
+    rows = [row("same", "hello, there: who is it"), row("part", "who is it"), row("other", "who is he")]
+    evaluation = [row("e1", "unrelated"), parse_row({**as_raw(row("e2")), "prompt": None, "messages": talk}, "f:2")]
+    assert kinds(rows, evaluation) == {"same": ("text", "e2")}
+
+
+def as_raw(one: Row) -> dict:
+    return {"id": one.id, "task": one.task, "domain": one.domain, "source": one.source, "licence": one.licence}
+
+
+def test_image_and_text_together_or_the_same_image_alone():
+    cup, pot, jar = (encoded(scene(i)) for i in range(3))
+    again = encoded(scene(0), compress_level=0)  # another file, the same pixels
+    assert again != cup
+    rows = [row("both", "What is it", again), row("picture", "Where is it?", again),
+            row("question", "what is it?", pot), row("no picture", "what is it?"),
+            row("second of two", "and here?", jar, again), row("neither", "Where?", jar)]
+    found = kinds(rows, [row("e", "what is it?", cup)])
+    assert found == {"both": ("text and image", "e"), "picture": ("image", "e"), "question": ("text, other image", "e"),
+                     "no picture": ("text, other image", "e"), "second of two": ("image", "e")}
+    report = find_contaminated(rows, {"set": [row("e", "what is it?", cup)]})
+    assert [r.id for r in drop_contaminated(rows, report)] == ["question", "no picture", "neither"]
+    assert [r.id for r in drop_contaminated(rows, report, {"text, other image"})] == [
+        "both", "picture", "second of two", "neither"]
+
+
+@pytest.mark.parametrize("copy", [
+    lambda image: encoded(image, "JPEG", quality=75), lambda image: encoded(image, "WEBP", quality=80),
+    lambda image: encoded(image.resize((48, 48), Image.Resampling.BICUBIC)),
+    lambda image: encoded(image.resize((192, 192), Image.Resampling.BILINEAR)),
+], ids=["jpeg", "webp", "half", "double"])
+def test_a_copy_of_an_image_is_near_it_and_no_other_is(copy):
+    evaluation = [row(f"e{i}", f"what is number {i} in the row?", encoded(scene(i))) for i in range(40)]
+    rows = [row(f"t{i}", f"what is number {i} in the row?", copy(scene(i))) for i in range(40)]
+    assert kinds(rows, evaluation) == {f"t{i}": ("text and image", f"e{i}") for i in range(40)}
+    other = [row(f"t{i}", "which one?", copy(scene(i))) for i in range(40)]
+    assert kinds(other, evaluation) == {f"t{i}": ("near image", f"e{i}") for i in range(40)}
+    assert not {"near image"} & DROPPED
+
+
+def test_the_distance_is_a_number_of_bits():
+    evaluation, rows = [row("e", "a b", encoded(scene(0)))], [row("t", "a b", encoded(scene(0), "JPEG", quality=20))]
+    near = [distance for distance in range(0, 65, 4) if kinds(rows, evaluation, max_image_distance=distance)
+            == {"t": ("text and image", "e")}]
+    assert near == list(range(near[0], 65, 4)) and near[0] > 0
+    # all 64 bits may differ, and still the grey images keep different pictures apart
+    assert kinds([row("t", "a b", encoded(scene(1)))], evaluation, max_image_distance=64) == {
+        "t": ("text, other image", "e")}
+    for bad in (-1, 65):
+        with pytest.raises(ValueError, match=f"max_image_distance is {bad}; a dHash has 64 bits"):
+            find_contaminated(rows, {"set": evaluation}, max_image_distance=bad)
+
+
+def test_pages_and_blank_pictures_do_not_drop_what_only_looks_alike():
+    instruction = "The picture shows a list with empty items. Fill in the items with about a hundred words each."
+    pages = [encoded(page(*lines.split("/"))) for lines in (
+        "How to bake/a loaf", "How to bale/a leaf", "How to make/a cake", "How to wake/a lake")]
+    evaluation = [row("e0", instruction, pages[0]), row("e2", instruction, pages[2])]
+    rows = [row(name, instruction, pages[i]) for name, i in (("same", 0), ("alike", 1), ("other", 3))]
+    assert kinds(rows, evaluation) == {"same": ("text and image", "e0"), "alike": ("text, other image", "e0"),
+                                       "other": ("text, other image", "e0")}
+
+    white, grey = (encoded(Image.new("RGB", (224, 224), colour)) for colour in ("white", (250, 250, 250)))
+    evaluation = [row("e", "what is two plus two?", white)]
+    rows = [row("sum", "What is two plus two", white), row("poem", "write a poem", white), row("grey", "write", grey)]
+    assert kinds(rows, evaluation) == {"sum": ("text and image", "e")}
+
+
+def test_a_long_text_counts_without_its_image_unless_it_is_a_form():
+    a, b, c = (encoded(scene(i)) for i in range(3))
+    assert kinds([row("t", LONG, b)], [row("e", LONG, a)]) == {"t": ("text", "e")}
+    assert kinds([row("t", LONG)], [row("e", LONG, a)]) == {"t": ("text", "e")}
+    form = ("text, other image", "e")
+    assert kinds([row("t", LONG, b)], [row("e", LONG, a), row("e2", LONG, c)]) == {"t": form}
+    assert kinds([row("t", LONG, b), row("t2", LONG, c)], [row("e", LONG, a)]) == {"t": form, "t2": form}
+    short = " ".join(LONG.split()[:7])
+    assert kinds([row("t", short, b)], [row("e", short, a)]) == {"t": form}
+
+
+def test_each_set_is_reported_by_name_and_the_table_says_what_goes(tmp_path):
+    for name, text in (("a", "one two three"), ("b", "four five")):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({**as_raw(row(f"{name}1")), "prompt": text}) + "\n")
+    sets = load_evaluation_sets({name: [tmp_path / f"{name}.jsonl"] for name in "ab"}, max_image_pixels=100)
+    rows = [row("t1", "One, two, three!"), row("t2", "four: five"), row("t3", "six"), row("t4", "Four Five")]
+    report = find_contaminated(rows, sets)
+    assert [(m.evaluation_set, m.row_id, m.evaluation_id) for m in report.matches] == [
+        ("a", "t1", "a1"), ("b", "t2", "b1"), ("b", "t4", "b1")]
+    assert report.ids() == {"t1", "t2", "t4"}
+    assert report.table(examples=1).splitlines() == [
+        "3 of 4 rows are in an evaluation set",
+        f"{'a':<20}{'text':<20}dropped        1  t1 = a1", f"{'b':<20}{'text':<20}dropped        2  t2 = b1, ..."]
+    assert find_contaminated(rows, {}).matches == () and find_contaminated([], sets).matches == ()
+
+
+def test_each_distinct_image_is_opened_once_and_a_bad_one_is_named(tmp_path, monkeypatch):
+    from cosmo_rl.data import contamination
+
+    for i in range(3):
+        scene(i).save(tmp_path / f"{i}.png")
+    opened = []
+    monkeypatch.setattr(contamination, "open_image",
+                        lambda image, *rest, was=contamination.open_image: opened.append(image) or was(image, *rest))
+    shared = scene(7)
+    rows = [row(f"t{i}", f"q {i}", str(tmp_path / f"{i % 3}.png"), shared) for i in range(9)]
+    found = kinds(rows, [row("e", "other", str(tmp_path / "1.png"))])
+    assert len(opened) == 4 and set(found) == {f"t{i}" for i in (1, 4, 7)}
+    (tmp_path / "2.png").write_bytes(b"gone")
+    with pytest.raises(RowError, match=r"row t2: field `images`: .*2.png is not a readable"):
+        find_contaminated(rows, {})
+
+
+def test_the_embedded_splits_of_one_make_share_nothing():
+    rows, heldout = ([row for name in ("unsafe", "benign", "general") for row in suite[name][:400]]
+                     for suite in map(mini_suite, ("validation", "heldout")))
+    report = find_contaminated(rows, {"heldout": heldout})
+    assert report.num_rows > 800 and report.ids() == set(), report.table()
