@@ -40,8 +40,9 @@ def objective_terms(log_ratio, advantage, upper, lower, drift_coef, drift_clip):
     # expm1(l) - l cancels for small l; the series is exact to 1e-13 there.
     series = log_ratio * log_ratio * (1 / 2 + log_ratio * (1 / 6 + log_ratio * (
         1 / 24 + log_ratio * (1 / 120 + log_ratio * (1 / 720)))))
-    drift = tl.where(tl.abs(log_ratio) < 1e-2, series, tl.exp(log_ratio) - 1.0 - log_ratio)
-    excess = drift + log_ratio
+    small = tl.abs(log_ratio) < 1e-2
+    excess = tl.where(small, series + log_ratio, tl.exp(log_ratio) - 1.0)  # not from drift: inf - inf
+    drift = tl.where(small, series, excess - log_ratio)
     loss = drift_coef * drift - advantage * bounded
     slope = drift_coef * tl.where(excess > drift_clip, drift_clip, excess) - tl.where(clipped, 0.0, advantage)
     return loss, clipped, drift, slope

@@ -85,11 +85,13 @@ def head_gradients(hidden: torch.Tensor, weight: torch.Tensor, fill: Fill, *, ne
             if dhidden is not None:
                 product = matmul(spent, weight, torch.empty((stop - start, dim), device=device))
                 dhidden[start:stop] = product if scale is None else product.mul_(scale)
+                del product  # or it would live beside the next chunk's
             if dweight is not None:
                 states = hidden[start:stop]
                 if ignored is not None:  # 0 * NaN
                     states = states.masked_fill(ignored[start:stop, None], 0.0)
                 add_matmul(dweight, spent.T, states)
+                del states
     if dweight is not None and scale is not None:
         dweight.mul_(scale)
     return dhidden, dweight

@@ -106,7 +106,8 @@ def rows_contiguous(tensor: torch.Tensor) -> torch.Tensor:
 def takes_tma(*tensors: torch.Tensor) -> bool:
     """TMA descriptors need Hopper, and bases and row strides of multiples of 16 bytes."""
     return capability(tensors[0].device) >= (9, 0) and all(
-        t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 and t.stride(1) == 1 for t in tensors)
+        t.data_ptr() % 16 == 0 and t.stride(1) == 1 and t.stride(0) > 0 and t.stride(0) * t.element_size() % 16 == 0
+        for t in tensors)
 
 
 def check_backward(backward: str, tile_threshold: float) -> None:

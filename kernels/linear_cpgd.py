@@ -96,7 +96,7 @@ def _fold_kernel(logits, dlogits, targets, bias, old_logprobs, advantages, token
             if HAS_BIAS:
                 z += tl.load(bias + cols, mask=inside, other=0.0)
             p = tl.exp((z * inverse_temperature - peak) - log_mass)
-            dz = tl.where(cols == target, g, 0.0) - g * p
+            dz = tl.where(counts, tl.where(cols == target, g, 0.0) - g * p, 0.0)  # ignored: p may be NaN
             tl.store(dlogits + row * vocab + cols, dz.to(dlogits.dtype.element_ty), mask=inside)
 
 
@@ -194,7 +194,9 @@ def linear_cpgd(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tenso
         cpgd_objective instead. Log-probs have the same bits with and without gradient.
     Raises:
         ValueError: shapes, dtypes, devices or values do not fit; the message has both.
-    Memory: the gradients (N, D) and (V, D) and tiles of 4M logits beyond the inputs.
+    Memory beyond the inputs: the gradients, (N, D) and (V, D); Triton: dW in float32 instead, until the backward, and
+        `gemm.SCRATCH_BYTES` and a float32 (outer, D) of `gemm.plan_chunks` (1.5 GB at the 7B head); reference: tiles of
+        4M logits.
     """
     fused = launch.use_triton(backend, hidden.device)
     launch.check_backward(backward, tile_threshold)
@@ -209,7 +211,8 @@ def linear_cpgd(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tenso
     launch.check_vector("advantages", advantages, size, device, finite=values)
     launch.check_vector("token_weights", token_weights, size, device, finite=values)
     launch.check_clip(clip_eps_low, clip_eps_high, drift_coef, drift_clip, size, device, values)
-    args = (targets, old_logprobs, advantages, token_weights, float(temperature), bias,
+    args = (targets, old_logprobs, advantages, token_weights, float(temperature),
+            None if bias is None else bias.contiguous(),
             clip_eps_low, clip_eps_high, drift_coef, drift_clip)
     forward = _reference_forward
     if fused:

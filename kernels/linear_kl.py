@@ -17,7 +17,7 @@ from .reference import Stats
 def kl_tiles(dtype: torch.dtype, capability: tuple[int, int]) -> Tiles:
     """The shipped configuration of a chip; two float32 accumulators must fit into its registers."""
     if dtype == torch.float32:
-        return Tiles(64, 64, 32, num_warps=4, num_stages=2)
+        return Tiles(64, 64, 16, num_warps=8, num_stages=2)
     if capability >= (9, 0):
         return Tiles(128, 128, 64, num_warps=8, num_stages=3)
     return Tiles(64, 128, 64, num_warps=8, num_stages=3 if capability == (8, 0) else 2)
@@ -141,7 +141,8 @@ def _triton_forward(old_hidden, old_weight, hidden, weight, temperature, bias) -
     stats = torch.empty((5, size), device=device)
     if size:
         tiles = kl_tiles(hidden.dtype, launch.capability(device))
-        shared = old_weight.data_ptr() == weight.data_ptr() and old_weight.shape == weight.shape
+        shared = (old_weight.data_ptr(), old_weight.shape, old_weight.stride()) == (
+            weight.data_ptr(), weight.shape, weight.stride())
         programs = launch.num_programs(device)
         splits, per_split = plan_splits(triton.cdiv(size, tiles.tokens), triton.cdiv(vocab, tiles.vocab), programs)
         partials = torch.empty((5, splits, size), device=device)
@@ -240,4 +241,5 @@ def linear_kl(old_hidden: torch.Tensor, old_weight: torch.Tensor, hidden: torch.
     heads = old_hidden.detach(), old_weight.detach(), hidden, weight
     if fused:
         heads = [launch.rows_contiguous(t) for t in heads]
+        bias = None if bias is None else bias.contiguous()
     return _LinearKL.apply(fused, *heads, float(temperature), None if bias is None else bias.detach())

@@ -43,7 +43,7 @@ class Tiles:
 def forward_tiles(dtype: torch.dtype, capability: tuple[int, int]) -> Tiles:
     """The shipped configuration of a chip."""
     if dtype == torch.float32:  # no tensor cores at full precision
-        return Tiles(64, 64, 32, num_warps=4, num_stages=2)
+        return Tiles(64, 64, 16, num_warps=8, num_stages=2)
     if capability >= (9, 0):
         return Tiles(128, 256, 64, num_warps=8, num_stages=3)
     return Tiles(128, 128, 64, num_warps=8, num_stages=3 if capability == (8, 0) else 2)
@@ -268,6 +268,7 @@ class _LinearLogprob(torch.autograd.Function):
         if fused:
             hidden, weight = launch.rows_contiguous(hidden), launch.rows_contiguous(weight)
             targets = targets.contiguous()
+            bias = None if bias is None else bias.contiguous()
             stats, lse = _triton_forward(hidden, weight, targets, temperature, bias)
         else:
             stats = reference.linear_logprob_forward(hidden, weight, targets, temperature, bias)
@@ -313,8 +314,9 @@ def linear_logprob(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Te
     Raises:
         ValueError: shapes, dtypes, devices or values do not fit; the message has both.
     Memory beyond the inputs, Triton: forward 16 bytes x N x (at most 64 splits of the vocabulary); backward the
-        gradients, 4 V D bytes (dW in float32, if it is needed), `gemm.SCRATCH_BYTES` and 4 x 4096 x D, and a copy of
-        `hidden` if some tokens have no gradient. Reference: the gradients and tiles of 4M logits.
+        gradients, 4 V D bytes (dW in float32, if it is needed), `gemm.SCRATCH_BYTES`, a float32 (outer, D) of
+        `gemm.plan_chunks`, and a copy of `hidden` if some tokens have no gradient. Reference: the gradients and tiles
+        of 4M logits.
     Numerics: 16-bit products are summed in float32, float32 ones never in tf32; the logits are never rounded.
         Deterministic: the same bits for the same input on the same device.
     Source: arXiv:2411.09009 for never storing the logits; written here from the formulas in reference.py.

@@ -274,7 +274,10 @@ def _finish(dhidden, dweight, dbias, temperature: float, out_dtype: torch.dtype)
 
 
 def _log1p(eps: float | torch.Tensor, sign: float, device: torch.device) -> torch.Tensor:
-    return torch.log1p(sign * torch.as_tensor(eps, dtype=torch.float64, device=device))
+    if not isinstance(eps, torch.Tensor):  # as cpgd_objective has it: torch.log1p differs in the last bit
+        bound = math.log1p(sign * eps) if sign * eps > -1 else -math.inf
+        return torch.tensor(bound, dtype=torch.float64, device=device)
+    return torch.log1p(sign * eps.to(device, torch.float64))
 
 
 def cpgd_terms(logprobs, old_logprobs, advantages, clip_eps_low=0.2, clip_eps_high=0.2, drift_coef=0.01,

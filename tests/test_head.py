@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from cosmo_rl.kernels import launch
 from cosmo_rl.kernels.reference import dense_cpgd, dense_linear_kl, dense_linear_logprob
 from cosmo_rl.model.head import CPGDInputs, ExactDrift, LMHead
 
@@ -12,7 +13,8 @@ SUPPRESSED = np.array([0, 5, 36])
 
 
 @pytest.fixture
-def case():
+def case(backend, monkeypatch):
+    monkeypatch.setattr(launch, "use_triton", lambda given, device: backend == "triton")
     hidden = torch.randn(N, D, requires_grad=True)
     weight = torch.randn(V, D, requires_grad=True)
     targets = torch.from_numpy(np.setdiff1d(np.arange(V), SUPPRESSED))[torch.randint(0, V - 3, (N,))]

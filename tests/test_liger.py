@@ -64,6 +64,7 @@ def test_the_same_policy(rotary_restored, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_same_policy_on_a_gpu(rotary_restored):
     plain = logits_and_gradients(load_model(runs.MODEL).cuda())
     fused = logits_and_gradients(load_model(runs.MODEL, liger=True).cuda())
