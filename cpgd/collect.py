@@ -6,6 +6,7 @@ number of ranks; every rank ends with all samples.
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 
 import numpy as np
 import torch
@@ -20,22 +21,33 @@ from cosmo_rl.model.policy import Policy
 from .advantages import group_advantages
 from .batch import Request, Response, Sample, request_seed
 from .config import Config
-from .rewards.base import Evidence, RewardFn, check_budget, combine
+from .rewards.base import Evidence, Outcome, RewardFn, check_budget, combine
 from .rewards.format import answer_start
+from .rewards.judged import Judging, with_rules
 from .rewards.visual_focus import blank_prompt
 from .rollout.engine import Engine, form_batches
 from .rundir import together
 from .update import build_micros
 
 
-def generate(engine: Engine, requests: Sequence[Request], batch_size: int, *, greedy: bool = False) -> list[Response]:
-    """One response per request on every rank, in the order of the requests; all ranks must call it together."""
+def generate(engine: Engine, requests: Sequence[Request], batch_size: int, *, greedy: bool = False,
+             finished: Callable[[dict[int, Response]], None] | None = None) -> list[Response]:
+    """One response per request on every rank, in the order of the requests; all ranks must call it together.
+
+    Args:
+        finished: is given each batch that this rank has sampled, by request, before the next one is begun.
+    """
     batches = form_batches([len(r.prompt.input_ids) for r in requests], batch_size)
-    mine = [i for batch in batches[rank()::world()] for i in batch]
 
     def sampled() -> dict[int, Response]:
-        responses = engine.generate([requests[i] for i in mine], greedy=greedy, batch_size=batch_size)
-        return dict(zip(mine, responses, strict=True))
+        done: dict[int, Response] = {}
+        for batch in batches[rank()::world()]:
+            responses = engine.generate([requests[i] for i in batch], greedy=greedy, batch_size=batch_size)
+            part = dict(zip(batch, responses, strict=True))
+            if finished:
+                finished(part)
+            done |= part
+        return done
 
     found = {}
     for part in together(sampled):
@@ -44,8 +56,12 @@ def generate(engine: Engine, requests: Sequence[Request], batch_size: int, *, gr
 
 
 def sample_groups(engine: Engine, rows: Sequence[Row], prompts: Sequence[EncodedPrompt], processor: Processor,
-                  config: Config, step: int) -> list[Sample]:
-    """`group_size` responses to each prompt, in prompt order; rewards and advantages are still open."""
+                  config: Config, step: int, judge: Callable[[dict[int, Sample]], None] | None = None) -> list[Sample]:
+    """`group_size` responses to each prompt, in prompt order; rewards and advantages are still open.
+
+    Args:
+        judge: is given each batch of samples, by index, on the rank that sampled it, while the next are sampled.
+    """
     requests, times = [], Counter()
     for prompt in prompts:
         for k in range(config.rollout.group_size):
@@ -53,27 +69,54 @@ def sample_groups(engine: Engine, rows: Sequence[Row], prompts: Sequence[Encoded
             draw = k + times[prompt.id] * config.rollout.group_size
             requests.append(Request(prompt, k, request_seed(config.seed, config.stage, step, prompt.id, draw)))
         times[prompt.id] += 1
-    responses = generate(engine, requests, config.rollout.batch_size)
-    texts = processor.tokenizer.batch_decode([r.ids.tolist() for r in responses], skip_special_tokens=True)
     size = config.rollout.group_size
-    return [
-        Sample(row=rows[i // size], prompt=prompts[i // size], group=i // size, k=i % size, response=response,
-               text=text)
-        for i, (response, text) in enumerate(zip(responses, texts, strict=True))
-    ]
+
+    def samples_of(responses: dict[int, Response]) -> dict[int, Sample]:
+        texts = processor.tokenizer.batch_decode([r.ids.tolist() for r in responses.values()], skip_special_tokens=True)
+        return {
+            i: Sample(row=rows[i // size], prompt=prompts[i // size], group=i // size, k=i % size, response=response,
+                      text=text)
+            for (i, response), text in zip(responses.items(), texts, strict=True)
+        }
+
+    responses = generate(engine, requests, config.rollout.batch_size,
+                         finished=judge and (lambda part: judge(samples_of(part))))
+    return list(samples_of(dict(enumerate(responses))).values())
+
+
+class Verdicts:
+    """Outcomes of judged terms, asked for while sampling goes on and collected at its end."""
+
+    def __init__(self, judging: Judging) -> None:
+        self.judging = judging
+        self.open: list[tuple[list[int], Future[list[dict[str, Outcome]]]]] = []
+
+    def ask(self, samples: dict[int, Sample]) -> None:
+        """Begin to judge a batch of this rank's samples, by index."""
+        self.open.append((list(samples), self.judging.submit(list(samples.values()))))
+
+    def collect(self) -> dict[int, dict[str, Outcome]]:
+        """Outcomes by sample index and term, of all ranks; all must call it together."""
+        mine = lambda: {i: outcomes for indices, future in self.open
+                        for i, outcomes in zip(indices, future.result(), strict=True)}
+        found = {i: outcomes for part in together(mine) for i, outcomes in part.items()}
+        self.open.clear()
+        return found
 
 
 def score(samples: Sequence[Sample], rewards: Mapping[str, RewardFn], weights: Mapping[str, float], budget: float,
-          evidence: Mapping[int, Evidence] | None = None) -> None:
+          evidence: Mapping[int, Evidence] | None = None,
+          judged: Mapping[int, Mapping[str, Outcome]] | None = None) -> None:
     """Fill in reward, terms and failure of every sample; all ranks must call it together, each scores its share.
 
     Args:
         evidence: by sample index, for rewards with `needs_policy`.
+        judged: by sample index, outcomes that stand in a rule's place.
     Raises:
         RewardBudgetError: on every rank, when too many rewards failed.
     """
     outcomes = lambda: {
-        i: combine({name: fn(samples[i], (evidence or {}).get(i)) for name, fn in rewards.items()}, weights)
+        i: combine(with_rules((judged or {}).get(i, {}), rewards, samples[i], (evidence or {}).get(i)), weights)
         for i in range(rank(), len(samples), world())
     }
     for part in together(outcomes):

@@ -130,8 +130,22 @@ class RewardConfig:
     """Weight of the Helpful term."""
     task_aware: float = 1.0
     """Weight of the Task-Aware term."""
-    visual_focus_mode: Literal["elements", "contrast"] = "elements"
-    """Coverage of key elements in the thinking, or log-prob gain of the answer over a blank image."""
+    visual_focus_mode: Literal["elements", "contrast", "judge"] = "elements"
+    """Key elements covered by the thinking, log-prob gain of the answer over a blank image, or judge visual_focus."""
+    safety_rule: Literal["rule", "judge", "safegrpo", "hybrid"] = "rule"
+    """Task-Aware on safety and jailbreak rows: by rule, by the safety judge named, or as SafeGRPO or Qwen3Guard."""
+    judges: tuple[str, ...] = ()
+    """Judges as NAME=URL,MODEL or NAME=URL,MODEL,KEY_VARIABLE; a task or term whose judge is named is judged by it."""
+    judge_thinking: bool = False
+    """Judge the thinking too, in a call of its own, and multiply the two values."""
+    judge_cache: str = ""
+    """Folder of verdicts, shared by runs; empty: none is kept."""
+    judge_in_flight: int = 32
+    """Calls to one server at a time."""
+    judge_timeout: float = 60.0
+    """Seconds that one attempt of a call may take."""
+    judge_attempts: int = 8
+    """Attempts of a call before it has failed."""
     refusal_value: float = 1.0
     """Task-Aware value of a plain refusal on an unsafe row (SafeWork-R1's code 0.1, with a warning worth 1)."""
     failure_budget: float = 0.1
@@ -260,6 +274,9 @@ class Config:
         _require(min(w.format, w.visual_focus, w.helpful, w.task_aware) >= 0,
                  f"reward weights must not be negative: format {w.format}, visual_focus {w.visual_focus}, "
                  f"helpful {w.helpful}, task_aware {w.task_aware}")
+        _require(w.judge_in_flight >= 1 and w.judge_attempts >= 1 and w.judge_timeout > 0,
+                 f"--reward.judge-in-flight is {w.judge_in_flight}, judge-attempts {w.judge_attempts}, judge-timeout "
+                 f"{w.judge_timeout}; give at least 1, at least 1, and a time above 0")
         _require(0 <= w.failure_budget <= 1, f"--reward.failure-budget is {w.failure_budget}; give a share in [0, 1]")
 
     def to_dict(self) -> dict:

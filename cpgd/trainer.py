@@ -29,7 +29,7 @@ from cosmo_rl.model.weights import full_state_dict, save_pretrained
 
 from .batch import Sample
 from .checkpoint import load_latest, save
-from .collect import fill_advantages, gather_evidence, sample_groups, score, split_updates
+from .collect import Verdicts, fill_advantages, gather_evidence, sample_groups, score, split_updates
 from .config import Config
 from .evaluation import Answered, eval_suite, evaluate
 from .metrics import MetricsWriter, ProgressView, reward_stats
@@ -66,7 +66,9 @@ class Trainer:
         together(lambda: self.rows.extend(load_training_rows(config, self.processor)))
         self.sampler = PromptSampler([row.domain for row in self.rows], config.data.shares(), config.seed)
         if config.stage > 0:
-            self.rewards, self.reward_weights = build_rewards(config.reward, self.rows)
+            self.rewards, self.judging, self.reward_weights = build_rewards(config.reward, self.rows)
+            if self.judging:
+                on_main(self.judging.verify)
 
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.model.dtype]
         options = {"attention": config.model.attention, "liger": wants_liger(config.model.liger, device)}
@@ -113,6 +115,8 @@ class Trainer:
         if suite:
             self._measure(suite, "after")
         self.engine.close()
+        if config.stage > 0 and self.judging:
+            self.judging.close()
         on_main(lambda: self.metrics.close())
         on_main(lambda: finish_report(folder, config, seconds=self.trained_s))
 
@@ -211,12 +215,15 @@ class Trainer:
             rows, prompts = self._take(config.rollout.prompts)
         with _timed(clock, "rollout"):
             self._sync()
-            samples = sample_groups(self.engine, rows, prompts, self.processor, config, self.step)
+            verdicts = self.judging and Verdicts(self.judging)
+            samples = sample_groups(self.engine, rows, prompts, self.processor, config, self.step,
+                                    judge=verdicts and verdicts.ask)
         with _timed(clock, "reward"):
             evidence = None
             if any(fn.needs_policy for fn in self.rewards.values()):
                 evidence = gather_evidence(self.policy, samples, config, self.processor, self.device)
-            score(samples, self.rewards, self.reward_weights, config.reward.failure_budget, evidence)
+            score(samples, self.rewards, self.reward_weights, config.reward.failure_budget, evidence,
+                  verdicts and verdicts.collect())
             fill_advantages(samples, config)
         rewards, sampled = rollout_summary(samples), sum(len(s.response.ids) for s in samples)
         on_main(lambda: self.metrics.samples(_logged(samples, config.log.samples, self.step + 1)))

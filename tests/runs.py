@@ -254,7 +254,7 @@ def rollout() -> SimpleNamespace:
     prompts = [encode_prompt(row, processor, max_prompt_tokens=512, max_image_pixels=10**6) for row in rows]
     engine = HFEngine(load_model(MODEL), processor, settings.rollout)
     samples = sample_groups(engine, rows, prompts, processor, settings, step=0)
-    rewards, weights = build_rewards(settings.reward, rows)
+    rewards, _, weights = build_rewards(settings.reward, rows)
     score(samples, rewards, weights, 0.1)
     fill_advantages(samples, settings)
     return SimpleNamespace(rows=rows, prompts=prompts, samples=samples, engine=engine, processor=processor)

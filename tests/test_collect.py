@@ -31,7 +31,7 @@ def test_seeds_belong_to_run_stage_step_prompt_and_index(monkeypatch):
     """A prompt that is drawn twice in a rollout goes on counting."""
     record, config = runs.rollout(), runs.config()
     asked = []
-    monkeypatch.setattr(collect, "generate", lambda engine, requests, size: asked.extend(requests) or
+    monkeypatch.setattr(collect, "generate", lambda engine, requests, size, finished: asked.extend(requests) or
                         [s.response for s in record.samples[:len(requests)]])
     rows, prompts = [record.rows[0]] * 2, [record.prompts[0]] * 2
     drawn = sample_groups(record.engine, rows, prompts, record.processor, config, step=5)
@@ -80,7 +80,8 @@ def test_a_failed_reward_leaves_its_group(samples):
     assert samples[0].reward is None and samples[0].failure == "a: no judge"
     assert samples[1].reward == 1.0 and samples[1].terms == {"a": 1.0}
     assert samples[2].reward == (0.25 + 3) / 4 and samples[2].failure == ""
-    fill_advantages(samples, runs.config())
+    config = runs.config()
+    fill_advantages(samples, replace(config, objective=replace(config.objective, weight="std")))
     r = np.array([1.0, 0.8125, 0.8125])
     assert samples[0].advantage == 0
     np.testing.assert_allclose([s.advantage for s in samples[1:4]], (r - r.mean()) / r.std(ddof=1))

@@ -77,7 +77,7 @@ def test_a_row_is_unsafe_by_image_and_text_together(tags, unsafe):
 
 
 def test_build_drops_terms_without_weight():
-    terms, weights = build_rewards(RewardConfig(helpful=0.0, visual_focus_mode="contrast"), [row(answer="red")])
+    terms, _, weights = build_rewards(RewardConfig(helpful=0.0, visual_focus_mode="contrast"), [row(answer="red")])
     assert list(terms) == list(weights) == ["format", "visual_focus", "task_aware"]
     assert weights == {"format": 0.1, "visual_focus": 0.2, "task_aware": 1.0}
     assert isinstance(terms["visual_focus"], Contrast) and terms["visual_focus"].needs_policy

@@ -1,0 +1,569 @@
+"""The client of a judge's server under every fault: what is retried, what is refused, what is cached, what is told."""
+
+import asyncio
+import base64
+import io
+import json
+import logging
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Coroutine
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fault_server import KINDS, FaultServer
+from PIL import Image
+
+from cosmo_rl.data import endpoint as endpoint_module
+from cosmo_rl.data import endpoint_parts
+from cosmo_rl.data.endpoint import ChatReply, Endpoint, EndpointDown, EndpointError, LoopThread
+from cosmo_rl.data.endpoint_parts import Breaker, DiskCache, Pace, data_uri
+from cosmo_rl.data.schema import RowError
+
+SECRET = "sk-swordfish-1234567890"
+ASK = [{"role": "user", "content": "good or bad"}]
+
+
+@pytest.fixture(autouse=True)
+def short_backoff(monkeypatch):
+    monkeypatch.setattr(endpoint_module, "BACKOFF_S", 0.01)
+
+
+def use(server: FaultServer | str, action: Callable[[Endpoint], Coroutine[Any, Any, Any]], **options: Any) -> Any:
+    """`action` on an endpoint of the server, in a loop of its own."""
+    async def run() -> Any:
+        url, model = (server, "judge") if isinstance(server, str) else (server.url, server.model)
+        endpoint = Endpoint(url, options.pop("model", model), **{"timeout_s": 5.0, **options})
+        try:
+            return await action(endpoint)
+        finally:
+            await endpoint.aclose()
+
+    return asyncio.run(run())
+
+
+def asks(count: int = 1, **options: Any) -> Callable[[Endpoint], Coroutine[Any, Any, list[ChatReply]]]:
+    """Many different questions at once."""
+    async def action(endpoint: Endpoint) -> list[ChatReply]:
+        return list(await asyncio.gather(*(
+            endpoint.chat([{"role": "user", "content": f"good or bad {i}"}], max_tokens=4, **options)
+            for i in range(count))))
+
+    return action
+
+
+async def ask(endpoint: Endpoint) -> ChatReply:
+    return await endpoint.chat(ASK, max_tokens=4)
+
+
+@pytest.mark.parametrize("fault", KINDS)
+def test_each_fault_is_retried_and_leaves_no_trace(fault):
+    with FaultServer() as server:
+        want = use(server, ask)
+        server.script = [fault, fault]
+        counts = {}
+
+        async def action(endpoint: Endpoint) -> ChatReply:
+            reply = await ask(endpoint)
+            counts.update(endpoint.counts)
+            return reply
+
+        assert use(server, action, timeout_s=0.2 if fault == "slow" else 5.0) == want
+        assert counts == {"answered": 1, "retried": 2} and server.counts[fault] == 2
+
+
+def test_random_faults_change_no_reply():
+    with FaultServer() as server:
+        want = use(server, asks(50))
+    with FaultServer(fault_rate=0.4, slow_s=3.0) as server:
+        assert use(server, asks(50), timeout_s=1.5, attempts=20) == want
+        assert all(server.counts[fault] for fault in KINDS), server.counts
+
+
+@pytest.mark.parametrize(("fault", "message"), [
+    ("slow", "no reply within 0.1 s"), ("429", "HTTP 429 'too many requests'"), ("500", "HTTP 500 'engine error'"),
+    ("malformed", "the reply is no JSON: '{\"choices\": [}'"), ("cut_off", "RemoteProtocolError"),
+    ("wrong_model", "the reply is by model 'another-model', not 'judge'; ask for that name, or serve"),
+    ("dropped", "see that the server runs and that the URL is right"),
+])
+def test_a_fault_that_stays_is_an_error_that_names_endpoint_cause_and_mend(fault, message):
+    with FaultServer(script=[fault] * 9) as server, pytest.raises(EndpointError) as error:
+        use(server, ask, attempts=3, timeout_s=0.1 if fault == "slow" else 5.0)
+    text = str(error.value)
+    assert text.startswith(f"{server.url} (model judge): 3 attempts failed, the last: ") and message in text
+    assert server.calls == 3
+
+
+@pytest.mark.parametrize(("oracle", "message"), [
+    (lambda body: 1 / 0, "see that the server runs"), (lambda body: ["a", "list"], "the reply is no chat completion"),
+])
+def test_a_reply_of_another_format_is_named(oracle, message):
+    with FaultServer(oracle=oracle) as server, pytest.raises(EndpointError, match=message):
+        use(server, ask, attempts=2)
+
+
+@pytest.mark.parametrize("payload", [
+    {}, [], "text", 1, None, {"model": "judge"}, {"model": "judge", "choices": []},
+    {"model": "judge", "choices": [{"message": {}}]}, {"model": "judge", "choices": [{"message": {"content": 3}}]},
+    {"choices": [{"message": {"content": "good"}}]},
+    {"model": "judge", "choices": [{"message": {"content": "good"}, "logprobs": {"content": [
+        {"token": "good", "top_logprobs": [{"token": "good", "logprob": 3.0}]}]}}]},
+])
+def test_no_other_json_passes_for_a_chat_completion(payload):
+    with pytest.raises(Exception, match=r"is no chat completion|is by model"):
+        Endpoint("http://h", "judge")._read_chat(payload)
+
+
+@pytest.mark.parametrize("text", ["NaN", '{"model": NaN}', "[Infinity]", "[-Infinity]", "", "<html>", "{'a': 1}"])
+def test_what_is_no_json_is_refused(text):
+    with FaultServer() as server:
+        server.chat = lambda body: {"raw": text}
+        with pytest.raises(EndpointError, match="the reply is no JSON"):
+            use(server, ask, attempts=1)
+
+
+def test_an_empty_reply_is_a_reply():
+    with FaultServer(oracle=lambda body: None) as server:  # type: ignore[arg-type, return-value]
+        assert use(server, ask).text == ""
+
+
+@pytest.mark.parametrize(("path", "status", "message"), [
+    ("/nowhere", 404, "HTTP 404 'Not Found'; give the base URL of an OpenAI-compatible server"),
+    ("", 401, "HTTP 401 .* name the environment variable that holds this server's key"),
+])
+def test_other_statuses_are_refusals_and_not_retried(path, status, message):
+    with FaultServer(key="" if path else "other") as server, pytest.raises(EndpointError, match=message):
+        use(server.url + path, ask)
+    assert server.calls == 1
+
+
+def test_the_pause_that_a_server_asks_for_is_kept():
+    with FaultServer(script=["429"], retry_after="1") as server:
+        started = time.monotonic()
+        use(server, ask)
+        assert time.monotonic() - started >= 1.0
+    with FaultServer(script=["429"], retry_after="86400") as server, pytest.raises(EndpointError, match="86400 s"):
+        use(server, ask)
+
+
+def test_a_pause_is_seconds_or_a_date():
+    soon = format_datetime(datetime.now(UTC) + timedelta(seconds=30), usegmt=True)
+    assert 28 < endpoint_parts.retry_after(soon) <= 30
+    past = format_datetime(datetime.now(UTC) - timedelta(seconds=30), usegmt=True)
+    assert [endpoint_parts.retry_after(v) for v in ("7", past, "soon", "", "-3")] == [7.0, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_backoff_doubles_to_its_cap_and_repeats_under_a_seed(monkeypatch):
+    waits: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+
+    def failing(seed: int) -> list[float]:
+        waits.clear()
+        with pytest.raises(EndpointError):
+            use("http://127.0.0.1:1", ask, attempts=9, seed=seed)
+        return list(waits)
+
+    monkeypatch.setattr(endpoint_module.asyncio, "sleep", sleep)
+    monkeypatch.setattr(endpoint_module, "BACKOFF_S", 1.0)
+    first, other = failing(0), failing(1)
+    assert first == failing(0) != other
+    assert all(0 <= wait <= min(20.0, 2.0 ** n) for n, wait in enumerate(first)) and max(first + other) > 4
+
+
+def test_the_number_in_flight_is_bounded():
+    with FaultServer(latency_s=(0.01, 0.03)) as server:
+        use(server, asks(60), max_in_flight=5)
+        assert server.most_in_flight == 5
+
+
+# -- pace -------------------------------------------------------------------------------------------------------------
+
+def test_a_call_that_hangs_is_cut_when_the_usual_time_is_known(monkeypatch):
+    monkeypatch.setattr(endpoint_parts, "PACE_FLOOR_S", 0.3)
+    with FaultServer(script=["slow", "slow"]) as server:  # hang before anything is known
+        started = time.monotonic()
+        use(server, asks(60), timeout_s=60.0)
+        assert time.monotonic() - started < 20 and server.counts["slow"] == 2
+
+
+def test_a_server_that_slows_down_is_waited_for_and_not_taken_for_dead(monkeypatch):
+    monkeypatch.setattr(endpoint_parts, "PACE_FLOOR_S", 0.05)
+    opened = []
+
+    async def action(endpoint: Endpoint) -> list[ChatReply]:
+        for _ in range(40):
+            endpoint.pace.replied(0.01)
+        replies = await asks(40)(endpoint)
+        opened.append(endpoint.breaker.opened)
+        assert endpoint.counts["retried"] >= 20, "the first attempts were cut"
+        return replies
+
+    with FaultServer(latency_s=(0.5, 0.6)) as server:
+        assert len(use(server, action, timeout_s=60.0, breaker_failures=5, patience_s=0.0)) == 40
+    assert opened == [None]
+
+
+def test_limits_follow_the_latest_replies_and_grow_with_cuts():
+    pace = Pace(60.0)
+    assert pace.limit(0) == 60.0
+    for _ in range(40):
+        pace.replied(2.0)
+    assert [pace.limit(cuts) for cuts in range(5)] == [6.0, 12.0, 24.0, 48.0, 60.0]
+    for _ in range(300):
+        pace.replied(0.1)
+    assert pace.limit(0) == 1.0
+
+
+# -- breaker ----------------------------------------------------------------------------------------------------------
+
+def test_a_dead_server_opens_the_breaker_and_a_living_one_closes_it():
+    async def action(endpoint: Endpoint) -> None:
+        replies = await asks(8)(endpoint)
+        server.stop()
+        started = time.monotonic()
+        failed = await asyncio.gather(*(endpoint.chat([{"role": "user", "content": f"good or bad {i}"}], max_tokens=4)
+                                        for i in range(100)), return_exceptions=True)
+        assert time.monotonic() - started < 3
+        assert all(isinstance(error, EndpointDown) for error in failed)
+        assert "taken for dead after" in str(failed[-1]) and "start the server again" in str(failed[-1])
+        assert server.url in str(failed[-1])
+        server.start()
+        for _ in range(50):  # a probe goes through every 0.1 s
+            await asyncio.sleep(0.05)
+            found = await asyncio.gather(asks(8)(endpoint), return_exceptions=True)
+            if found == [replies]:
+                return
+        raise AssertionError("the breaker did not close")
+
+    with FaultServer() as server:
+        use(server, action, breaker_failures=20, probe_every_s=0.1, patience_s=0.2, max_in_flight=16)
+
+
+def test_calls_wait_for_a_server_that_is_away_for_a_moment():
+    with FaultServer() as server:
+        want = use(server, asks(50))
+
+        async def action(endpoint: Endpoint) -> list[ChatReply]:
+            server.stop()
+            running = asyncio.create_task(asks(50)(endpoint))
+            await asyncio.sleep(0.6)
+            assert endpoint.breaker.opened is not None and not running.done()
+            server.start()
+            return await running
+
+        assert use(server, action, breaker_failures=10, probe_every_s=0.1, patience_s=5.0) == want
+
+
+def test_random_faults_and_rate_limits_do_not_open_it():
+    opened = []
+
+    async def action(endpoint: Endpoint) -> None:
+        await asks(50)(endpoint)
+        opened.append(endpoint.breaker.opened)
+
+    with FaultServer(fault_rate=0.2, faults=("500", "dropped")) as server:
+        use(server, action, breaker_failures=20, patience_s=0.0)
+    with FaultServer(script=["429"] * 40) as server:
+        use(server, action, breaker_failures=20, patience_s=0.0)
+    assert opened == [None, None]
+
+
+@pytest.mark.parametrize("in_flight", [1, 4])
+def test_a_server_that_hangs_is_given_up_too(in_flight):
+    with FaultServer(script=["slow"] * 99) as server, pytest.raises(EndpointDown, match=r"no reply within 0\.1 s"):
+        use(server, asks(6), max_in_flight=in_flight, timeout_s=0.1, breaker_failures=3, probe_every_s=0.05,
+            patience_s=0.3)
+
+
+def test_one_probe_at_a_time_passes_an_open_breaker():
+    async def run() -> list[str]:
+        breaker = Breaker("h", 2, 10.0, 0.0)
+        said = []
+        for _ in range(2):
+            breaker.failed("x")
+        breaker._next_probe = time.monotonic()
+        for _ in range(3):
+            try:
+                await breaker.admit()
+                said.append("probe")
+            except EndpointDown:
+                said.append("down")
+        breaker.succeeded()
+        await breaker.admit()
+        return said
+
+    assert asyncio.run(run()) == ["probe", "down", "down"]
+
+
+# -- cache ------------------------------------------------------------------------------------------------------------
+
+def test_a_cached_call_asks_nobody(tmp_path):
+    with FaultServer() as server:
+        want = use(server, asks(5), cache_dir=tmp_path)
+        calls = server.calls
+    assert calls == 5
+    again = use(server.url, asks(5), cache_dir=tmp_path)  # the server is gone
+    assert [reply.text for reply in again] == [reply.text for reply in want] and all(reply.cached for reply in again)
+    assert sorted(len(path.relative_to(tmp_path).parts) for path in tmp_path.rglob("*.json")) == [2] * 5
+
+
+def test_whatever_determines_the_verdict_is_in_the_key(tmp_path):
+    red, blue = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
+    shown = lambda image: [{"role": "user", "content": [{"type": "text", "text": "yes or no"},
+                                                        {"type": "image", "image": image}]}]
+    calls: list[dict[str, Any]] = [
+        {"messages": ASK}, {"messages": [{"role": "user", "content": "good or bad?"}]}, {"messages": shown(red)},
+        {"messages": shown(blue)}, {"messages": ASK, "max_tokens": 5}, {"messages": ASK, "temperature": 0.5},
+        {"messages": ASK, "top_logprobs": 3}, {"messages": ASK, "prompt_hash": "x"},
+    ]
+
+    async def action(endpoint: Endpoint) -> None:
+        for call in calls * 2:
+            await endpoint.chat(**{"max_tokens": 4, **call})
+
+    with FaultServer() as server:
+        use(server, action, cache_dir=tmp_path)
+        assert server.calls == len(calls)
+        server.model = "judge-2"
+        use(server, action, cache_dir=tmp_path)
+        assert server.calls == 2 * len(calls)
+        use(server, action, cache_dir=tmp_path, extra_body={"chat_template_kwargs": {"enable_thinking": False}})
+        assert server.calls == 3 * len(calls)
+        assert server.bodies[-1]["chat_template_kwargs"] == {"enable_thinking": False}
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b'{"key": "another", "reply": 1}', None])
+def test_a_corrupt_entry_is_deleted_and_asked_again(tmp_path, content):
+    with FaultServer() as server:
+        use(server, ask, cache_dir=tmp_path)
+        path, = tmp_path.rglob("*.json")
+        good = path.read_bytes()
+        path.write_bytes(json.dumps({"key": path.stem, "reply": {"odd": 1}}).encode() if content is None else content)
+        assert not use(server, ask, cache_dir=tmp_path).cached and server.calls == 2
+        assert json.loads(path.read_bytes()) == json.loads(good)
+
+
+def test_only_kept_replies_are_cached_and_failures_never(tmp_path):
+    with FaultServer(script=["500"] * 3) as server:
+        with pytest.raises(EndpointError):
+            use(server, ask, cache_dir=tmp_path, attempts=3)
+        use(server, asks(1, keep=lambda reply: False), cache_dir=tmp_path)
+        assert not list(tmp_path.rglob("*.json"))
+        use(server, asks(1), cache_dir=tmp_path)
+        assert use(server, asks(1, keep=lambda reply: False), cache_dir=tmp_path)[0].cached is False
+        assert server.calls == 6 and not list(tmp_path.rglob("*.json"))
+
+
+def test_processes_share_the_cache(tmp_path):
+    code = (
+        "import asyncio, sys\n"
+        "from cosmo_rl.data.endpoint import Endpoint\n"
+        "async def main():\n"
+        "    e = Endpoint(sys.argv[1], 'judge', cache_dir=sys.argv[2])\n"
+        "    ask = lambda i: e.chat([{'role': 'user', 'content': f'good or bad {i % 40}'}], max_tokens=4)\n"
+        "    print([r.text for r in await asyncio.gather(*map(ask, range(80)))])\n"
+        "asyncio.run(main())\n")
+    with FaultServer() as server:
+        want = [reply.text for reply in use(server, asks(40))] * 2
+        before = server.calls
+        workers = [subprocess.Popen([sys.executable, "-c", code, server.url, str(tmp_path)], stdout=subprocess.PIPE,
+                                    text=True) for _ in range(2)]
+        outputs = [worker.communicate(timeout=60)[0] for worker in workers]
+        assert outputs == [f"{want}\n"] * 2 and server.calls - before <= 2 * 80
+        calls = server.calls
+        use(server, asks(40), cache_dir=tmp_path)
+        assert server.calls == calls
+    assert len(list(tmp_path.rglob("*.json"))) == 40 and not list(tmp_path.rglob(".*"))
+
+
+def test_a_cache_folder_that_is_a_file_is_refused_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"the cache .*file cannot be written \(.*\); free space, or give a folder"):
+        DiskCache(tmp_path / "file")
+
+
+def test_a_cache_that_cannot_be_written_is_told(tmp_path):
+    cache = DiskCache(tmp_path)
+    cache.folder = Path("/proc/self")  # where not even root can make a folder
+    with pytest.raises(ValueError, match="the cache /proc/self cannot be written"):
+        cache.put("ab" * 20, {})
+
+
+def test_a_reply_that_the_server_gave_up_is_asked_again():
+    given_up = {"model": "judge", "choices": [{"finish_reason": "abort", "message": {"content": "go"}}]}
+    with FaultServer() as server:
+        good, replies = server.chat, [given_up]
+        server.chat = lambda body: replies.pop() if replies else good(body)
+        assert use(server, ask).text in ("good", "bad") and server.calls == 2
+
+
+# -- the key ----------------------------------------------------------------------------------------------------------
+
+def test_the_key_is_sent_and_shown_nowhere(tmp_path, monkeypatch, caplog, capfd):
+    monkeypatch.setenv("JUDGE_KEY", f" {SECRET}\n")
+    told: list[str] = []
+    with caplog.at_level(logging.DEBUG), FaultServer(key=SECRET) as server:
+        options = {"api_key_env": "JUDGE_KEY", "cache_dir": tmp_path, "attempts": 2}
+        assert use(server, ask, **options).text in ("good", "bad")
+        use(server, lambda endpoint: endpoint.verify(), **options)
+        # A server that repeats the key in replies, and in refusals.
+        server.oracle = lambda body: f"good {SECRET}"
+        told.append(repr(use(server, asks(1), **options)))
+        server.key = "another key"
+        server.script = ["500", "500", "", ""]
+        for _ in range(2):
+            with pytest.raises(EndpointError) as error:
+                use(server, asks(3), **{**options, "cache_dir": None})
+            told.append("".join(traceback.format_exception(error.value)))
+        endpoint = Endpoint(server.url, "judge", api_key_env="JUDGE_KEY")
+        told += [repr(endpoint), str(endpoint), repr(endpoint.breaker), str(endpoint.counts)]
+    assert "incorrect API key provided: [key]" in "".join(told)
+    told += [caplog.text, *capfd.readouterr(), *(path.read_text() for path in tmp_path.rglob("*") if path.is_file())]
+    assert SECRET not in "".join(told)
+
+
+def test_requests_are_not_logged_line_by_line(caplog):
+    with caplog.at_level(logging.INFO), FaultServer() as server:
+        use(server, asks(3))
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(("name", "value", "message"), [
+    ("JUDGE_KEY", None, "JUDGE_KEY holds no key for http://h; export it"),
+    ("JUDGE_KEY", "  ", "JUDGE_KEY holds no key"), ("JUDGE_KEY", "a key", "JUDGE_KEY holds no key"),
+    (SECRET, None, "given by the NAME of an environment variable"),
+])
+def test_a_key_that_cannot_be_had_is_an_error_without_it(monkeypatch, name, value, message):
+    monkeypatch.delenv("JUDGE_KEY", raising=False)
+    if value is not None:
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message) as error:
+        Endpoint("http://h", "judge", api_key_env=name)
+    assert SECRET not in str(error.value) and "a key" not in str(error.value)
+
+
+@pytest.mark.parametrize(("url", "message"), [
+    ("ftp://h", "'ftp://h' is no URL of a server; give the base URL"), ("host:8000", "is no URL of a server"),
+    ("", "is no URL of a server"), ("http://u:swordfish@h", "the URL of h holds a password"),
+    ("http://h?key=swordfish", "the URL of h holds a password or a query"), ("http://[", "is no URL"),
+])
+def test_a_bad_url_is_refused(url, message):
+    with pytest.raises(ValueError, match=message) as error:
+        Endpoint(url, "judge")
+    assert "swordfish" not in str(error.value)
+
+
+@pytest.mark.parametrize("url", ["http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/"])
+def test_the_url_may_end_in_v1(url):
+    assert Endpoint(url, "judge").url == "http://h:1"
+
+
+@pytest.mark.parametrize("options", [{"max_in_flight": 0}, {"attempts": 0}, {"timeout_s": 0.0}])
+def test_numbers_that_allow_no_call_are_refused(options):
+    with pytest.raises(ValueError, match="give at least 1, at least 1, more than 0"):
+        Endpoint("http://h", "judge", **options)
+
+
+# -- models, scores, pictures, loop -----------------------------------------------------------------------------------
+
+def test_verify_asks_which_models_are_served():
+    with FaultServer(model="qwen") as server:
+        use(server, lambda endpoint: endpoint.verify())
+        with pytest.raises(EndpointError, match="the server does not serve this model but qwen; ask for one of these"):
+            use(server, lambda endpoint: endpoint.verify(), model="judge")
+    with pytest.raises(EndpointError, match=r"2 attempts failed, the last: ConnectError .*see that the server runs"):
+        use(server, lambda endpoint: endpoint.verify(), attempts=2)
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_scores_in_both_dialects(native, tmp_path):
+    async def action(endpoint: Endpoint) -> list[tuple[float, ...]]:
+        return [await endpoint.classify("a text"), await endpoint.classify("a text"), await endpoint.classify("other")]
+
+    with FaultServer(native=native, script=["500", "malformed"]) as server:
+        first, again, other = use(server, action, cache_dir=tmp_path)
+        assert first == again != other and len(first) == 1 and server.calls == 4
+        assert (0 <= first[0] < 1) is not native or native
+
+
+@pytest.mark.parametrize("payload", [
+    {}, [], {"model": "judge", "data": []}, {"model": "judge", "data": [{"probs": []}]}, {"embedding": []},
+    {"embedding": ["x"]}, {"embedding": [1e999]}, "embedding", None,
+])
+def test_no_other_json_passes_for_scores(payload):
+    with pytest.raises(Exception, match="is no list of scores"):
+        Endpoint("http://h", "judge")._read_scores(payload)
+
+
+def test_pictures_are_sent_as_they_are_where_servers_agree_on_them(tmp_path):
+    image = Image.effect_noise((40, 30), 50).convert("RGB")
+    files = {}
+    for name, options in {"a.png": {}, "a.jpg": {}, "a.bmp": {}, "big.png": {}}.items():
+        files[name] = tmp_path / name
+        (image.resize((400, 300)) if name == "big.png" else image).save(files[name], **options)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    image.convert("RGBA").save(tmp_path / "clear.png")
+
+    def decoded(source: Any, limit: int = 10_000) -> tuple[str, bytes, Image.Image]:
+        head, _, data = data_uri(source, limit).partition(";base64,")
+        raw = base64.b64decode(data)
+        return head, raw, Image.open(io.BytesIO(raw))
+
+    for name in ("a.png", "a.jpg"):
+        assert decoded(str(files[name]))[1] == files[name].read_bytes()
+        assert decoded(files[name].read_bytes())[1] == files[name].read_bytes()
+    assert decoded(str(files["a.jpg"]))[0] == "data:image/jpeg"
+    assert decoded(str(files["a.bmp"]))[2].tobytes() == decoded(image)[2].tobytes() == image.tobytes()
+    assert decoded(str(tmp_path / "turned.jpg"))[2].size == (30, 40)
+    assert decoded(str(tmp_path / "clear.png"))[2].mode == "RGB"
+    assert decoded(str(files["big.png"]))[2].size == (115, 86)
+    with pytest.raises(RowError, match=r"gone\.png does not exist"):
+        data_uri(str(tmp_path / "gone.png"))
+
+
+def test_a_picture_reaches_the_server_and_is_encoded_once(monkeypatch):
+    made = []
+    monkeypatch.setattr(endpoint_module, "data_uri", lambda *args: made.append(args) or data_uri(*args))
+    image = Image.new("RGB", (8, 8), "red")
+
+    async def action(endpoint: Endpoint) -> None:
+        content = lambda i: [{"type": "image", "image": image}, {"type": "text", "text": f"yes or no {i}"}]
+        await asyncio.gather(*(endpoint.chat([{"role": "user", "content": content(i)}], max_tokens=4)
+                               for i in range(20)))
+
+    with FaultServer() as server:
+        use(server, action)
+    sent = {body["messages"][0]["content"][0]["image_url"]["url"] for body in server.bodies}
+    assert sent == {data_uri(image)} and len(made) == 1
+
+
+def test_a_thread_makes_calls_while_synchronous_code_goes_on():
+    with FaultServer(latency_s=(0.2, 0.2)) as server:
+        loop, endpoint = LoopThread(), Endpoint(server.url, "judge")
+        started = time.monotonic()
+        future = loop.submit(asks(3)(endpoint))
+        assert time.monotonic() - started < 0.1 and not future.done()
+        assert len(future.result(timeout=10)) == 3
+        hanging = loop.submit(asyncio.sleep(60))
+        loop.submit(endpoint.aclose()).result(timeout=10)
+        loop.close()
+        loop.close()
+        assert hanging.cancelled() and not loop._thread.is_alive()
+        errors = LoopThread()
+        with pytest.raises(httpx.InvalidURL):
+            errors.submit(_raising()).result(timeout=10)
+        errors.close()
+
+
+async def _raising() -> None:
+    raise httpx.InvalidURL("x")
