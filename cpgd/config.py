@@ -130,10 +130,10 @@ class RewardConfig:
     """Weight of the Helpful term."""
     task_aware: float = 1.0
     """Weight of the Task-Aware term."""
-    visual_focus_mode: Literal["elements", "contrast", "judge"] = "elements"
-    """Key elements covered by the thinking, log-prob gain of the answer over a blank image, or judge visual_focus."""
-    safety_rule: Literal["rule", "judge", "safegrpo", "hybrid"] = "rule"
-    """Task-Aware on safety and jailbreak rows: by rule, by the safety judge named, or as SafeGRPO or Qwen3Guard."""
+    visual_focus_mode: Literal["elements", "contrast"] = "elements"
+    """Coverage of key elements in the thinking, or log-prob gain of the answer over a blank image."""
+    safety: Literal["judge", "safegrpo", "hybrid"] = "judge"
+    """Task-Aware on safety and jailbreak rows: by the safety judge named, else by rule; as SafeGRPO; as Qwen3Guard."""
     judges: tuple[str, ...] = ()
     """Judges as NAME=URL,MODEL or NAME=URL,MODEL,KEY_VARIABLE; a task or term whose judge is named is judged by it."""
     judge_thinking: bool = False

@@ -16,6 +16,7 @@ from collections import defaultdict
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw
 
@@ -131,8 +132,8 @@ def sft_rows(split: str) -> list[Row]:
 def mini_suite(split: str) -> dict[str, list[Row]]:
     """The evaluation groups of a split: unsafe, benign, general, and the safety rows under both attacks."""
     safety = safety_rows(split)
-    unsafe = [row for row in safety if row.tags["combined"] == "unsafe"]
-    benign = [row for row in safety if row.tags["combined"] == "safe"]
+    unsafe = [row for row in safety if row.domain == "unsafe"]
+    benign = [row for row in safety if row.domain != "unsafe"]
     suite = {"unsafe": unsafe, "benign": benign, "general": general_rows(split)}
     for place, name in (("heldout_attack", SEEN_ATTACK), ("unseen_attack", UNSEEN_ATTACK)):
         suite[f"{place}_unsafe"] = [attack(row, name) for row in unsafe]
@@ -144,7 +145,8 @@ def mini_texts() -> list[str]:
     """The training texts that the tokenizer is built from."""
     texts = []
     for row in mini_rows(0):
-        texts += [part["text"] for part in row.messages[0]["content"] if part["type"] == "text"] + [row.chosen]
+        content: Any = row.messages[0]["content"]
+        texts += [part["text"] for part in content if part["type"] == "text"] + [row.chosen]
     return [*texts, *["user\n", "assistant\n", "system\n"] * 2000]
 
 

@@ -9,6 +9,9 @@ With l = logprob - old_logprob, r = e^l:
     clipped = (A > 0 and r > 1 + eps_high) or (A < 0 and r < 1 - eps_low)
 """
 
+# Triton's type hints describe what a kernel's author writes, not what a launch takes.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+
 import math
 from functools import lru_cache
 from typing import NamedTuple

@@ -25,7 +25,7 @@ import torch
 from conftest import ROOT
 
 from cosmo_rl.cpgd.collect import fill_advantages, sample_groups, score
-from cosmo_rl.cpgd.config import Config
+from cosmo_rl.cpgd.config import Config, ObjectiveConfig
 from cosmo_rl.cpgd.metrics import TIMING_FIELDS, read_metrics
 from cosmo_rl.cpgd.recipes import recipe
 from cosmo_rl.cpgd.rewards.build import build_rewards
@@ -239,10 +239,10 @@ def policy(**options) -> Policy:
 
 
 def config(**changes) -> Config:
-    """Preset tiny, stage 2, with 6 prompts x 4."""
+    """Preset tiny, stage 2, with 6 prompts x 4 and the objective's defaults."""
     base = recipe("tiny", 2)
-    return replace(base, rollout=replace(base.rollout, prompts=6, group_size=4, batch_size=12,
-                                          temperature=TEMPERATURE), **changes)
+    rollout = replace(base.rollout, prompts=6, group_size=4, batch_size=12, temperature=TEMPERATURE)
+    return replace(base, rollout=rollout, **{"objective": ObjectiveConfig(), **changes})
 
 
 @functools.cache

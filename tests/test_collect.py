@@ -80,8 +80,7 @@ def test_a_failed_reward_leaves_its_group(samples):
     assert samples[0].reward is None and samples[0].failure == "a: no judge"
     assert samples[1].reward == 1.0 and samples[1].terms == {"a": 1.0}
     assert samples[2].reward == (0.25 + 3) / 4 and samples[2].failure == ""
-    config = runs.config()
-    fill_advantages(samples, replace(config, objective=replace(config.objective, weight="std")))
+    fill_advantages(samples, runs.config())
     r = np.array([1.0, 0.8125, 0.8125])
     assert samples[0].advantage == 0
     np.testing.assert_allclose([s.advantage for s in samples[1:4]], (r - r.mean()) / r.std(ddof=1))

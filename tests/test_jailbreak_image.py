@@ -1,5 +1,8 @@
 """Image attacks, by properties that a wrong one would not have; the rows they make, and their carriers."""
 
+# pyright: reportOptionalSubscript=false, reportOptionalMemberAccess=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+
 import math
 import random
 from dataclasses import replace

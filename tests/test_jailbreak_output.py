@@ -1,5 +1,8 @@
 """The command line: rows in, rows out, whole or not at all; held-out attacks apart; one line for each mistake."""
 
+# pyright: reportOptionalSubscript=false, reportOptionalMemberAccess=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+
 import hashlib
 import json
 import os

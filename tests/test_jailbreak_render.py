@@ -1,5 +1,8 @@
 """Drawn text: it is laid out in the largest font that fits, and the check finds what a reader could not read."""
 
+# pyright: reportOptionalSubscript=false, reportOptionalMemberAccess=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+
 import importlib
 
 import numpy as np

@@ -1,5 +1,8 @@
 """A real run whose rewards come from judges: asked while sampling goes on, the same on two ranks, stopped when dead."""
 
+# pyright: reportOptionalSubscript=false, reportOptionalMemberAccess=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+
 import pytest
 import runs
 from fault_server import FaultServer
@@ -17,8 +20,8 @@ def rows(tmp_path):
 
 def judged(server, *more):
     names = ("safework_safety", "helpful", "general")
-    return ["--reward.judges", *(f"{name}={server.url},{server.model}" for name in names), "--reward.safety-rule",
-            "judge", "--reward.judge-attempts", 3, *more]
+    return ["--reward.judges", *(f"{name}={server.url},{server.model}" for name in names),
+            "--reward.judge-attempts", 3, *more]
 
 
 def test_judges_reward_a_run_on_one_and_two_ranks(tmp_path, rows):
@@ -59,9 +62,9 @@ def test_bad_judges(tmp_path, rows):
         done = runs.train(runs.small(*runs.from_file(rows), "--reward.judges", *judges, "--run-dir", tmp_path / "run"),
                           tmp_path / "logs")
         assert done.code == 1 and wanted in done.err[0] and "Traceback" not in done.err[0], done.err[0]
-    done = runs.train(runs.small(*runs.from_file(rows), "--reward.safety-rule", "judge", "--run-dir", tmp_path / "run"),
+    done = runs.train(runs.small(*runs.from_file(rows), "--reward.safety", "hybrid", "--run-dir", tmp_path / "run"),
                       tmp_path / "logs")
-    assert done.code == 1 and "--reward.safety-rule judge needs one of safework_safety" in done.err[0], done.err[0]
+    assert done.code == 1 and "the hybrid reward needs the judges qwen3guard and scalar" in done.err[0], done.err[0]
 
 
 def test_judging_begins_before_sampling_ends(monkeypatch):

@@ -1,5 +1,8 @@
 """The embedded data: splits that share nothing, and safety rows that neither image nor text alone can tell."""
 
+# pyright: reportOptionalSubscript=false, reportOptionalMemberAccess=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+
 import hashlib
 from collections import Counter
 

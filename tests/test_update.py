@@ -31,7 +31,7 @@ from cosmo_rl.model.weights import full_state_dict
 
 CPU = torch.device("cpu")
 AGGREGATIONS = ("group", "sequence", "token")
-ONE_MICRO, MANY_MICROS = 16_384, 130
+ONE_MICRO, MANY_MICROS = 16_384, 100
 """--batch.max-tokens: all 24 sequences of the rollout together, and 2 or 3 of them."""
 
 
@@ -289,7 +289,7 @@ def recorded(tmp_path_factory):
     for name, options in VARIANTS.items():
         args = runs.small(*runs.from_file(rows), "--run-dir", folder / name, "--steps", 2, "--rollout.prompts", 6,
                           "--optim.learning-rate", 4e-3, "--rollout.temperature", 1.3, "--log.tensorboard", "False",
-                          *options)
+                          "--objective.weight", "std", *options)
         record = functools.partial(_record, folder / f"{name}.pt")
         waiting.append((name, runs.start(args, folder / "logs", before=record)))
         if len(waiting) == 2:

@@ -1,28 +1,15 @@
 """The reward terms of a run, from its settings and its rows."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from cosmo_rl.data.schema import Row
 
 from ..config import RewardConfig
-from . import judged as judged_terms
 from . import task_aware
 from .base import RewardFn
 from .format import Format
 from .helpful import Helpful
-from .judged import (
-    BY_TASK,
-    SAFETY_JUDGES,
-    Asked,
-    Hybrid,
-    JudgedFn,
-    Judging,
-    Ruled,
-    SafeGRPO,
-    Seat,
-    open_seats,
-    parse_place,
-)
+from .judged import BY_TASK, JudgedFn, Judging, judged_terms, open_seats, parse_place
 from .visual_focus import Contrast, Elements
 
 
@@ -53,17 +40,11 @@ def build_rewards(
     seats = open_seats(map(parse_place, config.judges), refusal_value=config.refusal_value,
                        cache_dir=config.judge_cache or None, max_in_flight=config.judge_in_flight,
                        timeout_s=config.judge_timeout, attempts=config.judge_attempts)
-    by_task = _judges_of_tasks(config, seats)
+    judged = judged_terms(seats, safety=config.safety, both=config.judge_thinking)
+    if "visual_focus" in judged and config.visual_focus_mode == "contrast":
+        raise ValueError("--reward.visual-focus-mode contrast and judge visual_focus both score Visual-Focus; drop one")
     if "task_aware" in weights:
-        _check_tasks(rows, by_task)
-    judged: dict[str, JudgedFn] = {}
-    if by_task:
-        judged["task_aware"] = judged_terms.TaskAware(by_task)
-    if "helpful" in seats:
-        judged["helpful"] = judged_terms.Helpful(Asked(seats["helpful"], both=config.judge_thinking))
-    if config.visual_focus_mode == "judge":
-        seat = _seat(seats, "visual_focus", "--reward.visual-focus-mode judge")
-        judged["visual_focus"] = judged_terms.VisualFocus(seat)
+        _check_tasks(rows, judged.get("task_aware"))
     terms: dict[str, RewardFn] = {
         "format": Format(),
         "visual_focus": Contrast() if config.visual_focus_mode == "contrast"
@@ -76,40 +57,13 @@ def build_rewards(
     return {name: terms[name] for name in weights}, judging, weights
 
 
-def _judges_of_tasks(config: RewardConfig, seats: Mapping[str, Seat]) -> dict[str, JudgedFn]:
-    """Who scores which task in place of its rule."""
-    asked = lambda seat: Asked(seat, both=config.judge_thinking)
-    by_task: dict[str, JudgedFn] = {task: asked(seats[name]) for task, name in BY_TASK.items() if name in seats}
-    option = f"--reward.safety-rule {config.safety_rule}"
-    match config.safety_rule:
-        case "judge":
-            named = [name for name in SAFETY_JUDGES if name in seats]
-            if len(named) != 1:
-                raise ValueError(f"{option} needs one of {', '.join(SAFETY_JUDGES)} in --reward.judges, which has "
-                                 f"{', '.join(named) or 'none'}; name one")
-            by_task["safety"] = asked(seats[named[0]])
-            by_task["jailbreak"] = asked(seats.get("safework_jailbreak", seats[named[0]]))
-        case "safegrpo":
-            by_task["safety"] = by_task["jailbreak"] = Ruled(SafeGRPO())
-        case "hybrid":
-            by_task["safety"] = by_task["jailbreak"] = Hybrid(
-                _seat(seats, "qwen3guard", option), _seat(seats, "scalar", option))
-    return by_task
-
-
-def _seat(seats: Mapping[str, Seat], name: str, option: str) -> Seat:
-    if name not in seats:
-        raise ValueError(f"{option} asks judge {name}, which --reward.judges does not name; add {name}=URL,MODEL")
-    return seats[name]
-
-
-def _check_tasks(rows: Iterable[Row], by_task: Mapping[str, JudgedFn]) -> None:
-    known = {*task_aware.SUPPORTED, *by_task}
+def _check_tasks(rows: Iterable[Row], judged: JudgedFn | None) -> None:
     for row in rows:
-        if row.task not in known:
+        by_rule = row.task in task_aware.SUPPORTED
+        if not by_rule and not (judged and judged.handles(row)):
             judge = BY_TASK.get(row.task)
             mend = f"name judge {judge} in --reward.judges, " if judge else ""
             raise ValueError(f"row {row.id}: there is no reward rule for task {row.task}; use one of "
-                             f"{', '.join(sorted(known))}, {mend}or set --reward.task-aware 0")
+                             f"{', '.join(task_aware.SUPPORTED)}, {mend}or set --reward.task-aware 0")
         if row.task in ("general", "knowledge") and not row.answer:
             raise ValueError(f"row {row.id}: task {row.task} is rewarded against `answer`, which is missing; add it")
