@@ -5,6 +5,9 @@ BPE with Qwen's pre-tokenizer, special tokens and chat format (without the defau
 the prompt here), trained on the texts of the embedded data.
 """
 
+# Configs take keywords that their type hints do not name.
+# pyright: reportCallIssue=false
+
 from collections.abc import Iterable
 from pathlib import Path
 

@@ -1,7 +1,7 @@
 """Which row meets which attack: twins together, labels in the same shares, no dependence on the order."""
 
 # pyright: reportOptionalSubscript=false, reportOptionalMemberAccess=false, reportArgumentType=false
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportAttributeAccessIssue=false
 
 from collections import Counter, defaultdict
 from dataclasses import replace

@@ -1,7 +1,7 @@
 """Image attacks, by properties that a wrong one would not have; the rows they make, and their carriers."""
 
 # pyright: reportOptionalSubscript=false, reportOptionalMemberAccess=false, reportArgumentType=false
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportAttributeAccessIssue=false
 
 import math
 import random

@@ -1,7 +1,7 @@
 """The command line: rows in, rows out, whole or not at all; held-out attacks apart; one line for each mistake."""
 
 # pyright: reportOptionalSubscript=false, reportOptionalMemberAccess=false, reportArgumentType=false
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportAttributeAccessIssue=false
 
 import hashlib
 import json

@@ -1,7 +1,7 @@
 """Drawn text: it is laid out in the largest font that fits, and the check finds what a reader could not read."""
 
 # pyright: reportOptionalSubscript=false, reportOptionalMemberAccess=false, reportArgumentType=false
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportAttributeAccessIssue=false
 
 import importlib
 

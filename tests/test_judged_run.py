@@ -1,7 +1,7 @@
 """A real run whose rewards come from judges: asked while sampling goes on, the same on two ranks, stopped when dead."""
 
 # pyright: reportOptionalSubscript=false, reportOptionalMemberAccess=false, reportArgumentType=false
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportAttributeAccessIssue=false
 
 import pytest
 import runs

@@ -1,7 +1,7 @@
 """What a stage trains on: a user's rows are checked whole at load, and those of an evaluation set are left out."""
 
 # pyright: reportOptionalSubscript=false, reportOptionalMemberAccess=false, reportArgumentType=false
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportAttributeAccessIssue=false
 
 from dataclasses import replace
 
