@@ -5,7 +5,8 @@ function that this release no longer has. There cos and sin arrive with the thre
 rotary kernel is the M-RoPE kernel.
 """
 
-# pyright: reportAttributeAccessIssue=false  (the parameters of a replaced forward have other names)
+# A replaced forward may name its parameters otherwise.
+# pyright: reportAttributeAccessIssue=false
 
 from functools import partial
 from importlib.util import find_spec
