@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 from . import launch, reference
 from .cpgd_objective import objective_settings, objective_terms
 from .gemm import head_gradients
-from .launch import LOWEST, tl, triton
-from .linear_logprob import finish_stats
+from .launch import tl, triton
+from .linear_logprob import exp, finish_stats, fold_row
 
 
 class CPGDOutput(NamedTuple):
@@ -39,39 +39,16 @@ def _fold_kernel(logits, dlogits, targets, bias, old_logprobs, advantages, token
     stats (3, size) float32: log-prob, entropy, drift; losses, token weights included, float64.
     """
     row = tl.program_id(0).to(tl.int64)
-    lane = tl.arange(0, BLOCK)
     here = logits + row * vocab
     target = tl.load(targets + row)
-    peaks = tl.full((BLOCK,), LOWEST, tl.float32)  # of each lane: one reduction a row, not one a block
-    mass = tl.zeros((BLOCK,), tl.float32)
-    moment = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, vocab, BLOCK):
-        cols = start + lane
-        z = tl.load(here + cols, mask=cols < vocab, other=LOWEST)
-        if HAS_BIAS:
-            z += tl.load(bias + cols, mask=cols < vocab, other=0.0)
-        z = tl.where(cols < vocab, z * inverse_temperature, LOWEST)
-        top = tl.maximum(peaks, z)
-        shift = peaks - top
-        decay = tl.exp(shift)
-        z -= top
-        e = tl.exp(z)
-        moment = decay * (moment + shift * mass) + e * z
-        mass = decay * mass + e
-        peaks = top
-    peak = tl.max(peaks, axis=0)
-    shift = peaks - peak
-    decay = tl.exp(shift)
-    # A lane beyond the vocabulary has peak and shift of -3e38, and decay 0.
-    total = tl.sum(decay * mass, axis=0)
-    total_moment = tl.sum(decay * (moment + shift * mass), axis=0)
+    peak, mass, moment = fold_row(here, bias, vocab, inverse_temperature, HAS_BIAS, BLOCK)
     at_target = 0.0
     if (target >= 0) & (target < vocab):
         at_target = tl.load(here + target)
         if HAS_BIAS:
             at_target += tl.load(bias + target)
         at_target *= inverse_temperature
-    logprob, entropy, log_mass = finish_stats(target, peak, total, total_moment, at_target, vocab, IGNORE_INDEX)
+    logprob, entropy, log_mass = finish_stats(target, peak, mass, moment, at_target, vocab, IGNORE_INDEX)
 
     log_ratio = tl.zeros((), tl.float64)
     if HAS_OLD:
@@ -92,13 +69,13 @@ def _fold_kernel(logits, dlogits, targets, bias, old_logprobs, advantages, token
 
     if HAS_GRADIENT:
         g = (slope / tl.load(scale).to(tl.float64)).to(tl.float32) * inverse_temperature
-        for start in range(0, vocab, BLOCK):
-            cols = start + lane
+        for back in range(tl.cdiv(vocab, BLOCK)):  # the end of the row was read last and may still be in L2
+            cols = (tl.cdiv(vocab, BLOCK) - 1 - back) * BLOCK + tl.arange(0, BLOCK)
             inside = cols < vocab
             z = tl.load(here + cols, mask=inside, other=0.0)
             if HAS_BIAS:
                 z += tl.load(bias + cols, mask=inside, other=0.0)
-            p = tl.exp((z * inverse_temperature - peak) - log_mass)
+            p = exp((z * inverse_temperature - peak) - log_mass)
             dz = tl.where(counts, tl.where(cols == target, g, 0.0) - g * p, 0.0)  # ignored: p may be NaN
             tl.store(dlogits + row * vocab + cols, dz.to(dlogits.dtype.element_ty), mask=inside)
 
@@ -116,7 +93,7 @@ def _triton_forward(hidden, weight, targets, old_logprobs, advantages, token_wei
     if hidden.dtype == torch.float16 and size:  # the largest slope that can occur, or float16 rounds small ones to 0
         drift_coef, drift_clip = settings[2:]
         bound = token_weights.abs() * (advantages.abs() + drift_coef * max(1.0, min(drift_clip, 1e4)))
-        scale = bound.max().clamp(min=1e-30).float()
+        scale = bound.masked_fill(targets == launch.IGNORE_INDEX, 0.0).max().clamp(min=1e-30).float()
 
     def fill(rows: slice, logits: torch.Tensor, dlogits: torch.Tensor | None) -> None:
         target, old, advantage, token_weight = (None if t is None else t[rows] for t in vectors)

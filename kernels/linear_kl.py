@@ -13,17 +13,30 @@ from torch.autograd.function import once_differentiable
 from . import launch, reference
 from .gemm import head_gradients, matmul
 from .launch import LOWEST, TensorDescriptor, tl, triton
-from .linear_logprob import Tiles, block_and_split, load_tile, multiply, plan_splits
+from .linear_logprob import (
+    RAGGED,
+    Tiles,
+    block_and_split,
+    exp,
+    fold_row,
+    load_tile,
+    multiply,
+    plan_splits,
+    reads_ragged,
+    refolds,
+)
 from .reference import Stats
 
 
-def kl_tiles(dtype: torch.dtype, capability: tuple[int, int]) -> Tiles:
+def kl_tiles(dtype: torch.dtype, capability: tuple[int, int], ragged: bool) -> Tiles:
     """The shipped configuration of a chip; two float32 accumulators must fit into its registers."""
     if dtype == torch.float32:
         return Tiles(64, 64, 16, num_warps=8, num_stages=2)
+    if ragged:
+        return RAGGED
     if capability >= (9, 0):
-        return Tiles(128, 128, 64, num_warps=8, num_stages=3)
-    return Tiles(64, 128, 64, num_warps=8, num_stages=3 if capability == (8, 0) else 2)
+        return Tiles(128, 128, 64, num_warps=8, num_stages=4)
+    return Tiles(64, 128, 32, num_warps=8, num_stages=4)
 
 
 @triton.jit(do_not_specialize=("size", "splits", "tiles_per_split"))
@@ -35,6 +48,7 @@ def _partial_kl_kernel(old_hidden, old_weight, hidden, weight, bias, partials, s
     """partials (5, splits, size) float32: old peak and mass, new peak and mass, sum e^(z_old - peak) (z_old - z)."""
     blocks = tl.cdiv(size, TOKENS)
     tiles = tl.cdiv(vocab, VOCAB)
+    beyond = LOWEST / tl.maximum(inverse_temperature, 1.0)
     for item in range(tl.program_id(0), blocks * splits, tl.num_programs(0)):
         block, split = block_and_split(item, blocks, splits, GROUP)
         row = block * TOKENS
@@ -64,14 +78,15 @@ def _partial_kl_kernel(old_hidden, old_weight, hidden, weight, bias, partials, s
                 shift = tl.load(bias + cols, mask=cols < vocab, other=0.0)[None, :]
                 z += shift
                 z_old += shift
-            z = tl.where(cols[None, :] < vocab, z * inverse_temperature, LOWEST)
-            z_old = tl.where(cols[None, :] < vocab, z_old * inverse_temperature, LOWEST)
-            top = tl.maximum(peak, tl.max(z, axis=1))
-            mass = tl.exp(peak - top) * mass + tl.sum(tl.exp(z - top[:, None]), axis=1)
+            if col + VOCAB > vocab:
+                z = tl.where(cols[None, :] < vocab, z, beyond)
+                z_old = tl.where(cols[None, :] < vocab, z_old, beyond)
+            top = tl.maximum(peak, tl.max(z, axis=1) * inverse_temperature)
+            mass = exp(peak - top) * mass + tl.sum(exp(z * inverse_temperature - top[:, None]), axis=1)
             peak = top
-            old_top = tl.maximum(old_peak, tl.max(z_old, axis=1))
-            decay = tl.exp(old_peak - old_top)
-            e = tl.exp(z_old - old_top[:, None])
+            old_top = tl.maximum(old_peak, tl.max(z_old, axis=1) * inverse_temperature)
+            decay = exp(old_peak - old_top)
+            e = exp(z_old * inverse_temperature - old_top[:, None])
             old_mass = decay * old_mass + tl.sum(e, axis=1)
             gap = decay * gap + tl.sum(e * (z_old - z), axis=1)
             old_peak = old_top
@@ -83,7 +98,7 @@ def _partial_kl_kernel(old_hidden, old_weight, hidden, weight, bias, partials, s
         tl.store(here + plane, old_mass, mask=inside)
         tl.store(here + 2 * plane, peak, mask=inside)
         tl.store(here + 3 * plane, mass, mask=inside)
-        tl.store(here + 4 * plane, gap, mask=inside)
+        tl.store(here + 4 * plane, gap * inverse_temperature, mask=inside)
 
 
 @triton.jit(do_not_specialize=("size", "splits"))
@@ -102,39 +117,47 @@ def _merge_kl_kernel(partials, stats, size, splits, TOKENS: tl.constexpr):
         next_old_peak = tl.load(here, mask=inside, other=0.0)
         next_peak = tl.load(here + 2 * plane, mask=inside, other=0.0)
         old_top, top = tl.maximum(old_peak, next_old_peak), tl.maximum(peak, next_peak)
-        decay, next_decay = tl.exp(old_peak - old_top), tl.exp(next_old_peak - old_top)
+        decay, next_decay = exp(old_peak - old_top), exp(next_old_peak - old_top)
         old_mass = decay * old_mass + next_decay * tl.load(here + plane, mask=inside, other=1.0)
         gap = decay * gap + next_decay * tl.load(here + 4 * plane, mask=inside, other=0.0)
-        mass = tl.exp(peak - top) * mass + tl.exp(next_peak - top) * tl.load(here + 3 * plane, mask=inside, other=1.0)
+        mass = exp(peak - top) * mass + exp(next_peak - top) * tl.load(here + 3 * plane, mask=inside, other=1.0)
         old_peak, peak = old_top, top
-    old_log_mass, log_mass = tl.log(old_mass), tl.log(mass)
-    # sum p_old (ln p_old - ln p): the peaks cancel first, they are the large numbers.
-    kl = gap / old_mass - (old_peak - peak) - (old_log_mass - log_mass)
+    # sum p_old (ln p_old - ln p): the peaks cancel first, they are the large numbers, and the masses before their ln.
+    kl = gap / old_mass - (old_peak - peak) - tl.log(old_mass / mass)
     here = stats + rows
     tl.store(here, tl.where(kl < 0, 0.0, kl), mask=inside)  # keeps NaN
     tl.store(here + size, old_peak, mask=inside)
-    tl.store(here + 2 * size, old_log_mass, mask=inside)
+    tl.store(here + 2 * size, tl.log(old_mass), mask=inside)
     tl.store(here + 3 * size, peak, mask=inside)
-    tl.store(here + 4 * size, log_mass, mask=inside)
+    tl.store(here + 4 * size, tl.log(mass), mask=inside)
 
 
 @triton.jit
 def _dkl_kernel(old_logits, logits, dlogits, bias, old_peak, old_log_mass, peak, log_mass, dkl, scale, vocab,
-                inverse_temperature, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
+                inverse_temperature, HAS_BIAS: tl.constexpr, REFOLD: tl.constexpr, BLOCK: tl.constexpr):
     """dlogits (rows, vocab) = dkl (p - p_old) / (temperature scale)."""
     row = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = cols < vocab
-    z = tl.load(logits + row * vocab + cols, mask=inside, other=0.0)
-    z_old = tl.load(old_logits + row * vocab + cols, mask=inside, other=0.0)
-    if HAS_BIAS:
-        shift = tl.load(bias + cols, mask=inside, other=0.0)
-        z += shift
-        z_old += shift
-    p = tl.exp((z * inverse_temperature - tl.load(peak + row)) - tl.load(log_mass + row))
-    p_old = tl.exp((z_old * inverse_temperature - tl.load(old_peak + row)) - tl.load(old_log_mass + row))
+    here, old_here = logits + row * vocab, old_logits + row * vocab
+    if REFOLD:
+        row_peak, mass, _ = fold_row(here, bias, vocab, inverse_temperature, HAS_BIAS, BLOCK)
+        row_old_peak, old_mass, _ = fold_row(old_here, bias, vocab, inverse_temperature, HAS_BIAS, BLOCK)
+        row_log_mass, row_old_log_mass = tl.log(mass), tl.log(old_mass)
+    else:
+        row_peak, row_log_mass = tl.load(peak + row), tl.load(log_mass + row)
+        row_old_peak, row_old_log_mass = tl.load(old_peak + row), tl.load(old_log_mass + row)
     g = tl.load(dkl + row) * (inverse_temperature / tl.load(scale))
-    tl.store(dlogits + row * vocab + cols, (g * (p - p_old)).to(dlogits.dtype.element_ty), mask=inside)
+    for start in range(0, vocab, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        inside = cols < vocab
+        z = tl.load(here + cols, mask=inside, other=0.0)
+        z_old = tl.load(old_here + cols, mask=inside, other=0.0)
+        if HAS_BIAS:
+            shift = tl.load(bias + cols, mask=inside, other=0.0)
+            z += shift
+            z_old += shift
+        p = exp((z * inverse_temperature - row_peak) - row_log_mass)
+        p_old = exp((z_old * inverse_temperature - row_old_peak) - row_old_log_mass)
+        tl.store(dlogits + row * vocab + cols, (g * (p - p_old)).to(dlogits.dtype.element_ty), mask=inside)
 
 
 def _triton_forward(old_hidden, old_weight, hidden, weight, temperature, bias) -> tuple[torch.Tensor, Stats, Stats]:
@@ -143,14 +166,14 @@ def _triton_forward(old_hidden, old_weight, hidden, weight, temperature, bias) -
     old_dim = old_hidden.shape[1]
     stats = torch.empty((5, size), device=device)
     if size:
-        tiles = kl_tiles(hidden.dtype, launch.capability(device))
+        tensors = (old_hidden, old_weight, hidden, weight)
+        tma = launch.takes_tma(*tensors)
+        tiles = kl_tiles(hidden.dtype, launch.capability(device), reads_ragged(tma, dim, old_dim))
         shared = (old_weight.data_ptr(), old_weight.shape, old_weight.stride()) == (
             weight.data_ptr(), weight.shape, weight.stride())
         programs = launch.num_programs(device)
         splits, per_split = plan_splits(triton.cdiv(size, tiles.tokens), triton.cdiv(vocab, tiles.vocab), programs)
         partials = torch.empty((5, splits, size), device=device)
-        tensors = (old_hidden, old_weight, hidden, weight)
-        tma = launch.takes_tma(*tensors)
         operands = tensors
         if tma:
             operands = [TensorDescriptor.from_tensor(t, [rows, tiles.dim])
@@ -183,9 +206,10 @@ def _triton_backward(old_hidden, old_weight, hidden, weight, temperature, bias, 
             old_logits = torch.empty_like(logits)
         z_old = matmul(old_hidden[rows], old_weight.T, old_logits[:logits.shape[0]])
         with launch.on(device):
-            _dkl_kernel[(logits.shape[0], triton.cdiv(vocab, 4096))](
+            _dkl_kernel[(logits.shape[0],)](
                 z_old, logits, dlogits, bias, old.peak[rows], old.log_mass[rows], new.peak[rows], new.log_mass[rows],
-                dkl[rows], scale, vocab, 1.0 / temperature, HAS_BIAS=bias is not None, BLOCK=4096, num_warps=8)
+                dkl[rows], scale, vocab, 1.0 / temperature, HAS_BIAS=bias is not None, REFOLD=refolds(hidden.dtype),
+                BLOCK=4096, num_warps=8)
 
     dhidden, dweight = head_gradients(hidden, weight, fill, needs=needs, scale=scale)
     return dhidden, None if dweight is None else dweight.to(weight.dtype)

@@ -43,13 +43,24 @@ class Tiles:
     """Blocks of tokens that walk the vocabulary side by side; their hidden states stay in L2."""
 
 
-def forward_tiles(dtype: torch.dtype, capability: tuple[int, int]) -> Tiles:
+RAGGED = Tiles(64, 128, 32, num_warps=8, num_stages=2)
+"""16-bit rows that neither TMA nor a vector load can read; larger tiles would spill."""
+
+
+def reads_ragged(tma: bool, *dims: int) -> bool:
+    """Whether tiles of `dims` columns end beyond a row, which a pointer must mask element by element."""
+    return not tma and any(dim % 64 for dim in dims)
+
+
+def forward_tiles(dtype: torch.dtype, capability: tuple[int, int], ragged: bool) -> Tiles:
     """The shipped configuration of a chip."""
     if dtype == torch.float32:  # no tensor cores at full precision
         return Tiles(64, 64, 16, num_warps=8, num_stages=2)
+    if ragged:
+        return RAGGED
     if capability >= (9, 0):
-        return Tiles(128, 256, 64, num_warps=8, num_stages=3)
-    return Tiles(128, 128, 64, num_warps=8, num_stages=3 if capability == (8, 0) else 2)
+        return Tiles(128, 256, 64, num_warps=8, num_stages=4)
+    return Tiles(128, 128, 32, num_warps=8, num_stages=4)
 
 
 def plan_splits(blocks: int, tiles: int, programs: int) -> tuple[int, int]:
@@ -85,6 +96,12 @@ def multiply(a, b, acc, INTERPRET: tl.constexpr):
 
 
 @triton.jit
+def exp(x):
+    """e^x in two instructions: tl.exp spends four more on results below 1e-38."""
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
 def block_and_split(item, blocks, splits, GROUP: tl.constexpr):
     """Order of the items: GROUP blocks of tokens for one split, then the same blocks for the next."""
     first = item // (GROUP * splits) * GROUP
@@ -102,6 +119,7 @@ def _partial_stats_kernel(hidden, weight, targets, bias, partials, size, vocab, 
     """partials (4, splits, size) float32: peak, mass, moment, logit at the target."""
     blocks = tl.cdiv(size, TOKENS)
     tiles = tl.cdiv(vocab, VOCAB)
+    beyond = LOWEST / tl.maximum(inverse_temperature, 1.0)
     for item in range(tl.program_id(0), blocks * splits, tl.num_programs(0)):
         block, split = block_and_split(item, blocks, splits, GROUP)
         rows = block * TOKENS + tl.arange(0, TOKENS)
@@ -117,18 +135,19 @@ def _partial_stats_kernel(hidden, weight, targets, bias, partials, size, vocab, 
                 h = load_tile(hidden, block * TOKENS, k, hidden_stride, size, dim, TOKENS, DIM, EVEN_DIM, TMA)
                 w = load_tile(weight, tile * VOCAB, k, weight_stride, vocab, dim, VOCAB, DIM, EVEN_DIM, TMA)
                 z = multiply(h, w, z, INTERPRET)
-            cols = tile * VOCAB + tl.arange(0, VOCAB)
+            col = tile * VOCAB
+            cols = col + tl.arange(0, VOCAB)
             if HAS_BIAS:
                 z += tl.load(bias + cols, mask=cols < vocab, other=0.0)[None, :]
-            z *= inverse_temperature
-            # Before the maximum: beyond the edge z is 0, which would enter the sum.
-            z = tl.where(cols[None, :] < vocab, z, LOWEST)
-            at_target += tl.sum(tl.where(cols[None, :] == target[:, None], z, 0.0), axis=1)
-            top = tl.maximum(peak, tl.max(z, axis=1))
+            if col + VOCAB > vocab:  # before the maximum: beyond the edge z is 0, which would enter the sum
+                z = tl.where(cols[None, :] < vocab, z, beyond)
+            if tl.max(((target >= col) & (target < col + VOCAB)).to(tl.int32), axis=0) > 0:  # of few tiles only
+                at_target += tl.sum(tl.where(cols[None, :] == target[:, None], z, 0.0), axis=1)
+            top = tl.maximum(peak, tl.max(z, axis=1) * inverse_temperature)
             shift = peak - top
-            decay = tl.exp(shift)
-            z -= top[:, None]
-            e = tl.exp(z)
+            decay = exp(shift)
+            z = z * inverse_temperature - top[:, None]
+            e = exp(z)
             # moment = sum e^(z - peak) (z - peak); moving the peak shifts the second factor too.
             moment = decay * (moment + shift * mass) + tl.sum(e * z, axis=1)
             mass = decay * mass + tl.sum(e, axis=1)
@@ -138,7 +157,7 @@ def _partial_stats_kernel(hidden, weight, targets, bias, partials, size, vocab, 
         tl.store(here, peak, mask=inside)
         tl.store(here + plane, mass, mask=inside)
         tl.store(here + 2 * plane, moment, mask=inside)
-        tl.store(here + 3 * plane, at_target, mask=inside)
+        tl.store(here + 3 * plane, at_target * inverse_temperature, mask=inside)
 
 
 @triton.jit
@@ -169,7 +188,7 @@ def _merge_kernel(partials, targets, stats, size, vocab, splits, IGNORE_INDEX: t
         at_target += tl.load(here + 3 * plane, mask=inside, other=0.0)
         top = tl.maximum(peak, other_peak)
         shift, other_shift = peak - top, other_peak - top
-        decay, other_decay = tl.exp(shift), tl.exp(other_shift)
+        decay, other_decay = exp(shift), exp(other_shift)
         moment = decay * (moment + shift * mass) + other_decay * (other_moment + other_shift * other_mass)
         mass = decay * mass + other_decay * other_mass
         peak = top
@@ -184,23 +203,67 @@ def _merge_kernel(partials, targets, stats, size, vocab, splits, IGNORE_INDEX: t
 
 
 @triton.jit
+def fold_row(logits, bias, vocab, inverse_temperature, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
+    """(peak, mass, moment) of one row of float32 logits, (vocab,), in memory."""
+    lane = tl.arange(0, BLOCK)
+    peaks = tl.full((BLOCK,), LOWEST, tl.float32)  # of each lane: one reduction a row, not one a block
+    mass = tl.zeros((BLOCK,), tl.float32)
+    moment = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, vocab, BLOCK):
+        cols = start + lane
+        z = tl.load(logits + cols, mask=cols < vocab, other=LOWEST)
+        if HAS_BIAS:
+            z += tl.load(bias + cols, mask=cols < vocab, other=0.0)
+        z = tl.where(cols < vocab, z * inverse_temperature, LOWEST)
+        top = tl.maximum(peaks, z)
+        shift = peaks - top
+        decay = exp(shift)
+        z -= top
+        e = exp(z)
+        moment = decay * (moment + shift * mass) + e * z
+        mass = decay * mass + e
+        peaks = top
+    peak = tl.max(peaks, axis=0)
+    shift = peaks - peak
+    decay = exp(shift)  # 0 in a lane beyond the vocabulary, whose peak and shift are LOWEST
+    return peak, tl.sum(decay * mass, axis=0), tl.sum(decay * (moment + shift * mass), axis=0)
+
+
+@triton.jit
 def _dlogits_kernel(logits, dlogits, targets, bias, entropy, peak, log_mass, dlogprobs, dentropy, scale, vocab,
-                    inverse_temperature, HAS_BIAS: tl.constexpr, HAS_DENTROPY: tl.constexpr, BLOCK: tl.constexpr):
+                    inverse_temperature, HAS_BIAS: tl.constexpr, HAS_DENTROPY: tl.constexpr, REFOLD: tl.constexpr,
+                    IGNORE_INDEX: tl.constexpr, BLOCK: tl.constexpr):
     """dlogits (rows, vocab) = (dlogprobs ([v == y] - p) - dentropy p (ln p + entropy)) / (temperature scale)."""
     row = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = cols < vocab
-    z = tl.load(logits + row * vocab + cols, mask=inside, other=0.0)
-    if HAS_BIAS:
-        z += tl.load(bias + cols, mask=inside, other=0.0)
-    logp = (z * inverse_temperature - tl.load(peak + row)) - tl.load(log_mass + row)
-    p = tl.exp(logp)
+    here = logits + row * vocab
+    target = tl.load(targets + row)
+    if REFOLD:
+        row_peak, mass, moment = fold_row(here, bias, vocab, inverse_temperature, HAS_BIAS, BLOCK)
+        _, row_entropy, row_log_mass = finish_stats(target, row_peak, mass, moment, 0.0, vocab, IGNORE_INDEX)
+    else:
+        row_peak, row_log_mass, row_entropy = tl.load(peak + row), tl.load(log_mass + row), tl.load(entropy + row)
     factor = inverse_temperature / tl.load(scale)
     g = tl.load(dlogprobs + row) * factor
-    dz = tl.where(cols == tl.load(targets + row), g, 0.0) - g * p
-    if HAS_DENTROPY:
-        dz -= tl.load(dentropy + row) * factor * p * (logp + tl.load(entropy + row))
-    tl.store(dlogits + row * vocab + cols, dz.to(dlogits.dtype.element_ty), mask=inside)
+    for start in range(0, vocab, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        inside = cols < vocab
+        z = tl.load(here + cols, mask=inside, other=0.0)
+        if HAS_BIAS:
+            z += tl.load(bias + cols, mask=inside, other=0.0)
+        logp = (z * inverse_temperature - row_peak) - row_log_mass
+        p = exp(logp)
+        dz = tl.where(cols == target, g, 0.0) - g * p
+        if HAS_DENTROPY:
+            dz -= tl.load(dentropy + row) * factor * p * (logp + row_entropy)
+        tl.store(dlogits + row * vocab + cols, dz.to(dlogits.dtype.element_ty), mask=inside)
+
+
+def refolds(dtype: torch.dtype) -> bool:
+    """Whether a backward folds its own logits again, instead of taking the statistics of the forward.
+
+    They come from another product, and differ in the last bits: in float32 that would be the largest error.
+    """
+    return dtype == torch.float32
 
 
 def _triton_forward(hidden, weight, targets, temperature, bias) -> tuple[Stats, torch.Tensor]:
@@ -208,11 +271,11 @@ def _triton_forward(hidden, weight, targets, temperature, bias) -> tuple[Stats, 
     (size, dim), vocab, device = hidden.shape, weight.shape[0], hidden.device
     stats = torch.empty((5, size), device=device)
     if size:
-        tiles = forward_tiles(hidden.dtype, launch.capability(device))
+        tma = launch.takes_tma(hidden, weight)
+        tiles = forward_tiles(hidden.dtype, launch.capability(device), reads_ragged(tma, dim))
         programs = launch.num_programs(device)
         splits, per_split = plan_splits(triton.cdiv(size, tiles.tokens), triton.cdiv(vocab, tiles.vocab), programs)
         partials = torch.empty((4, splits, size), device=device)
-        tma = launch.takes_tma(hidden, weight)
         operands = hidden, weight
         if tma:
             operands = (TensorDescriptor.from_tensor(hidden, [tiles.tokens, tiles.dim]),
@@ -250,9 +313,10 @@ def _triton_backward(hidden, weight, targets, temperature, bias, stats: Stats, d
         part = [None if t is None else t[rows] for t in (targets, stats.entropy, stats.peak, stats.log_mass, dlogprobs,
                                                          dentropy)]
         with launch.on(device):
-            _dlogits_kernel[(logits.shape[0], triton.cdiv(vocab, 4096))](
+            _dlogits_kernel[(logits.shape[0],)](
                 logits, dlogits, part[0], bias, *part[1:], scale, vocab, 1.0 / temperature, HAS_BIAS=bias is not None,
-                HAS_DENTROPY=dentropy is not None, BLOCK=4096, num_warps=8)
+                HAS_DENTROPY=dentropy is not None, REFOLD=refolds(hidden.dtype), IGNORE_INDEX=launch.IGNORE_INDEX,
+                BLOCK=4096, num_warps=8)
         if dbias is not None:
             dbias.add_(dlogits.sum(dim=0, dtype=torch.float32))
 

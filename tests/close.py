@@ -29,14 +29,3 @@ def assert_no_worse(
             f"error {worst:.3e} > allowed {allowed:.3e} at {where}: got {actual[where].item():.8g}, "
             f"exact {truth[where].item():.8g}, torch in the same dtype {same_dtype[where].item():.8g}"
         )
-
-
-def second_product(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> tuple[float, float]:
-    """(noise, scale) for float32 gradients whose logits come from another product than the statistics they meet.
-
-    The two differ by a unit in the last place of the largest logit, which multiplies every probability: gradients of
-    size `top` get noise * (scale + top) of slack, `scale` being that of the terms that cancel in them.
-    """
-    largest = (hidden.float() @ weight.float().T).abs().max().item() / temperature
-    scale = max(1.0, hidden.abs().max().item(), weight.abs().max().item()) / temperature
-    return torch.finfo(torch.float32).eps * largest, scale

@@ -118,6 +118,7 @@ def main() -> None:
         ("aligned float32", every_launch, aligned, fp32, True),
         ("one split bfloat16", forward, aligned, bf16, False),
         ("ragged bfloat16", forward, (3, 123, 507), bf16, True),
+        ("uneven bfloat16", forward, (256, 72, 4608), bf16, True),
         ("ones bfloat16", every_launch, (1, 1, 1), bf16, True),
         ("pointers bfloat16", forward, aligned, bf16, True),
         ("pointers float32", forward, aligned, fp32, True),

@@ -11,7 +11,7 @@ import math
 
 import pytest
 import torch
-from close import assert_no_worse, second_product
+from close import assert_no_worse
 
 import cosmo_rl.kernels.linear_kl as module
 from cosmo_rl.kernels import launch, reference
@@ -43,12 +43,8 @@ def check(backend, inputs, dtype, **keywords):
     """KL and gradients err at most twice as much as torch in the same dtype."""
     actual = run(linear_kl, inputs, dtype, backend=backend, **keywords)
     same, exact = (run(dense_linear_kl, inputs, t, **keywords) for t in (dtype, torch.float64))
-    temperature = keywords.get("temperature", 1.0)
-    # Triton's statistics come from the kernel, the logits of its backward from torch.
-    noise, scale = second_product(*inputs[2:], temperature) if backend == "triton" else (0.0, 0.0)
-    for index, (a, s, e) in enumerate(zip(actual, same, exact, strict=True)):
-        top, gradient = e.abs().max().item(), index > 0
-        assert_no_worse(a, s, e, atol=2e-6 * (1 + top) + gradient * noise * (scale + top))
+    for a, s, e in zip(actual, same, exact, strict=True):
+        assert_no_worse(a, s, e, atol=2e-6 * (1 + e.abs().max().item()))
     assert (actual[0] >= 0).all() and actual[0].dtype == torch.float32
     assert actual[1].dtype == actual[2].dtype == dtype
     assert (actual[0] - exact[0]).abs().max() < 1e-5 * (1 + exact[0].max())  # whatever the inputs' dtype
@@ -74,7 +70,7 @@ def test_many_tiles(shared, old_d, dtype, backend):
 @pytest.mark.parametrize("vocab", [152064, 151936])
 def test_vocabularies_of_qwen(vocab, backend, monkeypatch):
     if launch.INTERPRET:  # a tile of the shipped shape takes it as long as one 60 times as wide
-        monkeypatch.setattr(module, "kl_tiles", lambda dtype, capability: Tiles(16, 8192, 16, 4, 2))
+        monkeypatch.setattr(module, "kl_tiles", lambda *_: Tiles(16, 8192, 16, 4, 2))
     check(backend, make_inputs(3, 16, vocab, torch.bfloat16), torch.bfloat16)
 
 
@@ -93,7 +89,7 @@ def test_both_ways_to_load(tma, dtype, monkeypatch):
 @pytest.mark.usefixtures("interpreter")
 def test_any_number_of_programs(programs, monkeypatch):
     monkeypatch.setattr(launch, "num_programs", lambda device: programs)
-    monkeypatch.setattr(module, "kl_tiles", lambda dtype, capability: Tiles(16, 32, 16, 4, 2, group=2))
+    monkeypatch.setattr(module, "kl_tiles", lambda *_: Tiles(16, 32, 16, 4, 2, group=2))
     check("triton", make_inputs(40, 16, 190, torch.float16), torch.float16)
 
 

@@ -11,7 +11,7 @@ import math
 
 import pytest
 import torch
-from close import assert_no_worse, second_product
+from close import assert_no_worse
 
 import cosmo_rl.kernels.linear_logprob as module
 from cosmo_rl.kernels import launch, reference
@@ -62,11 +62,8 @@ def check(backend, inputs, dtype, temperature=1.0, bias=None, **keywords):
     actual = run(linear_logprob, *settings, dtype, backend=backend, **keywords)
     same = run(dense_linear_logprob, *settings, dtype, **keywords)
     exact = run(dense_linear_logprob, *settings, torch.float64, **keywords)
-    # Triton's statistics come from the kernel, the logits of its backward from torch.
-    noise, scale = second_product(*inputs[:2], temperature) if backend == "triton" else (0.0, 0.0)
     for index, (a, s, e) in enumerate(zip(actual, same, exact, strict=True)):
-        top, gradient = e.abs().max().item(), index > 1
-        assert_no_worse(a, s, e, atol=SLACK[dtype][gradient] * (1 + top) + gradient * noise * (scale + top))
+        assert_no_worse(a, s, e, atol=SLACK[dtype][index > 1] * (1 + e.abs().max().item()))
     assert actual[0].dtype == actual[1].dtype == torch.float32
     assert actual[2].dtype == actual[3].dtype == dtype
     assert (actual[0] <= 0).all() and (actual[1] >= 0).all()
@@ -97,7 +94,7 @@ def test_gradient_from_one_output_alone(upstream, dtype, backend):
 @pytest.mark.parametrize("vocab", [152064, 151936])
 def test_vocabularies_of_qwen(vocab, backend, monkeypatch):
     if launch.INTERPRET:  # a tile of the shipped shape takes it as long as one 30 times as wide
-        monkeypatch.setattr(module, "forward_tiles", lambda dtype, capability: Tiles(16, 8192, 16, 4, 2))
+        monkeypatch.setattr(module, "forward_tiles", lambda *_: Tiles(16, 8192, 16, 4, 2))
     inputs = make_inputs(5, 16, vocab, torch.bfloat16)
     assert inputs[2][:2].tolist() == [0, vocab - 1]
     check(backend, inputs, torch.bfloat16)
@@ -119,7 +116,7 @@ def test_both_ways_to_load(tma, dtype, monkeypatch):
 def test_any_number_of_programs(programs, monkeypatch):
     """One split and several, fewer items than programs and more."""
     monkeypatch.setattr(launch, "num_programs", lambda device: programs)
-    monkeypatch.setattr(module, "forward_tiles", lambda dtype, capability: Tiles(16, 32, 16, 4, 2, group=2))
+    monkeypatch.setattr(module, "forward_tiles", lambda *_: Tiles(16, 32, 16, 4, 2, group=2))
     assert plan_splits(3, 6, programs)[0] == {1: 1, 2: 2, 50: 6}[programs]
     check("triton", make_inputs(40, 16, 190, torch.float16), torch.float16)
 
