@@ -16,7 +16,7 @@ from . import launch, reference
 from .cpgd_objective import objective_settings, objective_terms
 from .gemm import head_gradients
 from .launch import tl, triton
-from .linear_logprob import exp, finish_stats, fold_row
+from .linear_logprob import ROW_BLOCK, ROW_WARPS, exp, finish_stats, fold_row
 
 
 class CPGDOutput(NamedTuple):
@@ -103,7 +103,7 @@ def _triton_forward(hidden, weight, targets, old_logprobs, advantages, token_wei
                 logits, dlogits, target, bias, old, advantage, token_weight, upper, lower, found.coefs, scale,
                 stats[:, rows], losses[rows], clipped[rows], size, vocab, *found.strides(), 1.0 / temperature,
                 HAS_BIAS=bias is not None, HAS_OLD=old is not None, HAS_GRADIENT=dlogits is not None,
-                IGNORE_INDEX=launch.IGNORE_INDEX, BLOCK=4096, num_warps=8)
+                IGNORE_INDEX=launch.IGNORE_INDEX, BLOCK=ROW_BLOCK, num_warps=ROW_WARPS)
 
     ignored = targets == launch.IGNORE_INDEX
     # Token weights hold 1 / (tokens of the update): before the loss scale float16 would round these to 0.

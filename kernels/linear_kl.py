@@ -15,6 +15,8 @@ from .gemm import head_gradients, matmul
 from .launch import LOWEST, TensorDescriptor, tl, triton
 from .linear_logprob import (
     RAGGED,
+    ROW_BLOCK,
+    ROW_WARPS,
     Tiles,
     block_and_split,
     exp,
@@ -209,7 +211,7 @@ def _triton_backward(old_hidden, old_weight, hidden, weight, temperature, bias, 
             _dkl_kernel[(logits.shape[0],)](
                 z_old, logits, dlogits, bias, old.peak[rows], old.log_mass[rows], new.peak[rows], new.log_mass[rows],
                 dkl[rows], scale, vocab, 1.0 / temperature, HAS_BIAS=bias is not None, REFOLD=refolds(hidden.dtype),
-                BLOCK=4096, num_warps=8)
+                BLOCK=ROW_BLOCK, num_warps=ROW_WARPS)
 
     dhidden, dweight = head_gradients(hidden, weight, fill, needs=needs, scale=scale)
     return dhidden, None if dweight is None else dweight.to(weight.dtype)

@@ -47,6 +47,10 @@ RAGGED = Tiles(64, 128, 32, num_warps=8, num_stages=2)
 """16-bit rows that neither TMA nor a vector load can read; larger tiles would spill."""
 
 
+ROW_BLOCK, ROW_WARPS = 4096, 8
+"""Columns that a program of a kernel over rows of logits reads at a time, and its warps."""
+
+
 def reads_ragged(tma: bool, *dims: int) -> bool:
     """Whether tiles of `dims` columns end beyond a row, which a pointer must mask element by element."""
     return not tma and any(dim % 64 for dim in dims)
@@ -316,7 +320,7 @@ def _triton_backward(hidden, weight, targets, temperature, bias, stats: Stats, d
             _dlogits_kernel[(logits.shape[0],)](
                 logits, dlogits, part[0], bias, *part[1:], scale, vocab, 1.0 / temperature, HAS_BIAS=bias is not None,
                 HAS_DENTROPY=dentropy is not None, REFOLD=refolds(hidden.dtype), IGNORE_INDEX=launch.IGNORE_INDEX,
-                BLOCK=4096, num_warps=8)
+                BLOCK=ROW_BLOCK, num_warps=ROW_WARPS)
         if dbias is not None:
             dbias.add_(dlogits.sum(dim=0, dtype=torch.float32))
 

@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 def bench(monkeypatch):
     """The modules of bench/, which are scripts: their folder is on the path for them alone."""
     monkeypatch.syspath_prepend(str(BENCH))
-    names = ("inputs", "harness", "peers", "kernel_bench", "gpu_gate")
+    names = ("inputs", "harness", "peers", "kernel_bench", "gpu_gate", "tune")
     yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
     for name in names:
         sys.modules.pop(name)
@@ -168,6 +168,19 @@ def test_inputs_are_deterministic_and_peaked(bench):
     logp = (one.hidden @ one.weight.T).log_softmax(dim=1).gather(1, one.targets[:, None])[:, 0].detach()
     assert float((-logp).mean()) == pytest.approx(float(one.entropy.mean()), rel=0.15)
     assert float((one.old_logprobs - logp).std()) == pytest.approx(0.05, rel=0.1)
+
+
+def test_tune_refuses_a_configuration_that_is_wrong(bench, case, interpreter, monkeypatch, capsys):
+    monkeypatch.setattr(bench.tune, "KL", [((16, 512, 64, 4, 2, 16), 1), ((32, 1024, 64, 4, 2, 16), 2)])
+    assert bench.tune.main(["--kernels", "kl"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and all(line.endswith("ok, not timed") for line in lines)
+    _, _, call, _ = bench.tune.kernels(case, "triton")["kl"]
+    expected = call()
+    found = bench.tune.measure(lambda: 1.1 * call(), expected, None, 20)
+    assert found == {"status": "relative error 0.1 against the shipped configuration"}
+    nan = bench.tune.measure(lambda: call() * float("nan"), expected, None, 20)
+    assert "nan" in nan["status"]
 
 
 def test_gate_without_a_gpu_says_so(bench, capsys, monkeypatch):
