@@ -6,6 +6,10 @@
 It takes the machine's own python3 and installs nothing. The folders of the checkout become importable as cosmo_rl.*
 through links in a temporary folder; wheels in the git-ignored folder wheels/ are unpacked beside them. The network is
 not used. What is printed goes to bench/results/gate-GPU.log too, and with the tables to the folder $OUT if that is set.
+Where torch and transformers are there already, these fill wheels/ (5 MB) for the run, and for the peers without CuTe:
+
+    pip download --no-deps --only-binary=:all: --python-version 3.12 -d wheels tyro typeguard docstring-parser \\
+        datasets dill multiprocess easy-vqa liger-kernel==0.8.5 cut-cross-entropy==25.1.1 verl==0.9.1 trl==1.16.0
 
 Exit status: 0 if no step failed (a skipped step is named, and is not a pass), 1 if one failed, 2 without a GPU.
 """
@@ -24,6 +28,7 @@ import time
 import xml.etree.ElementTree as ElementTree
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -31,7 +36,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 FOLDERS = ("kernels", "cpgd", "model", "data")
 BUDGET_S = 525
-"""Of all steps together; what is over is killed."""
+"""Of all steps together; what is over is killed. What a step leaves is there for the next ones."""
+GRACE_S = 5
+"""Between interrupt and kill: pytest then tells what has failed so far."""
 TABLE_S = 40
 """Kept of a benchmark's time for the measurement in progress and the table."""
 NEEDED = {"tyro": "tyro", "datasets": "datasets", "easy_vqa": "easy-vqa"}
@@ -69,27 +76,34 @@ def run(command: list[str], environment: dict[str, str], limit: float, log: Text
     """Exit status of a command whose output goes to the screen and to `log`.
 
     Raises:
-        Failed: it ran longer than `limit` seconds, and was killed with all its children.
+        Failed: it ran longer than `limit` seconds, and was interrupted, then killed with all its children.
     """
     say(f"$ {' '.join(command)}", log)
-    stop = time.monotonic() + limit
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                start_new_session=True)
     assert process.stdout is not None
-    os.set_blocking(process.stdout.fileno(), False)
+    output = process.stdout
+    os.set_blocking(output.fileno(), False)
+
+    def relay(seconds: float) -> None:
+        stop = time.monotonic() + seconds
+        while process.poll() is None and time.monotonic() < stop:
+            waiting.select(timeout=0.5)
+            say((output.read() or b"").decode(errors="replace"), log, end="")
+
     with selectors.DefaultSelector() as waiting:
-        waiting.register(process.stdout, selectors.EVENT_READ)
+        waiting.register(output, selectors.EVENT_READ)
         try:
-            while process.poll() is None and time.monotonic() < stop:
-                waiting.select(timeout=0.5)
-                say((process.stdout.read() or b"").decode(errors="replace"), log, end="")
+            relay(limit)
             if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+                relay(GRACE_S)
                 raise Failed(f"killed after {limit:.0f} s")
         finally:
-            if process.poll() is None:
+            with suppress(ProcessLookupError):  # the last of them has ended
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            say((process.stdout.read() or b"").decode(errors="replace"), log, end="")
+            say((output.read() or b"").decode(errors="replace"), log, end="")
     return process.returncode
 
 
@@ -99,11 +113,26 @@ def say(text: str, log: TextIO, end: str = "\n") -> None:
         stream.flush()
 
 
+def unimportable(modules: dict[str, str], environment: dict[str, str]) -> list[str]:
+    """Distribution and error of each of `modules` (import name: distribution) that a child cannot import."""
+    found = []
+    for name, distribution in modules.items():  # imported, not only found: each needs packages of its own
+        done = subprocess.run([sys.executable, "-P", "-c", f"import {name}"], env=environment, capture_output=True,
+                              text=True)
+        if done.returncode:
+            found.append(f"{distribution} ({(done.stderr.splitlines() or ['no message'])[-1]})")
+    return found
+
+
 def test_step(environment: dict[str, str], limit: float, folder: Path, log: TextIO) -> str:
-    """The tests marked gpu; a file without any that ran is no pass."""
-    report = folder / "tests.xml"
-    status = run([sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py", "-p", "no:cacheprovider",
-                  f"--junitxml={report}"], environment, limit, log)
+    """The tests marked gpu, that of Liger's layers where the trainer would take them; no test that ran is no pass."""
+    report, files = folder / "tests.xml", ["tests/test_gpu.py"]
+    if absent := unimportable({**NEEDED, "liger_kernel": "liger-kernel"}, environment):
+        say(f"tests/test_liger.py is left out; not importable: {', '.join(absent)}", log)
+    else:
+        files.append("tests/test_liger.py")
+    status = run([sys.executable, "-m", "pytest", "-q", "-m", "gpu", *files, "-p", "no:cacheprovider",
+                  "--durations=10", f"--junitxml={report}"], environment, limit, log)
     if not report.exists():
         raise Failed(f"pytest ended with status {status} and no report")
     counts = [int(suite.get(name, 0)) for suite in ElementTree.parse(report).iter("testsuite")
@@ -130,17 +159,13 @@ def bench_step(providers: tuple[str, ...]) -> Callable[[dict[str, str], float, P
 
 def train_step(environment: dict[str, str], limit: float, folder: Path, log: TextIO) -> str:
     """Eight optimizer steps of the tiny preset on the GPU; the report reads a few rows of each group only."""
-    missing = []
-    for name, distribution in NEEDED.items():  # imported, not only found: each needs packages of its own
-        done = subprocess.run([sys.executable, "-c", f"import {name}"], env=environment, capture_output=True, text=True)
-        if done.returncode:
-            missing.append(f"{distribution} ({(done.stderr.splitlines() or ['no message'])[-1]})")
-    if missing:
+    if missing := unimportable(NEEDED, environment):
         raise Skipped(f"not importable: {', '.join(missing)}")
     metrics = folder / "run" / "stage2" / "metrics.jsonl"
-    status = run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "train.py",
-                  "--stage", "2", "--steps", "8", "--run-dir", str(folder / "run"), "--eval.max-rows", "8"],
-                 environment, limit, log)
+    # By its address: the name of a machine without a network may resolve to nothing, after a long wait.
+    status = run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1",
+                  "--nproc-per-node", "1", "train.py", "--stage", "2", "--steps", "8", "--run-dir",
+                  str(folder / "run"), "--eval.max-rows", "8"], environment, limit, log)
     lines = metrics.read_text().count("\n") if metrics.exists() else 0
     if os.environ.get("OUT") and lines:
         shutil.copy(metrics, os.environ["OUT"])
@@ -149,10 +174,11 @@ def train_step(environment: dict[str, str], limit: float, folder: Path, log: Tex
     return "8 optimizer steps"
 
 
-# Seconds at most for each; the peers come in a process of their own, so that none of them can take our numbers along.
+# Seconds for each, beside what the steps before it left. The peers come in a process of their own, so that none of them
+# can take our numbers along.
 OURS = ("ours-logprob", "ours-cpgd", "ours-fold", "ours-kl", "gemms", "torch")
 PEERS = ("gemms", "ours-logprob", "ours-cpgd", "verl", "trl", "cce", "liger-scaled-ce", "quack", "liger-grpo")
-STEPS = {"tests": (test_step, 170.0), "bench": (bench_step(OURS), 150.0), "peers": (bench_step(PEERS), 120.0),
+STEPS = {"tests": (test_step, 170.0), "bench": (bench_step(OURS), 140.0), "peers": (bench_step(PEERS), 115.0),
          "train": (train_step, 85.0)}
 
 
@@ -188,9 +214,10 @@ def main(arguments: list[str]) -> int:
                 return 1
             finally:
                 bring_back()
-        for name in options.steps:
-            step, limit = STEPS[name]
-            limit = min(limit, BUDGET_S - (time.monotonic() - started))
+        for number, name in enumerate(options.steps):
+            step = STEPS[name][0]
+            later = sum(STEPS[other][1] for other in options.steps[number + 1:])
+            limit = BUDGET_S - (time.monotonic() - started) - later
             say(f"\n== {name} (at most {limit:.0f} s)", log)
             began = time.monotonic()
             try:

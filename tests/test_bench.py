@@ -5,6 +5,7 @@ import importlib
 import os
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -205,11 +206,49 @@ def test_gate_makes_checkout_and_wheels_importable(bench, tmp_path, monkeypatch)
     assert environment["HF_HUB_OFFLINE"] == "1"
 
 
-def test_gate_ends_a_step_that_hangs(bench, tmp_path):
-    code = "import subprocess, sys, time; print('started', flush=True); subprocess.run(['sleep', '60']); time.sleep(60)"
+@pytest.mark.parametrize("deaf", [False, True])
+def test_gate_ends_a_step_that_hangs(bench, tmp_path, monkeypatch, deaf):
+    """It is interrupted first, to tell what it knows, as pytest does; no child of it is left."""
+    script = tmp_path / "script.py"
+    script.write_text(f"""import signal, subprocess, time
+child = subprocess.Popen(["sleep", "60"])
+print("started", child.pid, flush=True)
+{"signal.signal(signal.SIGINT, signal.SIG_IGN)" if deaf else ""}
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("what it knows", flush=True)
+""")
+    monkeypatch.setattr(bench.gpu_gate, "GRACE_S", 1)
     with open(tmp_path / "log", "w") as log, pytest.raises(bench.gpu_gate.Failed, match="killed after 1 s"):
-        bench.gpu_gate.run([sys.executable, "-c", code], dict(os.environ), 1.0, log)
-    assert "started" in (tmp_path / "log").read_text()
+        bench.gpu_gate.run([sys.executable, str(script)], dict(os.environ), 1.0, log)
+    text = (tmp_path / "log").read_text()
+    assert "started" in text and ("what it knows" in text) != deaf
+    child, stop = Path("/proc") / text.split("started ")[1].split()[0] / "stat", time.monotonic() + 20
+    while child.exists() and child.read_text().split()[2] != "Z" and time.monotonic() < stop:
+        time.sleep(0.05)
+    assert time.monotonic() < stop
+
+
+def test_gate_gives_a_step_what_the_ones_before_it_left(bench, tmp_path, monkeypatch):
+    given = {}
+    gate = bench.gpu_gate
+
+    def step(name):
+        return lambda environment, limit, folder, log: given.setdefault(name, limit) and "ran"
+
+    monkeypatch.setattr(gate, "STEPS", {"one": (step("one"), 100.0), "two": (step("two"), 60.0)})
+    monkeypatch.setattr(gate, "BUDGET_S", 200.0)
+    monkeypatch.setattr(gate, "RESULTS", tmp_path)
+    monkeypatch.setattr(gate, "gpu_name", lambda: "a GPU")
+    assert gate.main(["--steps", "one", "two"]) == 0
+    assert given["one"] == pytest.approx(140, abs=5) and given["two"] == pytest.approx(200, abs=5)
+    assert sum(limit for _, limit in importlib.reload(gate).STEPS.values()) < gate.BUDGET_S
+
+
+def test_gate_names_what_cannot_be_imported(bench):
+    found = bench.gpu_gate.unimportable({"json": "json", "no_such_module": "its-package"}, dict(os.environ))
+    assert found == ["its-package (ModuleNotFoundError: No module named 'no_such_module')"]
 
 
 def test_gate_counts_tests(bench, tmp_path, monkeypatch):
@@ -217,6 +256,7 @@ def test_gate_counts_tests(bench, tmp_path, monkeypatch):
     def outcome(status: int, suite: str) -> str:
         monkeypatch.setattr(bench.gpu_gate, "run", lambda *_: (tmp_path / "tests.xml").write_text(
             f"<testsuites><testsuite {suite}/></testsuites>") and status)
+        monkeypatch.setattr(bench.gpu_gate, "unimportable", lambda *_: [])
         return bench.gpu_gate.test_step({}, 1.0, tmp_path, None)
 
     assert outcome(0, 'tests="5" failures="0" errors="0" skipped="2"') == "3 passed, 0 failed, 2 skipped"

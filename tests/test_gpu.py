@@ -38,10 +38,16 @@ QWEN_7B = (32768, 3584, 152064)
 
 @pytest.fixture(autouse=True)
 def device():
-    """Tensors of a test are made on DEVICE."""
+    """Tensors of a test are made on DEVICE; what its kernels do wrong is told of this test, and ends the run."""
     with torch.device(DEVICE):
         torch.empty(0)  # lets torch list its factories before a fixture wraps them
         yield
+    if ON_GPU:
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:  # the context is lost: every later test would fail, and say nothing
+            pytest.exit(f"CUDA: {str(error).splitlines()[0]}, at the end of {os.environ['PYTEST_CURRENT_TEST']}",
+                        returncode=1)
 
 
 @pytest.fixture
