@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 
 from .base import Failed, Outcome, Score
-from .format import boxes
+from .math_text import is_prose, pair
 
 CPU_S, WALL_S = 3.0, 120.0
 """Limits of a comparison, in seconds: processor time, a property of the expressions, so that a loaded machine changes
@@ -32,45 +32,16 @@ CHECKED_GOLDS = 100
 _OWN_FAULT = (-signal.SIGPROF, -signal.SIGSEGV, -signal.SIGABRT)
 """Exit statuses that an expression can cause: out of time; stack or memory exhausted in C."""
 _MEND = r"write it as LaTeX (a word as \text{word}), or use task general, which compares texts"
-_DELIMITED = re.compile(r"\$|\\\(|\\\[")
-_NAMED = re.compile(r"\\(?:text|textbf|mathrm|mbox|operatorname)\*?\s*\{[^{}]*\}|\\[a-zA-Z]+")
-_PROSE = re.compile(r"[A-Za-z]{4}|(?<![A-Za-z])(?:an|and|are|for|has|is|it|of|or|so|the|to|was|we)(?![A-Za-z])|\n",
-                    re.IGNORECASE)
-_WORDS = re.compile(r"[A-Za-z]+(?: [A-Za-z]+)*\.?")
-_SPACED = re.compile(r"(?<=\d)\\[,!;](?=\d{3}(?!\d))")
-"""Between thousands."""
-_SIGNS = {ord("\u00b0"): r"^\circ ", ord("\u221e"): r"\infty "}
 _NUMBER = re.compile(r"\d(?:[\d.,/]*\d)?")
-
-
-def expression(text: str) -> str:
-    r"""What math-verify is to read: one reading only, so that a response cannot hedge.
-
-    The last \boxed{...}; else words alone as \text{...}; else a text with LaTeX delimiters or words as it is, where
-    math-verify takes what follows "answer", or stands last; else the whole text, as if it were boxed.
-    """
-    text = _SPACED.sub("", text.translate(_SIGNS)).strip().removeprefix("<answer>").removesuffix("</answer>")
-    found, text = boxes(text), text.strip("*` \t\r\n")
-    if found:
-        return rf"\boxed{{{found[-1].rstrip('.')}}}"
-    if _WORDS.fullmatch(text) and _is_prose(text):
-        return rf"\boxed{{\text{{{text.rstrip('.')}}}}}"
-    if not text or _DELIMITED.search(text) or _is_prose(text):
-        return text
-    return rf"\boxed{{{text.rstrip('.,;')}}}"
 
 
 def gold_problem(gold: str | None) -> str:
     """Why a reference answer can be told to be of no use without parsing it, and the mend; "" where it cannot."""
     if not gold:
         return "task math is rewarded against `answer`, which is missing; add it"
-    if not boxes(gold) and not _DELIMITED.search(gold) and _is_prose(gold) and len(_NUMBER.findall(gold)) != 1:
+    if is_prose(gold) and len(_NUMBER.findall(gold)) != 1:
         return f"`answer` {gold[:80]!r} is no expression, nor a text with one number; {_MEND}"
     return ""
-
-
-def _is_prose(text: str) -> bool:
-    return bool(_PROSE.search(_NAMED.sub(" ", text)))
 
 
 class MathRule:
@@ -80,7 +51,8 @@ class MathRule:
     is no answer. Were it Failed, a policy could take its bad responses out of their group, or stop the run. A reference
     that cannot be parsed is the data's fault: Failed.
 
-    Expressions are equal by value: to the reference 6, "2 * 3" is right too.
+    Expressions are equal by value: to the reference 6, "2 * 3" is right too, and 6% is 0.06, not 6. Units: see
+    `math_text.pair`.
     """
 
     def __init__(self, workers: "Workers | None" = None) -> None:
@@ -98,12 +70,12 @@ class MathRule:
         if problem:
             return Failed(problem)
         assert gold
-        pair = (expression(gold), expression(answer))
-        return self._prepared[pair] if pair in self._prepared else self._workers.compare([pair])[0]
+        read = pair(gold, answer)
+        return self._prepared[read] if read in self._prepared else self._workers.compare([read])[0]
 
     def prepare(self, cases: Iterable[tuple[str | None, str]]) -> None:
         """Compare (gold, answer) cases at once, in all workers; their outcomes are kept until the next call."""
-        wanted = list(dict.fromkeys((expression(gold), expression(answer)) for gold, answer in cases
+        wanted = list(dict.fromkeys(pair(gold, answer) for gold, answer in cases
                                     if gold and not gold_problem(gold)))
         self._prepared = dict(zip(wanted, self._workers.compare(wanted), strict=True))
 
@@ -115,7 +87,7 @@ class MathRule:
         """
         problem = gold_problem(gold)
         if not problem and gold and gold not in self._checked and len(self._checked) < CHECKED_GOLDS:
-            itself = self._workers.compare([(expression(gold), expression(gold))])[0]
+            itself = self._workers.compare([pair(gold, gold)])[0]
             if itself != Score(1.0):
                 why = itself.reason if isinstance(itself, Failed) else f"it is not equal to itself; {_MEND}"
                 problem = f"`answer` {gold[:80]!r}: {why}"

@@ -18,6 +18,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+RELATIVE = 1e-5
+"""Numbers that differ by more are not equal, however small they are."""
+NOISE = 1e-60
+"""Below it a number is a zero that was not simplified; Planck's constant is 7e-34."""
+
 
 def compare(gold: str, answer: str, parsed: Callable[[], object]) -> str:
     """"g", "1" or "0"; see the module.
@@ -26,18 +31,42 @@ def compare(gold: str, answer: str, parsed: Callable[[], object]) -> str:
         gold, answer: as `math_verify.parse` takes them.
         parsed: called once the gold answer is parsed.
     """
-    from math_verify import parse, verify
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+    from sympy import Rational, UnevaluatedExpr
     from sympy.core.cache import clear_cache
     from sympy.core.random import seed
 
     clear_cache()  # what this worker did before must not show
     seed(0)  # sympy tests for zero at random points
     untimed: dict[str, Any] = {"parsing_timeout": None}  # its own would be by signals; None is not annotated
-    golds = parse(gold, **untimed)
-    if all(isinstance(found, str) for found in golds):
+    # Its units are letters too: it would read 2x + 3t as 2x + 3. `math_text.pair` takes them away.
+    latex = NormalizationConfig(units=False, malformed_operators=True, nits=True)
+    reads = [LatexExtractionConfig(normalization_config=latex), ExprExtractionConfig()]
+    percent = UnevaluatedExpr(Rational(1, 100))  # which it leaves out of a comparison of whole numbers
+
+    def values(text: str) -> list[Any]:
+        return [found.xreplace({percent: Rational(1, 100)}) for found in parse(text, reads, "no_fallback", **untimed)]
+
+    golds = values(gold)
+    if not golds:
         return "g"
     parsed()
-    return "01"[bool(verify(golds, parse(answer, **untimed), timeout_seconds=None))]
+    answers = values(answer)
+    return "01"[bool(verify(golds, answers, timeout_seconds=None)) and not _apart(golds[0], answers[0])]
+
+
+def _apart(left: Any, right: Any) -> bool:
+    """Two numbers that differ by more than RELATIVE: math-verify rounds them to six decimals."""
+    from math_verify.grader import unwrap_eq
+
+    numbers: list[Any] = [unwrap_eq(left), unwrap_eq(right)]
+    try:
+        a, b = map(complex, numbers)
+    except (TypeError, ValueError, AttributeError):  # no numbers
+        return False
+    largest = max(abs(a), abs(b))
+    return largest > NOISE and abs(a - b) > RELATIVE * largest
 
 
 def main(parent: int, cpu_s: float, memory_bytes: int) -> None:
