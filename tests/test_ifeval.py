@@ -2,6 +2,7 @@
 
 import builtins
 import random
+import time
 
 import pytest
 
@@ -75,6 +76,35 @@ def test_a_text_without_letters_follows_no_language():
 
 def test_deep_nesting_is_a_value_and_no_crash():
     assert followed("[" * 100_000, [constraint("detectable_format:json_format")]) == 0
+
+
+@pytest.mark.parametrize("part", ["[", "<<", "<<>", " ", "\n", " \n", "\u00a0", "*", "- ", '"', "{", "p.", "a "])
+def test_no_answer_takes_long(part):
+    """1 MB; the patterns of placeholders, titles, bullets and postscripts took its square, hours."""
+    quick = [one for one, _, _ in IDS if not one["id"].startswith(("language", "change_case"))]
+    check(quick)
+    started = time.process_time()
+    followed("a " + part * (1_000_000 // len(part)), quick)
+    assert time.process_time() - started < 10
+
+
+def test_what_is_left_out_to_be_quick_changes_no_outcome():
+    """On short texts of what the patterns look for, against the library's own checkers."""
+    rng = random.Random(0)
+    names = {"detectable_content:number_placeholders", "detectable_format:title", "detectable_content:postscript",
+             "detectable_format:number_bullet_lists"}
+    checkers = check([*(one for one, _, _ in IDS if one["id"] in names),
+                      constraint("detectable_content:postscript", postscript_marker="P.P.S")])
+    parts = ["[", "]", "\n", "<<", ">>", "<", ">", "*", "-", " ", "a", "P.", "S.", "P.P.S", " " * 120, "\n" * 120,
+             " " * 60 + "\n" + " " * 60, "\n" + " " * 120, " " * 120 + "\n"]
+    outcomes = set()
+    for _ in range(3000):
+        text = "a" + "".join(rng.choices(parts, k=rng.randint(1, 12)))
+        for checker in checkers:
+            outcome = bool(checker.check_following(text))
+            assert ifeval._follows(checker, text) == outcome, (checker.id, text)
+            outcomes.add((checker.id, outcome))
+    assert len(outcomes) == 2 * len(names), "each was followed and not"
 
 
 def test_a_language_is_guessed_the_same_each_time():

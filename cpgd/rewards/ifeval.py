@@ -16,6 +16,11 @@ from typing import Any
 
 UNSUPPORTED = {"length_constraints:number_sentences", "change_case:capital_word_frequency"}
 """They split sentences and words with data of NLTK that no package holds, and nothing is downloaded here."""
+_CLOSED_BY = {"detectable_content:number_placeholders": "]", "detectable_format:title": ">>"}
+"""What the checker looks for ends so, on one line."""
+_SPACED = {"detectable_content:postscript", "detectable_format:number_bullet_lists"}
+"""Checkers that look for something after spaces and line breaks."""
+_RUN = re.compile(r"(\s{50})(\s+)(\s{50})")
 
 
 def followed(answer: str, constraints: Sequence[Mapping[str, Any]]) -> float:
@@ -48,9 +53,19 @@ def _follows(checker: Any, answer: str) -> bool:
     if checker.id.startswith(("language:", "change_case:")) and not _has_language(answer):
         return False
     try:
-        return bool(checker.check_following(answer))
+        return bool(checker.check_following(_searched(checker.id, answer)))
     except RecursionError:  # deeply nested JSON
         return False
+
+
+def _searched(name: str, answer: str) -> str:
+    """The answer less what cannot change the outcome: else some patterns take time by the square of its length."""
+    if name in _CLOSED_BY:
+        end = _CLOSED_BY[name]
+        return "\n".join("".join(line.rpartition(end)[:2]) for line in answer.split("\n"))
+    if name in _SPACED:
+        return _RUN.sub(lambda run: run[1] + "\n" * ("\n" in run[2]) + run[3], answer)
+    return answer
 
 
 def _has_language(answer: str) -> bool:
