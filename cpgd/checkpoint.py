@@ -32,9 +32,10 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
+from cosmo_rl.data.disk import fsync
 from cosmo_rl.model.parallel import rank, world
 
-from .rundir import fsync, together, write_atomic
+from .rundir import together, write_atomic
 
 T = TypeVar("T")
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -26,8 +26,10 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from cosmo_rl.data.disk import fsync
+
 from .batch import Sample
-from .rundir import fsync, write_atomic
+from .rundir import write_atomic
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

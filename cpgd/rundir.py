@@ -20,6 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar, cast
 
+from cosmo_rl.data.disk import fsync
+
 from .config import Config, identity
 
 T = TypeVar("T")
@@ -87,15 +89,6 @@ def on_main(action: Callable[[], object]) -> None:
             ) from error
 
     together(guarded)
-
-
-def fsync(path: Path) -> None:
-    """Bring a file's content, or a folder's list of names, to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -469,7 +469,7 @@ def test_a_conversion_leaves_out_broken_images_and_says_why(tmp_path, capsys):
 def test_a_conversion_never_leaves_half_a_file(published, tmp_path, monkeypatch):
     folder, _ = published["vlguard"]
     out = tmp_path / "rows.jsonl"
-    options = Convert(name="vlguard", in_=str(folder), out=str(out), limit=2)
+    options = Convert(name="vlguard", in_=(str(folder),), out=str(out), limit=2)
     assert convert(options).rows.total() == 2 and len(out.read_text().splitlines()) == 2
     before = out.read_bytes()
     with pytest.raises(ValueError, match=r"rows.jsonl is there; give another --out, or --overwrite"):
@@ -478,7 +478,7 @@ def test_a_conversion_never_leaves_half_a_file(published, tmp_path, monkeypatch)
     def stop(image, *rest):
         raise KeyboardInterrupt
 
-    again = Convert(name="vlguard", in_=str(folder), out=str(out), overwrite=True)
+    again = Convert(name="vlguard", in_=(str(folder),), out=str(out), overwrite=True)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(conversion, "open_image", stop)
         convert(again)
@@ -489,7 +489,7 @@ def test_a_conversion_never_leaves_half_a_file(published, tmp_path, monkeypatch)
 @pytest.mark.parametrize(("change", "part"), [
     ({"name": "vlgard"}, "did you mean vlguard"),
     ({"out": "rows.csv"}, "give a name that ends in .jsonl"),
-    ({"in_": "nowhere"}, "nowhere: there is no such file or folder; correct --in"),
+    ({"in_": ("nowhere",)}, "nowhere: there is no such file or folder; correct --in"),
     ({"unlabelled": "safe"}, "vlguard labels its prompts; leave --unlabelled out"),
     ({"name": "llava"}, "files of layout llava have no fixed names; name the file"),
     ({"name": "geometry3k"}, "there is no file train-*.parquet in it"),
@@ -497,7 +497,7 @@ def test_a_conversion_never_leaves_half_a_file(published, tmp_path, monkeypatch)
 ])
 def test_a_conversion_that_cannot_be(published, tmp_path, monkeypatch, change, part):
     monkeypatch.chdir(tmp_path)
-    options = {"name": "vlguard", "in_": str(published["vlguard"][0]), "out": "rows.jsonl", **change}
+    options = {"name": "vlguard", "in_": (str(published["vlguard"][0]),), "out": "rows.jsonl", **change}
     with pytest.raises(ValueError) as caught:
         convert(Convert(**options))
     assert part in str(caught.value)
@@ -537,6 +537,24 @@ def test_a_folder_gives_no_test_split_and_files_of_one_stem_have_their_own_ids(t
     assert [row["id"] for row in adapter("mmk12")(tmp_path)] == [
         "mmk12:latest:1", "mmk12:other:1", "mmk12:testing:1", "mmk12:train.jsonl:1", "mmk12:train.parquet:1"]
     assert next(adapter("mmk12")(tmp_path / "test.jsonl"))["id"] == "mmk12:test:1"  # by its name it is read
+
+
+def test_files_of_one_name_in_two_folders_have_their_own_ids(tmp_path):
+    talk = {"conversations": [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}]}
+    files = [tmp_path / name for name in ("x/train.json", "y/deep/train.json", "y/other.json", "train.jsonl")]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps([talk] if file.suffix == ".json" else talk))
+    ids = lambda *given: [row["id"] for row in adapter("llava")(given)]
+    assert ids(*files[:3]) == ["llava:x/train:1", "llava:y/deep/train:1", "llava:other:1"]
+    assert ids(files[2], *files[:2]) == ["llava:other:1", "llava:x/train:1", "llava:y/deep/train:1"], "in any order"
+    assert ids(*files) == ["llava:x/train:1", "llava:y/deep/train:1", "llava:other:1", "llava:train.jsonl:1"]
+    assert [ids(file) for file in files[:2]] == [["llava:train:1"]] * 2, "as they were: none clashes"
+    assert ids(files[0], files[2]) == ["llava:train:1", "llava:other:1"]
+    conversion.main(["--name", "llava", "--in", *map(str, files), "--out", str(tmp_path / "rows.jsonl")])
+    assert len(load_rows([str(tmp_path / "rows.jsonl")], max_image_pixels=1)) == 4, "which refuses two of one id"
+    with pytest.raises(SystemExit, match=r"train.json: the file is given twice; name it once"):
+        conversion.main(["--name", "llava", "--in", *[str(files[0])] * 2, "--out", str(tmp_path / "again.jsonl")])
 
 
 @pytest.mark.parametrize(("field", "part"), [("redteam_query", "field `redteam_query`: holds half of a character"),
@@ -606,9 +624,9 @@ def test_a_conversion_does_not_replace_what_it_reads(published, tmp_path):
     before = path.read_bytes()
     for source in (path, build):
         with pytest.raises(ValueError, match=r"train.jsonl is one of the files that --in names"):
-            convert(Convert(name="pku_saferlhf", in_=str(source), out=str(path), overwrite=True))
+            convert(Convert(name="pku_saferlhf", in_=(str(source),), out=str(path), overwrite=True))
     assert path.read_bytes() == before
-    again = Convert(name="pku_saferlhf", in_=str(build), out=str(build / "rows.jsonl"), overwrite=True)
+    again = Convert(name="pku_saferlhf", in_=(str(build),), out=str(build / "rows.jsonl"), overwrite=True)
     assert convert(again).rows == convert(again).rows  # beside its images a row file may be replaced
 
 
@@ -616,5 +634,5 @@ def test_a_conversion_does_not_replace_what_it_reads(published, tmp_path):
                                               ({"licence": "\t"}, "--licence is blank")])
 def test_options_that_would_spoil_the_rows(published, tmp_path, change, part):
     with pytest.raises(ValueError, match=part):
-        convert(Convert(name="vlguard", in_=str(published["vlguard"][0]), out=str(tmp_path / "r.jsonl"), **change))
+        convert(Convert(name="vlguard", in_=(str(published["vlguard"][0]),), out=str(tmp_path / "r.jsonl"), **change))
     assert not list(tmp_path.iterdir())

@@ -243,7 +243,7 @@ def test_a_run_that_dies_leaves_nothing(triplet, tmp_path, monkeypatch, capsys, 
     if when == "rename":
         monkeypatch.setattr(output.os, "replace", full)
     elif when == "commit":
-        monkeypatch.setattr(output, "_fsync", full)
+        monkeypatch.setattr(output, "fsync", full)
     else:
         monkeypatch.setattr(Path, "write_bytes", full)
     assert main(["--in", str(triplet), "--out", str(tmp_path / "a" / "b"), *TWINS, "--attacks", "flip"]) == 1

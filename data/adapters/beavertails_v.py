@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .reading import Layout, Record, Reject, adapt, asked, fail
+from .reading import Layout, Record, Reject, Source, adapt, asked, fail
 
 _COMMON = {"question", "image", "category"}
 LAYOUT = Layout(
@@ -27,7 +27,7 @@ LAYOUT = Layout(
 _SAFE = {"yes": True, "no": False}
 
 
-def rows(source: str | Path, *, images: str | Path | None = None, reject: Reject = fail) -> Iterator[dict[str, Any]]:
+def rows(source: Source, *, images: str | Path | None = None, reject: Reject = fail) -> Iterator[dict[str, Any]]:
     """Rows of BeaverTails-V; arguments and errors as `reading.adapt`."""
     return adapt(source, LAYOUT, _rows, images=images, reject=reject)
 

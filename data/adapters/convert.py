@@ -24,8 +24,9 @@ from typing import Annotated, Any, Literal
 import tyro
 from PIL import Image
 
+from ..disk import fsync
 from ..schema import RowError, open_image
-from .reading import files_of
+from .reading import named_files
 from .registry import adapter, layout
 
 
@@ -36,8 +37,9 @@ class Convert:
     name: str
     """Adapter: beavertails_v, geometry3k, jailbreakv_28k, llava, mathv360k, mmk12, pku_saferlhf, safetag_vl, spa_vl,
     vlguard or wildjailbreak."""
-    in_: Annotated[str, tyro.conf.arg(name="in")]
-    """The set's folder (its training split is read), one of its files, or a saved Hugging Face dataset."""
+    in_: Annotated[tuple[str, ...], tyro.conf.arg(name="in")]
+    """The set's folder (its training split is read), some of its files, or a saved Hugging Face dataset. Rows of files
+    with the same name have ids of their own only if the files are given together."""
     out: str
     """Row file to write, ending in .jsonl."""
     images: str = ""
@@ -101,7 +103,9 @@ def convert(options: Convert) -> Summary:
         raise ValueError(f"--out is {out}; give a name that ends in .jsonl")
     if out.exists() and not options.overwrite:
         raise ValueError(f"{out} is there; give another --out, or --overwrite")
-    _, read = files_of(Path(options.in_), layout(options.name))
+    if not options.in_:
+        raise ValueError("--in names no file; give the set's folder or its files")
+    read = named_files(options.in_, layout(options.name))
     if out.exists() and out.resolve() in {file.resolve() for file in read}:
         raise ValueError(f"{out} is one of the files that --in names; give another --out")
     if options.limit < 0:
@@ -131,13 +135,13 @@ def convert(options: Convert) -> Summary:
                 if summary.rows.total() == options.limit:
                     break
             if not summary.rows:
-                raise ValueError(f"{options.in_} gave no row, so {out} was not written\n{summary.table()}")
+                raise ValueError(f"{', '.join(options.in_)} gave no row, so {out} was not written\n{summary.table()}")
             file.flush()
             os.fsync(file.fileno())
         if files.copied:
             os.sync()  # all images at once: an fsync for each would take most of the time
         os.replace(beside, out)
-        _sync_folder(out.parent)
+        fsync(out.parent)
     finally:
         with suppress(FileNotFoundError):
             beside.unlink()
@@ -193,14 +197,6 @@ def _placed(rows: Iterator[dict[str, Any]], files: ImageFiles, summary: Summary)
             summary.reject(error)
             continue
         yield row | ({"images": images} if images else {})
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .reading import Layout, Record, Reject, adapt, asked, fail
+from .reading import Layout, Record, Reject, Source, adapt, asked, fail
 
 LAYOUT = Layout(name="geometry3k", source="hiyouga/geometry3k", licence="MIT", files=("train-*.parquet",),
                 fields=(frozenset({"images", "problem", "answer"}),))
 
 
-def rows(source: str | Path, *, images: str | Path | None = None, reject: Reject = fail) -> Iterator[dict[str, Any]]:
+def rows(source: Source, *, images: str | Path | None = None, reject: Reject = fail) -> Iterator[dict[str, Any]]:
     """Rows of Geometry3K; arguments and errors as `reading.adapt`."""
     return adapt(source, LAYOUT, _rows, images=images, reject=reject)
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .reading import Layout, Record, Reject, adapt, asked, fail
+from .reading import Layout, Record, Reject, Source, adapt, asked, fail
 
 LAYOUT = Layout(
     name="jailbreakv_28k", source="JailbreakV-28K/JailBreakV-28k", licence="MIT", files=("JailBreakV_28K.csv",),
@@ -26,7 +26,7 @@ LAYOUT = Layout(
 _TRUTH = {True: True, False: False, "True": True, "False": False}
 
 
-def rows(source: str | Path, *, images: str | Path | None = None, reject: Reject = fail) -> Iterator[dict[str, Any]]:
+def rows(source: Source, *, images: str | Path | None = None, reject: Reject = fail) -> Iterator[dict[str, Any]]:
     """Rows of JailBreakV-28K or RedTeam-2K; arguments and errors as `reading.adapt`."""
     return adapt(source, LAYOUT, _rows, images=images, reject=reject)
 

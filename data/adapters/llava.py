@@ -13,14 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .reading import PLACEHOLDER, Layout, Record, Reject, adapt, fail, parts
+from .reading import PLACEHOLDER, Layout, Record, Reject, Source, adapt, fail, parts
 
 LAYOUT = Layout(name="llava", source="LLaVA-style conversations", licence="not stated", files=(),
                 fields=(frozenset({"conversations"}),))
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
-def rows(source: str | Path, *, images: str | Path | None = None, reject: Reject = fail) -> Iterator[dict[str, Any]]:
+def rows(source: Source, *, images: str | Path | None = None, reject: Reject = fail) -> Iterator[dict[str, Any]]:
     """Rows of a file of conversations; arguments and errors as `reading.adapt`."""
     return adapt(source, LAYOUT, _rows, images=images, reject=reject)
 

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .llava import turns_of
-from .reading import Layout, Record, Reject, adapt, asked, fail, graded
+from .reading import Layout, Record, Reject, Source, adapt, asked, fail, graded
 
 LAYOUT = Layout(
     name="mathv360k", source="Zhiqiang007/MathV360K", licence="mixed (that of each source set)",
@@ -27,7 +27,7 @@ _SHORT = 60
 """Longest reply, in characters, that is an answer by itself."""
 
 
-def rows(source: str | Path, *, images: str | Path | None = None, reject: Reject = fail) -> Iterator[dict[str, Any]]:
+def rows(source: Source, *, images: str | Path | None = None, reject: Reject = fail) -> Iterator[dict[str, Any]]:
     """Rows of MathV360K; arguments and errors as `reading.adapt`."""
     return adapt(source, LAYOUT, _rows, images=images, reject=reject)
 

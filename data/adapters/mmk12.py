@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .reading import PLACEHOLDER, Layout, Record, Reject, adapt, asked, fail, graded, parts
+from .reading import PLACEHOLDER, Layout, Record, Reject, Source, adapt, asked, fail, graded, parts
 
 LAYOUT = Layout(
     name="mmk12", source="FanqingM/MMK12", licence="Apache-2.0 (unconfirmed)", files=("train*.parquet", "*.jsonl"),
@@ -27,7 +27,7 @@ LAYOUT = Layout(
             frozenset({"question", "image", "answer"})))
 
 
-def rows(source: str | Path, *, images: str | Path | None = None, reject: Reject = fail) -> Iterator[dict[str, Any]]:
+def rows(source: Source, *, images: str | Path | None = None, reject: Reject = fail) -> Iterator[dict[str, Any]]:
     """Rows of MMK12 or MM-Eureka; arguments and errors as `reading.adapt`."""
     return adapt(source, LAYOUT, _rows, images=images, reject=reject)
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from .reading import Layout, Record, Reject, adapt, fail
+from .reading import Layout, Record, Reject, Source, adapt, fail
 
 LAYOUT = Layout(
     name="pku_saferlhf", source="PKU-Alignment/PKU-SafeRLHF", licence="CC BY-NC 4.0", files=("train.jsonl",),
@@ -25,7 +25,7 @@ LAYOUT = Layout(
 _TRUTH = {True: True, False: False}
 
 
-def rows(source: str | Path, *, images: str | Path | None = None, reject: Reject = fail,
+def rows(source: Source, *, images: str | Path | None = None, reject: Reject = fail,
          unlabelled: Literal["unsafe", "safe", "reject"] = "reject") -> Iterator[dict[str, Any]]:
     """Rows of PKU-SafeRLHF; arguments and errors as `reading.adapt`.
 

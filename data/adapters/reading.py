@@ -7,7 +7,7 @@ schema.py; `adapt` does the rest: it walks the files, refuses another layout, co
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -17,6 +17,8 @@ from ..schema import RowError, parse_row
 from ..streaming import KINDS, is_saved_dataset, read_records
 
 T = TypeVar("T")
+Source = str | Path | Sequence[str | Path]
+"""A file, a folder with a set's files (its training split is read), or a saved Hugging Face dataset; or several."""
 Reject = Callable[[RowError], None]
 """What becomes of a bad record: raise the error, or note it and go on with the next one."""
 PLACEHOLDER = "<image>"
@@ -178,31 +180,26 @@ def graded(question: str, answer: str, task: str) -> dict[str, Any]:
     return {"task": task, "answer": answer}
 
 
-def adapt(source: str | Path, layout: Layout, convert: Callable[[Record], Iterable[dict[str, Any]]], *,
+def adapt(source: Source, layout: Layout, convert: Callable[[Record], Iterable[dict[str, Any]]], *,
           images: str | Path | None, reject: Reject) -> Iterator[dict[str, Any]]:
     """Rows of a published set, each accepted by `schema.parse_row`.
 
     Args:
-        source: a file, a folder with the set's files (its training split is read), or a saved Hugging Face dataset.
+        source: see `Source`.
         convert: the rows of one record, without id; domain (the task), source and licence are filled in.
         images: folder that image paths start from; None: the layout's own.
         reject: takes the error of a record that gives no rows.
     Returns:
         Rows; images are absolute paths of files that are there, or encoded bytes. The id is
-        NAME:FILE:NUMBER, followed by :K where a record gives several rows; FILE has no suffix, unless two files differ
-        in that only.
+        NAME:FILE:NUMBER, followed by :K where a record gives several rows; FILE as `named_files` gives it.
     Raises:
         LayoutError: the first record of a file lacks fields of the layout. A later one that does is a bad record.
         RowError: no files, a file that cannot be read, or what `reject` raises.
     """
-    base, paths = files_of(Path(source), layout)
-    named = Counter(path.with_suffix("") for path in paths)
-    for path in paths:
+    for path, stem in named_files(source, layout).items():
         folder = path if path.is_dir() else path.parent
         starts = [images] if images is not None else [folder / root for root in layout.roots]
         roots = tuple(os.path.abspath(start) for start in starts)
-        alone = path.with_suffix("") if named[path.with_suffix("")] == 1 else path
-        stem = alone.relative_to(base).as_posix() if path != base else path.name
         fits = False
         for number, data in read_records(path, kinds=KINDS, option="--in"):
             where = f"{path}:{number}"
@@ -223,16 +220,35 @@ def adapt(source: str | Path, layout: Layout, convert: Callable[[Record], Iterab
                 yield from made
 
 
-def files_of(source: Path, layout: Layout) -> tuple[Path, list[Path]]:
-    """(what ids name files from, the files of a set that are read), as for `adapt`.
+def named_files(source: Source, layout: Layout) -> dict[Path, str]:
+    """The files of a set that are read, and their names in ids: no two are the same.
+
+    A file's name is its path from the folder given (the name alone, where a file was given), without suffix; with it
+    where another file would have the same, and from the folder of all where that does not do.
 
     Raises:
-        RowError: the folder has none.
+        RowError: a folder has none, or a file is given twice.
     """
+    sources = [source] if isinstance(source, str | Path) else source
+    found = [(base, path) for one in sources for base, paths in [_files_of(Path(one), layout)] for path in paths]
+    common = Path(os.path.commonpath([os.path.abspath(base) for base, _ in found])) if found else Path()
+    names: dict[Path, list[str]] = {}
+    for base, path in found:
+        if path in names:
+            raise RowError(str(path), "", "the file is given twice", "name it once (--in)")
+        bare = Path if path.is_dir() else lambda name: name.with_suffix("")
+        near, far = path.relative_to(base), Path(os.path.abspath(path)).relative_to(common)
+        names[path] = [form.as_posix() for form in (bare(near), near, bare(far), far)]
+    used = Counter(name for forms in names.values() for name in set(forms))
+    return {path: next((name for name in forms if used[name] == 1), forms[-1]) for path, forms in names.items()}
+
+
+def _files_of(source: Path, layout: Layout) -> tuple[Path, list[Path]]:
+    """(what names start from, the files of a source)."""
     if not source.is_dir():
         return source.parent, [source]  # read_records tells of a file that is not there
     if is_saved_dataset(source) or (source / "dataset_dict.json").exists():
-        return source, [source]
+        return source.parent, [source]
     if not layout.files:
         raise RowError(str(source), "", f"files of layout {layout.name} have no fixed names", "name the file")
     found = sorted({path for pattern in layout.files for path in source.rglob(pattern)

@@ -12,14 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .reading import Layout, Record, Reject, adapt, asked, fail
+from .reading import Layout, Record, Reject, Source, adapt, asked, fail
 
 LAYOUT = Layout(name="safetag_vl", source="XuankunRong/SafeTag-VL-3K", licence="not stated", files=("train*.parquet",),
                 fields=(frozenset({"prompt", "images", "image_tag", "text_tag", "combine_tag"}),))
 _TAGS = {"safe": "safe", "unsafe": "unsafe"}
 
 
-def rows(source: str | Path, *, images: str | Path | None = None, reject: Reject = fail) -> Iterator[dict[str, Any]]:
+def rows(source: Source, *, images: str | Path | None = None, reject: Reject = fail) -> Iterator[dict[str, Any]]:
     """Rows of SafeTag-VL; arguments and errors as `reading.adapt`."""
     return adapt(source, LAYOUT, _rows, images=images, reject=reject)
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from .reading import Layout, Record, Reject, adapt, asked, fail
+from .reading import Layout, Record, Reject, Source, adapt, asked, fail
 
 LAYOUT = Layout(
     name="spa_vl", source="sqrti/SPA-VL", licence="CC BY 4.0", files=("train-*.parquet",),
@@ -22,7 +22,7 @@ LAYOUT = Layout(
             frozenset({"image", "question", "class1", "class2", "class3"})))
 
 
-def rows(source: str | Path, *, images: str | Path | None = None, reject: Reject = fail,
+def rows(source: Source, *, images: str | Path | None = None, reject: Reject = fail,
          unlabelled: Literal["unsafe", "safe", "reject"] = "unsafe") -> Iterator[dict[str, Any]]:
     """Rows of SPA-VL; arguments and errors as `reading.adapt`.
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .reading import Layout, Record, Reject, adapt, asked, fail
+from .reading import Layout, Record, Reject, Source, adapt, asked, fail
 
 LAYOUT = Layout(
     name="vlguard", source="ys-zong/VLGuard", licence="research use only (gated)", files=("train.json",),
@@ -24,7 +24,7 @@ LAYOUT = Layout(
 _TEXT_TAGS = {"instruction": None, "safe_instruction": "safe", "unsafe_instruction": "unsafe"}
 
 
-def rows(source: str | Path, *, images: str | Path | None = None, reject: Reject = fail) -> Iterator[dict[str, Any]]:
+def rows(source: Source, *, images: str | Path | None = None, reject: Reject = fail) -> Iterator[dict[str, Any]]:
     """Rows of VLGuard; arguments and errors as `reading.adapt`."""
     return adapt(source, LAYOUT, _rows, images=images, reject=reject)
 

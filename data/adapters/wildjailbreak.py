@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .jailbreakv_28k import attack_on
-from .reading import Layout, Record, Reject, adapt, fail
+from .reading import Layout, Record, Reject, Source, adapt, fail
 
 LAYOUT = Layout(
     name="wildjailbreak", source="allenai/wildjailbreak", licence="ODC-BY (gated)", files=("train.tsv",),
@@ -25,7 +25,7 @@ _TYPES = {f"{kind}_{label}": (kind, tag) for kind in ("vanilla", "adversarial")
           for label, tag in (("harmful", "unsafe"), ("benign", "safe"))}
 
 
-def rows(source: str | Path, *, images: str | Path | None = None, reject: Reject = fail) -> Iterator[dict[str, Any]]:
+def rows(source: Source, *, images: str | Path | None = None, reject: Reject = fail) -> Iterator[dict[str, Any]]:
     """Rows of WildJailbreak; arguments and errors as `reading.adapt`."""
     return adapt(source, LAYOUT, _rows, images=images, reject=reject)
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..disk import fsync
 from ..schema import IMAGE_FORMATS, ImageSource, Row, encoded, parse_row
 
 ROWS, HELDOUT, SHEET, IMAGES = "rows.jsonl", "heldout.jsonl", "contact_sheet.png", "images"
@@ -109,14 +110,14 @@ class Output:
                 self.sheet_path.parent.mkdir(parents=True, exist_ok=True)
                 staged[self.sheet_path] = self._staged_sheet
                 self._sheet.save(self._staged_sheet, "PNG", compress_level=COMPRESS_LEVEL)
-                _fsync(self._staged_sheet)
+                fsync(self._staged_sheet)
             self._move_images()
             for path in self.targets:
                 if path in staged:
                     os.replace(staged[path], path)
                 else:
                     path.unlink(missing_ok=True)
-            _fsync(self.folder)
+            fsync(self.folder)
         except OSError as error:
             raise self._unwritable(error) from error
 
@@ -171,7 +172,7 @@ class Output:
         made, final = self._temporary / IMAGES, self.folder / IMAGES
         names = os.listdir(made)
         for name in names:
-            _fsync(made / name)
+            fsync(made / name)
         if not names:
             return
         if not final.exists():
@@ -179,17 +180,9 @@ class Output:
             return
         for name in names:
             os.replace(made / name, final / name)
-        _fsync(final)
+        fsync(final)
 
     def _unwritable(self, error: OSError) -> ValueError:
         place = error.filename or self.folder
         return ValueError(f"cannot write {place}: {error.strerror or error}; free space or make its folder writable, "
                           "then repeat the command")
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
