@@ -20,7 +20,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from cosmo_rl.data.collate import plan_microbatches
+from cosmo_rl.data.collate import check_prompt, plan_microbatches
 from cosmo_rl.data.contamination import DROPPED, Match, find_contaminated
 from cosmo_rl.data.dataset import load_rows
 from cosmo_rl.data.sampler import PromptSampler
@@ -29,7 +29,9 @@ from cosmo_rl.data.store import StoredRows, select
 from cosmo_rl.model.load import TINY_PATH, Processor, load_processor
 
 from .config import Config
+from .evaluation import MEASURES, eval_suite
 from .footprint import Calls, Load, Term, count_parameters, footprint, peak
+from .guard import WATCHED, no_rows
 from .recipes import mixture
 from .rewards.build import build_rewards
 from .sources import RowSize, embedded_rows, given_path, row_size
@@ -99,6 +101,7 @@ def inspect(config: Config, processor: Processor, world_size: int) -> Findings:
     """
     found = Findings()
     rows = _good_rows(config, processor, found)
+    _check_evaluation(config, processor, found)
     if config.stage > 0:
         rows = _rewarded(rows, config, found)
     found.domains, found.tasks = [row.domain for row in rows], [row.task for row in rows]
@@ -155,6 +158,25 @@ def _good_rows(config: Config, processor: Processor, found: Findings) -> Sequenc
         except ValueError as error:
             found.rejected.append(_told(_where(rows, i, row), str(error).removeprefix(f"row {row.id}: ")))
     return rows if len(good) == len(rows) else select(rows, good)
+
+
+def _check_evaluation(config: Config, processor: Processor, found: Findings) -> None:
+    """The rows of the report and of --eval.every: their prompts are short enough, and the guard has some to watch."""
+    errors: list[RowError] = []
+    load = lambda paths: load_rows(paths, max_image_pixels=config.data.max_image_pixels, rejected=errors)
+    embedded = {config.eval.split, "validation" if config.eval.every else config.eval.split}
+    for split in ["validation"] if config.data.eval_path else sorted(embedded):  # the last one is watched
+        suite = eval_suite(config, split, load)
+        for rows in suite.values():
+            for i, row in enumerate(rows):
+                try:
+                    check_prompt(row, processor, max_prompt_tokens=config.data.max_prompt_tokens)
+                except ValueError as error:
+                    found.rejected.append(_told(_where(rows, i, row), str(error).removeprefix(f"row {row.id}: ")))
+    if not config.data.path:  # else _good_rows told of them
+        found.rejected += [Rejected(*_parts(error)) for error in errors]
+    if config.eval.guard != "off" and not any(suite.get(MEASURES[name][0]) for name in WATCHED):
+        (found.settings if config.eval.guard == "stop" else found.notes).append(no_rows(config.eval.guard))
 
 
 def _rewarded(rows: Sequence[Row], config: Config, found: Findings) -> Sequence[Row]:

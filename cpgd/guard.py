@@ -82,10 +82,9 @@ class Guard:
     def _begin(self, step: int, numbers: dict[str, float]) -> None:
         self.baseline = numbers
         if not numbers:
-            mend = "give general rows with an answer or benign safety rows with --data.eval-path"
             if self.config.guard == "stop":
-                raise ValueError(f"--eval.guard stop has no rows to watch; {mend}")
-            logger.warning("--eval.guard has no rows to watch; %s", mend)
+                raise ValueError(no_rows("stop"))
+            logger.warning("%s", no_rows(self.config.guard))
         elif step:
             logger.warning("--eval.guard: not measured before training; later numbers are held against step %d", step)
 
@@ -97,6 +96,12 @@ class Guard:
     def _told(self, down: Mapping[str, Mapping[str, float]]) -> str:
         falls = [f"{name} fell from {was['before']:.3f} to {was['now']:.3f}" for name, was in sorted(down.items())]
         return f"at step {self.step} {', '.join(falls)}, by more than --eval.guard-drop {self.config.guard_drop:g}"
+
+
+def no_rows(guard: str) -> str:
+    """What is wrong, and the mend, where nothing can be measured."""
+    return (f"--eval.guard {guard} has no rows to watch; give general rows with an answer or benign safety rows with "
+            "--data.eval-path")
 
 
 def watched(answered: Sequence[Answered], drop: float) -> dict[str, float]:

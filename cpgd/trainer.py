@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import groupby, islice
 from typing import Any
 
 import torch
@@ -183,17 +184,20 @@ class Trainer:
         save(self.run_dir.checkpoints, self.step, self.policy, self.optimizer, state, self.config.checkpoint.keep)
 
     def _measure(self, suite: dict[str, Sequence[Row]], when: str) -> None:
-        self._sync()
-        sampled, greedy, answered = evaluate(self.engine, suite, self._encode, self.processor, self.config)
+        sampled, greedy, answered = self._answers(suite)
         on_main(lambda: write_measured(self.run_dir.stage_dir, when, sampled, greedy, _shown(answered)))
 
     def _watch(self) -> None:
         """Numbers on the validation rows, to evals.jsonl."""
-        self._sync()
-        sampled, greedy, answered = evaluate(self.engine, self.watched, self._encode, self.processor, self.config)
+        sampled, greedy, answered = self._answers(self.watched)
         fallen = self.guard.look(self.step, answered)
         on_main(lambda: self.metrics.evaluated({"step": self.step, "sampled": sampled, "greedy": greedy, **fallen}))
         self.guard.enforce(self._save)
+
+    def _answers(self, suite: dict[str, Sequence[Row]]) -> tuple[dict[str, float], dict[str, float], list[Answered]]:
+        if suite:
+            self._sync()
+        return evaluate(self.engine, suite, self._encode, self.processor, self.config)
 
     def _sync(self) -> None:
         self.engine.sync(full_state_dict(self.policy, dtype=self.dtype), self.step)
@@ -355,13 +359,8 @@ def _logged(samples: Sequence[Sample], count: int, step: int) -> list[dict[str, 
 
 def _shown(answered: Sequence[Answered], each: int = 6) -> list[Answered]:
     """The first few of every group, for the report's table."""
-    count: dict[str, int] = defaultdict(int)
-    out = []
-    for a in answered:
-        count[a.group] += 1
-        if count[a.group] <= each:
-            out.append(a)
-    return out
+    groups = groupby(answered, key=lambda a: a.group)
+    return [a for _, members in groups for a in islice(members, each)]
 
 
 @contextmanager

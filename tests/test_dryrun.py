@@ -160,6 +160,38 @@ def test_rows_of_an_evaluation_set(tmp_path, rows):
     assert [one.field for one in look(settings(rows, evaluation_sets=(f"siuo={held}",))).rejected] == ["task"]
 
 
+def test_evaluation_rows_are_short_enough(tmp_path, rows):
+    held = runs.write_rows(tmp_path / "held" / "rows.jsonl", runs.held_rows())
+    config = settings(rows, eval_path=(str(held),))
+    assert not look(config).rejected
+    long = {"messages": [{"role": "user", "content": "how " * 600}], "images": []}
+    spoil(held, {1: long, 3: long})
+    found = look(config)
+    assert {one.where for one in found.rejected} == {f"{held}:2", f"{held}:4"} and len(found.sizes) == 24
+    assert all("is over the budget of 512" in one.problem for one in found.rejected)
+    assert len({one.mend for one in found.rejected}) == 1, "one reason"
+    first = replace(config, eval=replace(config.eval, max_rows=1))
+    assert [one.where for one in look(first).rejected] == [f"{held}:2"], "no evaluation reads the other"
+
+
+def test_a_guard_has_rows_to_watch(tmp_path, rows):
+    held = runs.write_rows(tmp_path / "held" / "rows.jsonl", runs.held_rows())
+    wanted = "has no rows to watch; give general rows with an answer or benign safety rows with --data.eval-path"
+
+    def guarded(guard, **data):
+        config = settings(rows, **data)
+        return look(replace(config, eval=replace(config.eval, every=1, guard=guard)))
+
+    found = guarded("stop")
+    assert found.settings == [f"--eval.guard stop {wanted}"] and not found.rejected and found.load
+    assert dryrun.dry_run(replace(settings(rows), eval=replace(settings(rows).eval, every=1, guard="stop"))) == 1
+    found = guarded("warn")
+    assert not found.settings and found.notes == [f"--eval.guard warn {wanted}"]
+    assert not guarded("stop", eval_path=(str(held),)).settings
+    runs.write_rows(held, [row for row in runs.held_rows() if row.tags and row.tags["combined"] == "unsafe"])
+    assert guarded("stop", eval_path=(str(held),)).settings, "unsafe rows are not watched"
+
+
 @pytest.mark.parametrize(("change", "wanted"), [
     (lambda c: replace(c, data=replace(c.data, mix=("safty=1",))), "names domain 'safty', which no row has"),
     (lambda c: replace(c, reward=replace(c.reward, format=0, visual_focus=0, helpful=0, task_aware=0)),
@@ -205,7 +237,8 @@ def test_the_embedded_data_passes(monkeypatch):
     monkeypatch.setattr(dryrun, "embedded_rows", lambda config: mini_rows(config.stage, "validation")[::5])
     for stage in (0, 1, 2):
         config = recipe("tiny", stage)
-        config = replace(config, data=replace(config.data, mix=config.data.mix if stage else ()))
+        config = replace(config, data=replace(config.data, mix=config.data.mix if stage else ()),
+                         eval=replace(config.eval, every=1, guard="stop", max_rows=20))
         found = look(config)
         assert not found.rejected and not found.settings and found.load.tokens <= config.batch.max_tokens
         assert set(config.data.shares()) == set(found.shares) and "rejected: 0" in shown(found, config)

@@ -3,7 +3,8 @@
 import functools
 import json
 from dataclasses import replace
-from typing import Literal
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import pytest
 import runs
@@ -12,6 +13,7 @@ from test_trainer import same_results
 from cosmo_rl.cpgd.config import Config, EvalConfig
 from cosmo_rl.cpgd.evaluation import Answered
 from cosmo_rl.cpgd.guard import Guard, GuardError, watched
+from cosmo_rl.cpgd.trainer import Trainer
 from cosmo_rl.data.mini import general_rows, safety_rows
 
 BENIGN = safety_rows("validation")[1]
@@ -122,6 +124,24 @@ def test_nothing_to_watch(caplog):
     watch = guard("warn")
     assert watch.look(0, []) == watch.look(4, []) == {}
     assert len(caplog.messages) == 1 and "no rows to watch" in caplog.messages[0]
+
+
+def test_without_rows_the_engine_gets_no_weights(monkeypatch):
+    def synced(*_):
+        raise AssertionError("the engine was synced")
+
+    trainer: Any = object.__new__(Trainer)
+    trainer.config = Config(eval=EvalConfig(every=1, guard="warn"))
+    trainer.guard, trainer.watched, trainer.step = Guard(trainer.config.eval), {}, 3
+    lines = []
+    trainer.engine = trainer.processor = None
+    trainer.metrics = SimpleNamespace(evaluated=lines.append)
+    monkeypatch.setattr(Trainer, "_sync", synced)
+    trainer._watch()
+    assert lines == [{"step": 3, "sampled": {}, "greedy": {}}]
+    trainer.watched = {"general": [GENERAL]}
+    with pytest.raises(AssertionError, match="the engine was synced"):
+        trainer._watch()
 
 
 @pytest.mark.parametrize(("options", "message"), [
