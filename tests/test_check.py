@@ -1,5 +1,6 @@
 """The command that asks each judge five labelled probes before a run."""
 
+import re
 import subprocess
 import sys
 
@@ -71,6 +72,13 @@ def test_the_table_tells_judge_model_latency_and_agreement(capsys):
     row = next(line for line in text.splitlines() if "helpful" in line)
     assert all(part in row for part in ("judge", server.url, "ok", "3/5", " s ")), row
     assert "helpful: probe 0: the reply names none of Helpful without warning, Other: 'neither of them'" in text
+
+
+def test_a_reply_that_cannot_be_read_took_its_time_too(capsys):
+    with FaultServer(oracle=lambda body: "neither of them", logprobs=False) as server:
+        assert main(RewardConfig(judges=(f"helpful={server.url},judge",))) == 1
+    row = next(line for line in capsys.readouterr().out.splitlines() if "helpful" in line)
+    assert "0/5" in row and re.search(r" 0\.\d{3} s ", row), row
 
 
 def test_a_judge_that_agrees_on_fewer_than_three_fails_the_check(capsys):

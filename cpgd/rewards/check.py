@@ -58,7 +58,7 @@ async def check(seat: Seat) -> tuple[list[float], list[str]]:
     await seat.endpoint.verify()
     seconds, problems = [], []
     for number, probe in enumerate(probes(seat.judge.name)):
-        started = time.perf_counter()
+        started, verdict = time.perf_counter(), None
         try:
             verdict = await seat.verdict(probe.row, probe.response, probe.thinking)
             seconds.append(time.perf_counter() - started)
@@ -70,6 +70,8 @@ async def check(seat: Seat) -> tuple[list[float], list[str]]:
             elif verdict.label not in probe.labels:
                 problems.append(f"probe {number}: said {verdict.label}, expected {' or '.join(probe.labels)}")
         except (EndpointError, Unparsable) as error:
+            if verdict is None and isinstance(error, Unparsable):
+                seconds.append(time.perf_counter() - started)
             problems.append(f"probe {number}: {error}")
     return seconds, problems
 
