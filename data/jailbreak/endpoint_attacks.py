@@ -159,22 +159,18 @@ def translation(turn: Turn, params: Params, rng: random.Random, aids: Aids) -> T
     return _asked(turn, params, rng, aids, TRANSLATION, build, language=language)
 
 
-@register("nested_scenario", "endpoint", "framing", limits={**ASKING_LIMITS, "scenario": frozenset({"", *SCENARIOS})},
-          params={**ASKING, "scenario": ""})
-def nested_scenario(turn: Turn, params: Params, rng: random.Random, aids: Aids) -> Turn:
-    """The text, word for word, inside the `scenario` (empty: drawn) that the model writes."""
-    scenario = _drawn(params, "scenario", SCENARIOS, rng)
-    build = lambda reply: turn._replace(text=_framed(turn.text, reply), note={"scenario": scenario})
-    return _asked(turn, params, rng, aids, NESTED_SCENARIO, build, scenario=SCENARIOS[scenario])
+def _framing(name: str, choice: str, choices: dict[str, str], prompt: str) -> None:
+    """Register the attack that puts the text, word for word, into a frame of the model's; `choice`: of which sort."""
+    @register(name, "endpoint", "framing", limits={**ASKING_LIMITS, choice: frozenset({"", *choices})},
+              params={**ASKING, choice: ""})
+    def framed(turn: Turn, params: Params, rng: random.Random, aids: Aids) -> Turn:
+        drawn = _drawn(params, choice, choices, rng)
+        build = lambda reply: turn._replace(text=_framed(turn.text, reply), note={choice: drawn})
+        return _asked(turn, params, rng, aids, prompt, build, look=False, **{choice: choices[drawn]})
 
 
-@register("persuasion", "endpoint", "framing", limits={**ASKING_LIMITS, "technique": frozenset({"", *TECHNIQUES})},
-          params={**ASKING, "technique": ""})
-def persuasion(turn: Turn, params: Params, rng: random.Random, aids: Aids) -> Turn:
-    """The text, word for word, within an appeal by the `technique` (empty: drawn) that the model writes."""
-    technique = _drawn(params, "technique", TECHNIQUES, rng)
-    build = lambda reply: turn._replace(text=_framed(turn.text, reply), note={"technique": technique})
-    return _asked(turn, params, rng, aids, PERSUASION, build, technique=TECHNIQUES[technique])
+_framing("nested_scenario", "scenario", SCENARIOS, NESTED_SCENARIO)
+_framing("persuasion", "technique", TECHNIQUES, PERSUASION)
 
 
 @register("key_element", "endpoint", "cross_modal", fills={"kind": "thing", "pictures": "picture"},
