@@ -26,7 +26,7 @@ from cosmo_rl.data.schema import Row
 from cosmo_rl.data.store import domains
 from cosmo_rl.model.liger import wants_liger
 from cosmo_rl.model.load import load_model, load_processor
-from cosmo_rl.model.parallel import init_distributed, rank, shard
+from cosmo_rl.model.parallel import close_distributed, init_distributed, rank, shard
 from cosmo_rl.model.policy import Policy
 from cosmo_rl.model.weights import full_state_dict, save_pretrained
 
@@ -382,6 +382,7 @@ def main(config: Config) -> int:
             if rank() == 0:
                 logger.info("stage %d is finished in %s", config.stage, run.stage_dir)
                 finish_report(run.stage_dir, config, seconds=None)
+            close_distributed()
             return 0
         trainer = Trainer(config, run, device)
         try:
@@ -394,4 +395,5 @@ def main(config: Config) -> int:
             time.sleep(QUIET_S)
         logger.error("train.py: %s", error)
         return 1
+    close_distributed()
     return 0

@@ -22,12 +22,22 @@ def init_distributed() -> torch.device:
     """Join the process group of torchrun, or form one of a single process; returns this rank's device.
 
     NCCL for CUDA tensors and gloo for CPU tensors when a GPU is there, else gloo alone.
+
+    Raises:
+        ValueError: the host has fewer GPUs than ranks.
     """
     device = torch.device("cpu")
     backend = "gloo"
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= count:
+            raise ValueError(f"LOCAL_RANK is {local}, and this host shows {count} GPUs; give --nproc-per-node {count}, "
+                             "or hide them (CUDA_VISIBLE_DEVICES=) to run on the CPU")
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
+        # First choice on Hopper since torch 2.11: NaN gradients where there is a mask and the length % 128 is 64
+        # (pytorch issue 196678), and a graph of its own, built in 30 ms, for every length of the KV cache.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         backend = "cpu:gloo,cuda:nccl"
     if dist.is_initialized():
         return device
@@ -37,6 +47,12 @@ def init_distributed() -> torch.device:
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     return device
+
+
+def close_distributed() -> None:
+    """Leave the process group; only where all ranks have succeeded, or one may wait here for another."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def rank() -> int:

@@ -15,7 +15,15 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
 
-from cosmo_rl.model.parallel import all_gather, clip_grad_norm, init_distributed, rank, shard, world
+from cosmo_rl.model.parallel import (
+    all_gather,
+    clip_grad_norm,
+    close_distributed,
+    init_distributed,
+    rank,
+    shard,
+    world,
+)
 from cosmo_rl.model.weights import full_state_dict, save_pretrained
 
 TOTAL = 40  # tokens of the update that the weights are normalised by
@@ -89,7 +97,8 @@ def worker(number: int, port: int, folder: str) -> None:
     results = run_all(device, f"{folder}/hf")
     if rank() == 0:
         torch.save(results, f"{folder}/results.pt")
-    dist.destroy_process_group()
+    close_distributed()
+    assert not dist.is_initialized()
 
 
 @pytest.fixture(scope="module")
@@ -206,3 +215,31 @@ def test_norm_that_is_not_finite_changes_nothing():
     parameters[3].grad.view(-1)[0] = float("inf")
     assert clip_grad_norm(policy, 1.0) == float("inf")
     assert (parameters[0].grad == 1).all()
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """A host that seems to have two; the calls that would touch them, in order."""
+    calls = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(("device", str(device))))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: calls.append(("group", backend)))
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    yield calls
+    torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def test_a_gpu_for_each_rank(two_gpus, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert init_distributed() == torch.device("cuda", 1)
+    assert two_gpus == [("device", "cuda:1"), ("group", "cpu:gloo,cuda:nccl")], "NCCL takes the current device"
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_more_ranks_than_gpus(two_gpus, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match=r"LOCAL_RANK is 2, .* shows 2 GPUs; give --nproc-per-node 2"):
+        init_distributed()
+    assert not two_gpus
