@@ -16,6 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.utils import import_utils
 
 from .liger import use_liger
 from .tiny import TINY_PATH as TINY_PATH
@@ -116,6 +117,10 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, attentio
     """
     folder = _check_folder(path, with_weights=True)
     config = _load_config(folder)
+    if attention == "flash_attention_2" and not import_utils.is_flash_attn_2_available():
+        # Left to itself, transformers takes a kernel from the hub where the `kernels` package is installed.
+        raise ValueError(f"--model.attention {attention} is not installed (or sees no GPU); install it with "
+                         "`pip install flash-attn --no-build-isolation`, or give --model.attention sdpa")
     dropout = config.text_config.attention_dropout
     if dropout:
         raise ValueError(f"model folder {folder}: attention_dropout is {dropout}; set it to 0 in config.json "
@@ -128,9 +133,6 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, attentio
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ValueError(f"model folder {folder}: its weights cannot be loaded ({error}); "
                          "copy *.safetensors again") from error
-    except ImportError as error:
-        raise ValueError(f"--model.attention {attention} is not installed ({error}); install it with "
-                         "`pip install flash-attn --no-build-isolation`, or give --model.attention sdpa") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ValueError(f"model folder {folder}: {len(missing)} tensors are missing, the first is {missing[0]}; "

@@ -144,6 +144,16 @@ def test_flash_attention_that_is_not_installed(monkeypatch):
         load_model(tiny_case.folder(), attention="flash_attention_2")
 
 
+def test_no_kernel_from_the_hub_in_place_of_flash_attention(monkeypatch):
+    monkeypatch.setattr("transformers.utils.import_utils.is_flash_attn_2_available", lambda: False)
+    monkeypatch.setattr("transformers.modeling_utils.is_kernels_available", lambda: True)
+    asked = []
+    monkeypatch.setattr("transformers.modeling_utils.lazy_import_flash_attention", lambda *a, **_: asked.append(a))
+    with pytest.raises(ValueError, match="flash_attention_2 is not installed"):
+        load_model(tiny_case.folder(), attention="flash_attention_2")
+    assert not asked
+
+
 def test_no_chat_template(copy):
     (copy / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match="no chat template"):
