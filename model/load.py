@@ -6,7 +6,7 @@ demands torchvision, whose wheel does not load beside a CPU build of torch.
 
 import json
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import import_utils
@@ -142,7 +143,21 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, attentio
         model.model.visual.merger.requires_grad_(True)
     if liger:
         use_liger(model)
+    patches = model.model.visual.patch_embed
+    patches.forward = partial(embed_patches, patches)
     return model
+
+
+def embed_patches(module: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """The tower's patch embedding, (n_patches, patch_dim) -> (n_patches, D), as the product that it is.
+
+    CUDA tensors only: there cuDNN runs its Conv3d in tf32 or many times slower, and in some releases has no bfloat16
+    gradient of it (pytorch issues 166643, 174051). Others take the Conv3d itself.
+    """
+    if not pixels.is_cuda:
+        return type(module).forward(module, pixels)
+    weight = module.proj.weight.flatten(1)
+    return nn.functional.linear(pixels.view(-1, weight.shape[1]).to(weight.dtype), weight)
 
 
 def empty_model(config: Any) -> Qwen2_5_VLForConditionalGeneration:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny_case
 import torch
+from close import assert_no_worse
 from safetensors.torch import load_file, save_file
 
 from cosmo_rl.model.load import load_model, load_processor
@@ -152,6 +153,32 @@ def test_no_kernel_from_the_hub_in_place_of_flash_attention(monkeypatch):
     with pytest.raises(ValueError, match="flash_attention_2 is not installed"):
         load_model(tiny_case.folder(), attention="flash_attention_2")
     assert not asked
+
+
+class OnCuda(torch.Tensor):
+    """A CPU tensor that says it is on a GPU."""
+
+    is_cuda = property(lambda self: True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_patches_are_embedded_alike_by_convolution_and_product(dtype):
+    module = load_model(tiny_case.folder(), dtype=dtype).model.visual.patch_embed
+    pixels = torch.randn(8, module.proj.weight[0].numel(), generator=torch.Generator().manual_seed(0))
+    found, convolved = {}, []
+    module.proj.register_forward_hook(lambda *_: convolved.append(1))
+    for name, given in (("convolution", pixels), ("product", pixels.as_subclass(OnCuda))):
+        module.proj.weight.grad = None
+        out = module(given).as_subclass(torch.Tensor)
+        out.float().square().sum().backward()
+        found[name] = out, module.proj.weight.grad
+    weight = module.proj.weight.detach().flatten(1).double()
+    embedded = pixels.to(dtype).double() @ weight.T
+    exact = embedded, (2 * embedded.T @ pixels.to(dtype).double()).view_as(module.proj.weight)
+    for ours, theirs, truth in zip(found["product"], found["convolution"], exact, strict=True):
+        assert ours.dtype == dtype
+        assert_no_worse(ours, theirs, truth, atol=0.0)
+    assert len(convolved) == 1, "two different operators"
 
 
 def test_no_chat_template(copy):
