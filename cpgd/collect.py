@@ -48,6 +48,7 @@ def generate(engine: Engine, requests: Sequence[Request], batch_size: int, *, gr
             if finished:
                 finished(part)
             done |= part
+        torch.cuda.empty_cache()  # the KV caches' many sizes would stay reserved: nothing left for NCCL's buffers
         return done
 
     found = {}
@@ -169,7 +170,7 @@ def gather_evidence(policy: Policy, samples: Sequence[Sample], config: Config, p
         mine: dict[int, float] = {}
         zeros = [0.0] * len(wanted)  # nothing is trained here
         for micro in build_micros(sequences, zeros, wanted, len(wanted), "token", config, processor, device):
-            logprobs, owner = policy(micro.batch).logprobs.cpu(), micro.batch.sequence_ids.cpu()
+            logprobs, owner = policy(micro.batch).logprobs.cpu(), micro.batch.sequence_ids
             for place, member in enumerate(micro.members):
                 sample = wanted[member]
                 mine[sample] = logprobs[owner == place][starts[sample]:].mean().item()

@@ -31,7 +31,10 @@ SUMS = ("loss", "clipped", "drift", "entropy", "tokens")
 
 @dataclass(slots=True, eq=False)
 class Micro:
-    """A micro-batch with what the loss needs; per-token tensors are (N,), float32, on the device of the batch."""
+    """A micro-batch with what the loss needs; per-token tensors are (N,), float32, on the policy's device.
+
+    The batch stays on the host until the policy runs it: the pixels of a whole rollout would fill a GPU.
+    """
 
     batch: MicroBatch
     members: list[int]
@@ -71,7 +74,7 @@ def build_micros(sequences: Sequence[TokenSequence], advantages: Sequence[float]
             return torch.from_numpy(np.asarray(values, dtype=np.float64)[owner]).float().to(device)
 
         micros.append(Micro(
-            batch=batch.to(device), members=list(members), token_weights=spread(weights), advantages=spread(advantages),
+            batch=batch, members=list(members), token_weights=spread(weights), advantages=spread(advantages),
             clip_eps_low=low.to(device) if isinstance(low, torch.Tensor) else low,
             clip_eps_high=high.to(device) if isinstance(high, torch.Tensor) else high,
         ))
@@ -113,7 +116,7 @@ def fill_old_logprobs(policy: Policy, micros: Sequence[Micro], config: Config, o
 def disagreements(samples: Sequence[Sample], micro: Micro, logprobs: torch.Tensor,
                   limit: float) -> list[tuple[str, float]]:
     """(sample id, mean |trainer - engine| in nats) of the responses beyond `limit`; NaN counts as beyond."""
-    owner, values = micro.batch.sequence_ids.cpu(), logprobs.cpu()
+    owner, values = micro.batch.sequence_ids, logprobs.cpu()
     bad = []
     for place, member in enumerate(micro.members):
         sample = samples[member]
@@ -217,7 +220,7 @@ def optimizer_step(policy: Policy, optimizer: torch.optim.Optimizer, micros: Seq
 
     All ranks must call it together. Side effects: advances `optimizer` at most once, leaves gradients None.
     """
-    totals = torch.zeros(len(SUMS), dtype=torch.float64, device=micros[0].batch.input_ids.device)
+    totals = torch.zeros(len(SUMS), dtype=torch.float64, device=micros[0].token_weights.device)
     logprobs = []
     for micro in micros:
         loss, sums, values = loss_fn(policy, micro)

@@ -51,11 +51,11 @@ class Policy(nn.Module):
         """Log-probs and entropies of the batch's targets, or the CPGD objective on them.
 
         Args:
-            batch: on the device of the weights; may have no target.
+            batch: on any device, moved to that of the weights; may have no target.
             cpgd, exact: see `LMHead.forward`; without `cpgd` the result is a TokenStats.
             return_hidden: return also the (N, D) hidden states that predict the targets.
         """
-        body = self.model.model
+        body, batch = self.model.model, batch.to(self.head.bias.device)
         image_tokens = body.visual(batch.pixel_values, grid_thw=batch.image_grid_thw).pooler_output
         embeds = body.language_model.embed_tokens(batch.input_ids)
         if batch.num_dummy_images:

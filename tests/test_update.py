@@ -163,6 +163,13 @@ def test_two_real_ranks(tmp_path, expected):
         close(got, expected[name.split("-")[0]])
 
 
+def test_batches_wait_on_the_host():
+    record, config = runs.rollout(), settings("group", "padded", MANY_MICROS)
+    for micro in rl_micros(record.samples, len(record.prompts), config, record.processor, torch.device("meta")):
+        assert micro.batch.pixel_values.device == CPU
+        assert micro.token_weights.is_meta and micro.advantages.is_meta
+
+
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 @pytest.mark.parametrize("name", ["cpgd", "ppo"])
 def test_ratio_is_exactly_one_at_unchanged_weights(layout, name):
