@@ -15,10 +15,13 @@ head size), L layers, V vocabulary; of the tower the same letters with a v. In b
                                   and b D of each; (b + 4) D of the last norm
     tower activations             the same per patch, with 6 b Dv of the merger and b times the channels of a patch
                                   in place of the norm; of a frozen tower one block's and the merger's
+    attention mask                (1 + b) T^2 of a packed row of T tokens with sdpa: bool, and as numbers for its kernel
     head                          4 V D float32 gradient of the head, b N D for the N response tokens, and the chunks of
                                   kernels/gemm.py: 4 inner V + b outer V + 4 outer D
   rollout
     KV cache                      2 b L K for each token of the largest generate call, all at the longest
+    expanded KV                   2 b Q for each of these tokens with sdpa, in one layer: padding needs a mask, and
+                                  with one, keys and values are copied for every query head
     prefill                       b (2 D + 3 I) for each prompt token of that call, each prompt once
     sampler                       24 V for each request: logits, log-probs and cumulated probabilities
 The peak is what always lies there and the larger of update and rollout. Left out: the caching allocator's slack, NCCL's
@@ -104,7 +107,7 @@ def footprint(model_config: Any, parameters: Parameters, config: Config, load: L
     every = parameters.trainable + parameters.frozen
     layer = kept_by_layer(b, hidden, hidden, keys, text.intermediate_size)
     block = kept_by_layer(b, vision.hidden_size, vision.hidden_size, vision.hidden_size, vision.intermediate_size)
-    checkpointing = config.model.gradient_checkpointing
+    checkpointing, sdpa = config.model.gradient_checkpointing, config.model.attention == "sdpa"
     layers_kept = (layers * b * hidden + layer if checkpointing else layers * layer) + (b + 4) * hidden
     channels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     blocks_kept = 6 * b * vision.hidden_size + (
@@ -122,6 +125,8 @@ def footprint(model_config: Any, parameters: Parameters, config: Config, load: L
              2 * b * parameters.root + (3 * b + 4) * parameters.layer),
         Term("update", "text activations", f"{load.tokens:,} tokens x {layers_kept:,}", load.tokens * layers_kept),
         Term("update", "tower activations", f"{load.patches:,} patches x {blocks_kept:,}", load.patches * blocks_kept),
+        Term("update", "attention mask", f"{1 + b} x {load.tokens:,}^2",
+             (1 + b) * load.tokens**2 if sdpa and config.batch.layout == "packed" else 0),
         Term("update", "head", f"{vocab:,} x {hidden:,}, {load.targets:,} response tokens by {outer:,}",
              4 * vocab * hidden + b * load.targets * hidden
              + 4 * inner * vocab + b * outer * vocab + 4 * outer * hidden),
@@ -132,6 +137,8 @@ def footprint(model_config: Any, parameters: Parameters, config: Config, load: L
         terms += [
             Term("rollout", "KV cache", f"{calls.requests:,} x {length:,} tokens x {2 * b * layers * keys:,}",
                  calls.requests * length * 2 * b * layers * keys),
+            Term("rollout", "expanded KV", f"{calls.requests:,} x {length:,} tokens x {2 * b * hidden:,}",
+                 calls.requests * length * 2 * b * hidden if sdpa and keys < hidden else 0),
             Term("rollout", "prefill", f"{calls.prompts:,} x {calls.prompt_tokens:,} tokens x {prefill:,}",
                  calls.prompts * calls.prompt_tokens * prefill),
             Term("rollout", "sampler", f"{calls.requests:,} x {24 * vocab:,}", calls.requests * 24 * vocab),

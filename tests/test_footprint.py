@@ -110,6 +110,35 @@ def test_activations_are_what_autograd_keeps(batch, dtype, checkpointing, freeze
         assert estimate == pytest.approx(tower, rel=0.1)
 
 
+def test_what_sdpa_makes_of_a_mask(monkeypatch):
+    """A packed row, and a decoded token of two requests of unequal length: the largest mask, keys and values given."""
+    given = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def record(query, key, value, attn_mask=None, **options):
+        assert attn_mask is not None and attn_mask.dtype == torch.bool
+        given.append((attn_mask.nbytes, key.nbytes + value.nbytes))
+        return real(query, key, value, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+    text, embeds = load_model(runs.MODEL).model.language_model, torch.zeros(1, 12, 128)
+    text(inputs_embeds=embeds, position_ids=torch.arange(12).remainder(7).expand(4, 1, 12), use_cache=False)
+    packed, _ = map(max, zip(*given, strict=True))
+    given.clear()
+    mask = torch.ones(2, 10, dtype=torch.int64)
+    mask[0, :3] = 0
+    text(inputs_embeds=torch.zeros(2, 10, 128), attention_mask=mask, use_cache=True)
+    _, expanded = map(max, zip(*given, strict=True))
+
+    config = settings()
+    config = replace(config, rollout=replace(config.rollout, max_new_tokens=4),
+                     batch=replace(config.batch, layout="packed"))
+    terms = terms_of(config, load=Load(12, 1, 4, 2), calls=Calls(2, 1, 6))
+    assert terms["attention mask"] == (1 + 4) * packed and terms["expanded KV"] == expanded
+    flash = replace(config, model=replace(config.model, attention="flash_attention_2"))
+    assert not {"attention mask", "expanded KV"} & terms_of(flash, calls=CALLS).keys()
+
+
 def test_the_cache_is_what_the_engine_holds():
     model = load_model(runs.MODEL)
     cache = model.model.language_model(input_ids=torch.full((2, 10), 7), use_cache=True).past_key_values
