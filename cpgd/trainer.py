@@ -383,14 +383,13 @@ def main(config: Config) -> int:
             if rank() == 0:
                 logger.info("stage %d is finished in %s", config.stage, run.stage_dir)
                 finish_report(run.stage_dir, config, seconds=None)
-            close_distributed()
-            return 0
-        trainer = Trainer(config, run, device)
-        try:
-            trainer.run()
-        finally:
-            if trainer.judging:
-                trainer.judging.close()
+        else:
+            trainer = Trainer(config, run, device)
+            try:
+                trainer.run()
+            finally:
+                if trainer.judging:
+                    trainer.judging.close()
     except (ValueError, OSError) as error:
         if rank():  # rank 0 speaks for all; where it has not failed too, its launcher lets this one live to speak
             time.sleep(QUIET_S)
