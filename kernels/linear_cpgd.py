@@ -47,8 +47,8 @@ def _fold_kernel(logits, dlogits, targets, bias, old_logprobs, advantages, token
         at_target = tl.load(here + target)
         if HAS_BIAS:
             at_target += tl.load(bias + target)
-        at_target *= inverse_temperature
-    logprob, entropy, log_mass = finish_stats(target, peak, mass, moment, at_target, vocab, IGNORE_INDEX)
+    logprob, entropy, log_mass = finish_stats(target, peak, mass, moment, at_target, vocab, inverse_temperature,
+                                              IGNORE_INDEX)
 
     log_ratio = tl.zeros((), tl.float64)
     if HAS_OLD:
@@ -75,7 +75,7 @@ def _fold_kernel(logits, dlogits, targets, bias, old_logprobs, advantages, token
             z = tl.load(here + cols, mask=inside, other=0.0)
             if HAS_BIAS:
                 z += tl.load(bias + cols, mask=inside, other=0.0)
-            p = exp((z * inverse_temperature - peak) - log_mass)
+            p = exp((z - peak) * inverse_temperature - log_mass)
             dz = tl.where(counts, tl.where(cols == target, g, 0.0) - g * p, 0.0)  # ignored: p may be NaN
             tl.store(dlogits + row * vocab + cols, dz.to(dlogits.dtype.element_ty), mask=inside)
 

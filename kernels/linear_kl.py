@@ -47,10 +47,12 @@ def _partial_kl_kernel(old_hidden, old_weight, hidden, weight, bias, partials, s
                        tiles_per_split, SHARED: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_DIM: tl.constexpr,
                        TMA: tl.constexpr, TOKENS: tl.constexpr, VOCAB: tl.constexpr, DIM: tl.constexpr,
                        GROUP: tl.constexpr, INTERPRET: tl.constexpr):
-    """partials (5, splits, size) float32: old peak and mass, new peak and mass, sum e^(z_old - peak) (z_old - z)."""
+    """partials (5, splits, size) float32: old peak and mass, new peak and mass, sum e^(z_old - peak) (z_old - z).
+
+    All but the masses before the division by the temperature, as in linear_logprob.
+    """
     blocks = tl.cdiv(size, TOKENS)
     tiles = tl.cdiv(vocab, VOCAB)
-    beyond = LOWEST / tl.maximum(inverse_temperature, 1.0)
     for item in range(tl.program_id(0), blocks * splits, tl.num_programs(0)):
         block, split = block_and_split(item, blocks, splits, GROUP)
         row = block * TOKENS
@@ -81,14 +83,15 @@ def _partial_kl_kernel(old_hidden, old_weight, hidden, weight, bias, partials, s
                 z += shift
                 z_old += shift
             if col + VOCAB > vocab:
-                z = tl.where(cols[None, :] < vocab, z, beyond)
-                z_old = tl.where(cols[None, :] < vocab, z_old, beyond)
-            top = tl.maximum(peak, tl.max(z, axis=1) * inverse_temperature)
-            mass = exp(peak - top) * mass + tl.sum(exp(z * inverse_temperature - top[:, None]), axis=1)
+                z = tl.where(cols[None, :] < vocab, z, LOWEST)
+                z_old = tl.where(cols[None, :] < vocab, z_old, LOWEST)
+            top = tl.maximum(peak, tl.max(z, axis=1))
+            mass = (exp(peak - top, inverse_temperature) * mass
+                    + tl.sum(exp(z - top[:, None], inverse_temperature), axis=1))
             peak = top
-            old_top = tl.maximum(old_peak, tl.max(z_old, axis=1) * inverse_temperature)
-            decay = exp(old_peak - old_top)
-            e = exp(z_old * inverse_temperature - old_top[:, None])
+            old_top = tl.maximum(old_peak, tl.max(z_old, axis=1))
+            decay = exp(old_peak - old_top, inverse_temperature)
+            e = exp(z_old - old_top[:, None], inverse_temperature)
             old_mass = decay * old_mass + tl.sum(e, axis=1)
             gap = decay * gap + tl.sum(e * (z_old - z), axis=1)
             old_peak = old_top
@@ -100,12 +103,12 @@ def _partial_kl_kernel(old_hidden, old_weight, hidden, weight, bias, partials, s
         tl.store(here + plane, old_mass, mask=inside)
         tl.store(here + 2 * plane, peak, mask=inside)
         tl.store(here + 3 * plane, mass, mask=inside)
-        tl.store(here + 4 * plane, gap * inverse_temperature, mask=inside)
+        tl.store(here + 4 * plane, gap, mask=inside)
 
 
 @triton.jit(do_not_specialize=("size", "splits"))
-def _merge_kl_kernel(partials, stats, size, splits, TOKENS: tl.constexpr):
-    """stats (5, size): KL, old peak and log_mass, new peak and log_mass."""
+def _merge_kl_kernel(partials, stats, size, inverse_temperature, splits, TOKENS: tl.constexpr):
+    """stats (5, size): KL, old peak and log_mass, new peak and log_mass; peaks of undivided logits."""
     rows = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     inside = rows < size
     plane = splits.to(tl.int64) * size
@@ -119,13 +122,15 @@ def _merge_kl_kernel(partials, stats, size, splits, TOKENS: tl.constexpr):
         next_old_peak = tl.load(here, mask=inside, other=0.0)
         next_peak = tl.load(here + 2 * plane, mask=inside, other=0.0)
         old_top, top = tl.maximum(old_peak, next_old_peak), tl.maximum(peak, next_peak)
-        decay, next_decay = exp(old_peak - old_top), exp(next_old_peak - old_top)
+        decay = exp(old_peak - old_top, inverse_temperature)
+        next_decay = exp(next_old_peak - old_top, inverse_temperature)
         old_mass = decay * old_mass + next_decay * tl.load(here + plane, mask=inside, other=1.0)
         gap = decay * gap + next_decay * tl.load(here + 4 * plane, mask=inside, other=0.0)
-        mass = exp(peak - top) * mass + exp(next_peak - top) * tl.load(here + 3 * plane, mask=inside, other=1.0)
+        mass = exp(peak - top, inverse_temperature) * mass
+        mass += exp(next_peak - top, inverse_temperature) * tl.load(here + 3 * plane, mask=inside, other=1.0)
         old_peak, peak = old_top, top
     # sum p_old (ln p_old - ln p): the peaks cancel first, they are the large numbers, and the masses before their ln.
-    kl = gap / old_mass - (old_peak - peak) - tl.log(old_mass / mass)
+    kl = (gap / old_mass - (old_peak - peak)) * inverse_temperature - tl.log(old_mass / mass)
     here = stats + rows
     tl.store(here, tl.where(kl < 0, 0.0, kl), mask=inside)  # keeps NaN
     tl.store(here + size, old_peak, mask=inside)
@@ -157,8 +162,8 @@ def _dkl_kernel(old_logits, logits, dlogits, bias, old_peak, old_log_mass, peak,
             shift = tl.load(bias + cols, mask=inside, other=0.0)
             z += shift
             z_old += shift
-        p = exp((z * inverse_temperature - row_peak) - row_log_mass)
-        p_old = exp((z_old * inverse_temperature - row_old_peak) - row_old_log_mass)
+        p = exp((z - row_peak) * inverse_temperature - row_log_mass)
+        p_old = exp((z_old - row_old_peak) * inverse_temperature - row_old_log_mass)
         tl.store(dlogits + row * vocab + cols, (g * (p - p_old)).to(dlogits.dtype.element_ty), mask=inside)
 
 
@@ -187,7 +192,7 @@ def _triton_forward(old_hidden, old_weight, hidden, weight, temperature, bias) -
                 EVEN_DIM=dim % tiles.dim == 0 and old_dim % tiles.dim == 0, TMA=tma, TOKENS=tiles.tokens,
                 VOCAB=tiles.vocab, DIM=tiles.dim, GROUP=tiles.group, INTERPRET=launch.INTERPRET,
                 num_warps=tiles.num_warps, num_stages=tiles.num_stages)
-            _merge_kl_kernel[(triton.cdiv(size, 128),)](partials, stats, size, splits, TOKENS=128)
+            _merge_kl_kernel[(triton.cdiv(size, 128),)](partials, stats, size, 1.0 / temperature, splits, TOKENS=128)
     kl, old_peak, old_log_mass, peak, log_mass = stats
     return kl, Stats(kl, kl, old_peak, old_log_mass), Stats(kl, kl, peak, log_mass)
 

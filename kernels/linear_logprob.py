@@ -100,9 +100,9 @@ def multiply(a, b, acc, INTERPRET: tl.constexpr):
 
 
 @triton.jit
-def exp(x):
-    """e^x in two instructions: tl.exp spends four more on results below 1e-38."""
-    return tl.exp2(x * 1.4426950408889634)
+def exp(x, scale=1.0):
+    """e^(scale x) in two instructions: tl.exp spends four more on results below 1e-38."""
+    return tl.exp2(x * (scale * 1.4426950408889634))
 
 
 @triton.jit
@@ -120,10 +120,13 @@ def _partial_stats_kernel(hidden, weight, targets, bias, partials, size, vocab, 
                           inverse_temperature, splits, tiles_per_split, HAS_BIAS: tl.constexpr, EVEN_DIM: tl.constexpr,
                           TMA: tl.constexpr, TOKENS: tl.constexpr, VOCAB: tl.constexpr, DIM: tl.constexpr,
                           GROUP: tl.constexpr, INTERPRET: tl.constexpr):
-    """partials (4, splits, size) float32: peak, mass, moment, logit at the target."""
+    """partials (4, splits, size) float32: peak, mass, moment, logit at the target.
+
+    All but the mass before the division by the temperature: a scaled peak is rounded, and a fused multiply-add takes it
+    from logits that are not, which put the largest probability above 1.
+    """
     blocks = tl.cdiv(size, TOKENS)
     tiles = tl.cdiv(vocab, VOCAB)
-    beyond = LOWEST / tl.maximum(inverse_temperature, 1.0)
     for item in range(tl.program_id(0), blocks * splits, tl.num_programs(0)):
         block, split = block_and_split(item, blocks, splits, GROUP)
         rows = block * TOKENS + tl.arange(0, TOKENS)
@@ -144,14 +147,14 @@ def _partial_stats_kernel(hidden, weight, targets, bias, partials, size, vocab, 
             if HAS_BIAS:
                 z += tl.load(bias + cols, mask=cols < vocab, other=0.0)[None, :]
             if col + VOCAB > vocab:  # before the maximum: beyond the edge z is 0, which would enter the sum
-                z = tl.where(cols[None, :] < vocab, z, beyond)
+                z = tl.where(cols[None, :] < vocab, z, LOWEST)
             if tl.max(((target >= col) & (target < col + VOCAB)).to(tl.int32), axis=0) > 0:  # of few tiles only
                 at_target += tl.sum(tl.where(cols[None, :] == target[:, None], z, 0.0), axis=1)
-            top = tl.maximum(peak, tl.max(z, axis=1) * inverse_temperature)
+            top = tl.maximum(peak, tl.max(z, axis=1))
             shift = peak - top
-            decay = exp(shift)
-            z = z * inverse_temperature - top[:, None]
-            e = exp(z)
+            decay = exp(shift, inverse_temperature)
+            z -= top[:, None]
+            e = exp(z, inverse_temperature)
             # moment = sum e^(z - peak) (z - peak); moving the peak shifts the second factor too.
             moment = decay * (moment + shift * mass) + tl.sum(e * z, axis=1)
             mass = decay * mass + tl.sum(e, axis=1)
@@ -161,22 +164,26 @@ def _partial_stats_kernel(hidden, weight, targets, bias, partials, size, vocab, 
         tl.store(here, peak, mask=inside)
         tl.store(here + plane, mass, mask=inside)
         tl.store(here + 2 * plane, moment, mask=inside)
-        tl.store(here + 3 * plane, at_target * inverse_temperature, mask=inside)
+        tl.store(here + 3 * plane, at_target, mask=inside)
 
 
 @triton.jit
-def finish_stats(target, peak, mass, moment, at_target, vocab, IGNORE_INDEX: tl.constexpr):
-    """(logprob, entropy, log_mass) as in reference.linear_logprob_forward: 0 where ignored, NaN where out of range."""
+def finish_stats(target, peak, mass, moment, at_target, vocab, inverse_temperature, IGNORE_INDEX: tl.constexpr):
+    """(logprob, entropy, log_mass) as in reference.linear_logprob_forward: 0 where ignored, NaN where out of range.
+
+    peak, moment and at_target are those of logits before the division by the temperature.
+    """
     ignored = target == IGNORE_INDEX
     bad = (target != IGNORE_INDEX) & ((target < 0) | (target >= vocab))
     log_mass = tl.where(bad, float("nan"), tl.log(mass))
-    logprob = tl.where(ignored, 0.0, (at_target - peak) - log_mass)
-    return logprob, tl.where(ignored, 0.0, log_mass - moment / mass), log_mass
+    logprob = tl.where(ignored, 0.0, (at_target - peak) * inverse_temperature - log_mass)
+    return logprob, tl.where(ignored, 0.0, log_mass - moment / mass * inverse_temperature), log_mass
 
 
 @triton.jit(do_not_specialize=("size", "splits"))
-def _merge_kernel(partials, targets, stats, size, vocab, splits, IGNORE_INDEX: tl.constexpr, TOKENS: tl.constexpr):
-    """stats (5, size): log-prob, entropy, peak, log_mass, lse; the splits are summed in their order."""
+def _merge_kernel(partials, targets, stats, size, vocab, inverse_temperature, splits, IGNORE_INDEX: tl.constexpr,
+                  TOKENS: tl.constexpr):
+    """stats (5, size): log-prob, entropy, peak of the undivided logits, log_mass, lse; the splits in their order."""
     rows = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     inside = rows < size
     plane = splits.to(tl.int64) * size
@@ -192,23 +199,25 @@ def _merge_kernel(partials, targets, stats, size, vocab, splits, IGNORE_INDEX: t
         at_target += tl.load(here + 3 * plane, mask=inside, other=0.0)
         top = tl.maximum(peak, other_peak)
         shift, other_shift = peak - top, other_peak - top
-        decay, other_decay = exp(shift), exp(other_shift)
+        decay, other_decay = exp(shift, inverse_temperature), exp(other_shift, inverse_temperature)
         moment = decay * (moment + shift * mass) + other_decay * (other_moment + other_shift * other_mass)
         mass = decay * mass + other_decay * other_mass
         peak = top
     target = tl.load(targets + rows, mask=inside, other=0)
-    logprob, entropy, log_mass = finish_stats(target, peak, mass, moment, at_target, vocab, IGNORE_INDEX)
+    logprob, entropy, log_mass = finish_stats(target, peak, mass, moment, at_target, vocab, inverse_temperature,
+                                              IGNORE_INDEX)
     here = stats + rows
     tl.store(here, logprob, mask=inside)
     tl.store(here + size, entropy, mask=inside)
     tl.store(here + 2 * size, peak, mask=inside)
     tl.store(here + 3 * size, log_mass, mask=inside)
-    tl.store(here + 4 * size, tl.where(target == IGNORE_INDEX, 0.0, peak + log_mass), mask=inside)
+    lse = tl.where(target == IGNORE_INDEX, 0.0, peak * inverse_temperature + log_mass)
+    tl.store(here + 4 * size, lse, mask=inside)
 
 
 @triton.jit
 def fold_row(logits, bias, vocab, inverse_temperature, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
-    """(peak, mass, moment) of one row of float32 logits, (vocab,), in memory."""
+    """(peak, mass, moment) of one row of float32 logits, (vocab,), in memory; see _partial_stats_kernel."""
     lane = tl.arange(0, BLOCK)
     peaks = tl.full((BLOCK,), LOWEST, tl.float32)  # of each lane: one reduction a row, not one a block
     mass = tl.zeros((BLOCK,), tl.float32)
@@ -218,18 +227,18 @@ def fold_row(logits, bias, vocab, inverse_temperature, HAS_BIAS: tl.constexpr, B
         z = tl.load(logits + cols, mask=cols < vocab, other=LOWEST)
         if HAS_BIAS:
             z += tl.load(bias + cols, mask=cols < vocab, other=0.0)
-        z = tl.where(cols < vocab, z * inverse_temperature, LOWEST)
+        z = tl.where(cols < vocab, z, LOWEST)
         top = tl.maximum(peaks, z)
         shift = peaks - top
-        decay = exp(shift)
+        decay = exp(shift, inverse_temperature)
         z -= top
-        e = exp(z)
+        e = exp(z, inverse_temperature)
         moment = decay * (moment + shift * mass) + e * z
         mass = decay * mass + e
         peaks = top
     peak = tl.max(peaks, axis=0)
     shift = peaks - peak
-    decay = exp(shift)  # 0 in a lane beyond the vocabulary, whose peak and shift are LOWEST
+    decay = exp(shift, inverse_temperature)  # 0 in a lane beyond the vocabulary, whose peak and shift are LOWEST
     return peak, tl.sum(decay * mass, axis=0), tl.sum(decay * (moment + shift * mass), axis=0)
 
 
@@ -243,7 +252,8 @@ def _dlogits_kernel(logits, dlogits, targets, bias, entropy, peak, log_mass, dlo
     target = tl.load(targets + row)
     if REFOLD:
         row_peak, mass, moment = fold_row(here, bias, vocab, inverse_temperature, HAS_BIAS, BLOCK)
-        _, row_entropy, row_log_mass = finish_stats(target, row_peak, mass, moment, 0.0, vocab, IGNORE_INDEX)
+        _, row_entropy, row_log_mass = finish_stats(target, row_peak, mass, moment, 0.0, vocab, inverse_temperature,
+                                                    IGNORE_INDEX)
     else:
         row_peak, row_log_mass, row_entropy = tl.load(peak + row), tl.load(log_mass + row), tl.load(entropy + row)
     factor = inverse_temperature / tl.load(scale)
@@ -254,7 +264,7 @@ def _dlogits_kernel(logits, dlogits, targets, bias, entropy, peak, log_mass, dlo
         z = tl.load(here + cols, mask=inside, other=0.0)
         if HAS_BIAS:
             z += tl.load(bias + cols, mask=inside, other=0.0)
-        logp = (z * inverse_temperature - row_peak) - row_log_mass
+        logp = (z - row_peak) * inverse_temperature - row_log_mass
         p = exp(logp)
         dz = tl.where(cols == target, g, 0.0) - g * p
         if HAS_DENTROPY:
@@ -271,7 +281,7 @@ def refolds(dtype: torch.dtype) -> bool:
 
 
 def _triton_forward(hidden, weight, targets, temperature, bias) -> tuple[Stats, torch.Tensor]:
-    """(stats, lse) of each token."""
+    """(stats, lse) of each token; the peak in the stats is of logits before the division by the temperature."""
     (size, dim), vocab, device = hidden.shape, weight.shape[0], hidden.device
     stats = torch.empty((5, size), device=device)
     if size:
@@ -290,7 +300,7 @@ def _triton_forward(hidden, weight, targets, temperature, bias) -> tuple[Stats, 
                 1.0 / temperature, splits, per_split, HAS_BIAS=bias is not None, EVEN_DIM=dim % tiles.dim == 0,
                 TMA=tma, TOKENS=tiles.tokens, VOCAB=tiles.vocab, DIM=tiles.dim, GROUP=tiles.group,
                 INTERPRET=launch.INTERPRET, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
-            _merge_kernel[(triton.cdiv(size, 128),)](partials, targets, stats, size, vocab, splits,
+            _merge_kernel[(triton.cdiv(size, 128),)](partials, targets, stats, size, vocab, 1.0 / temperature, splits,
                                                      IGNORE_INDEX=launch.IGNORE_INDEX, TOKENS=128)
     logprobs, entropy, peak, log_mass, lse = stats
     return Stats(logprobs, entropy, peak, log_mass), lse
