@@ -57,6 +57,14 @@ def backend(request):
 
 
 @pytest.fixture
+def as_on_a_gpu(interpreter, monkeypatch):
+    """The interpreter rounds as a GPU does."""
+    import gpu_arithmetic
+
+    gpu_arithmetic.install(monkeypatch)
+
+
+@pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles and chunks so small that small inputs span many, the last ones ragged; more items than programs."""
     from cosmo_rl.kernels import gemm, linear_kl, linear_logprob, reference

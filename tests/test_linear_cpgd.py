@@ -82,6 +82,12 @@ def test_many_tiles(dtype, backend):
     check(backend, make_inputs(50, 40, 330, dtype), dtype, 0.8, torch.randn(330))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("as_on_a_gpu", "small_tiles", "poisoned_empty")
+def test_the_rounding_of_a_gpu(dtype):
+    check("triton", make_inputs(50, 40, 330, dtype), dtype, 0.6, torch.randn(330))
+
+
 @pytest.mark.parametrize("vocab", [152064, 151936])
 def test_vocabularies_of_qwen(vocab, backend):
     inputs = make_inputs(4, 16, vocab, torch.bfloat16)

@@ -67,6 +67,15 @@ def test_many_tiles(shared, old_d, dtype, backend):
     check(backend, make_inputs(70, 40, 200, dtype, old_d=old_d), dtype, shared=shared, temperature=0.7)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "two heads"])
+@pytest.mark.usefixtures("as_on_a_gpu", "small_tiles", "poisoned_empty")
+def test_the_rounding_of_a_gpu(shared, dtype):
+    check("triton", make_inputs(70, 40, 200, dtype), dtype, shared=shared, temperature=0.6)
+    hidden, weight = make_inputs(20, 40, 200, dtype)[2:]
+    assert (linear_kl(hidden, weight, hidden, weight.clone(), temperature=0.6, backend="triton") == 0).all()
+
+
 @pytest.mark.parametrize("vocab", [152064, 151936])
 def test_vocabularies_of_qwen(vocab, backend, monkeypatch):
     if launch.INTERPRET:  # a tile of the shipped shape takes it as long as one 60 times as wide

@@ -85,6 +85,13 @@ def test_many_tiles(dtype, backend):
     check(backend, make_inputs(80, 40, 330, dtype), dtype, 0.6, torch.randn(330))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("as_on_a_gpu", "small_tiles", "poisoned_empty")
+def test_the_rounding_of_a_gpu(dtype):
+    """At a temperature that divides with a rounding; no log-prob above 0 and no entropy below it."""
+    check("triton", make_inputs(80, 40, 330, dtype), dtype, 0.6, torch.randn(330))
+
+
 @pytest.mark.parametrize("upstream", ["logprobs", "entropy"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradient_from_one_output_alone(upstream, dtype, backend):
