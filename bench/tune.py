@@ -150,7 +150,7 @@ def record(path: Path | None, row: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with open(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, list(COLUMNS))
         if new:
             writer.writeheader()
         writer.writerow({name: f"{value:.5g}" if isinstance(value, float) else value for name, value in row.items()})
