@@ -34,8 +34,9 @@ KL = [((128, 128, 64, 8, 4, 16), 1), ((128, 128, 64, 8, 3, 16), 1), ((128, 128, 
       ((64, 256, 64, 8, 4, 16), 1), ((64, 128, 64, 4, 3, 16), 2)]
 # Inner rows of a chunk, and block and warps of the kernels over its rows.
 CHUNKS = [(512, 4096, 8), (256, 4096, 8), (1024, 4096, 8), (512, 8192, 16), (512, 16384, 32), (512, 8192, 8)]
-COLUMNS = ("date", "commit", "kernels", "gpu", "driver", "torch", "cuda", "triton", "head", "tokens", "kernel",
-           "configuration", "status", "ms", "ms_p20", "ms_p80", "tflops")
+COLUMNS: tuple[str, ...] = (
+    "date", "commit", "kernels", "gpu", "driver", "torch", "cuda", "triton", "head", "tokens", "kernel",
+    "configuration", "status", "ms", "ms_p20", "ms_p80", "tflops")
 
 
 @contextmanager
@@ -150,7 +151,7 @@ def record(path: Path | None, row: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with open(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(COLUMNS))
+        writer = csv.DictWriter(file, COLUMNS)
         if new:
             writer.writeheader()
         writer.writerow({name: f"{value:.5g}" if isinstance(value, float) else value for name, value in row.items()})
