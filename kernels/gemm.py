@@ -66,9 +66,9 @@ def head_gradients(hidden: torch.Tensor, weight: torch.Tensor, fill: Fill, *, ne
     (size, dim), vocab_size = hidden.shape, weight.shape[0]
     device, any_grad = hidden.device, any(needs)
     dhidden = hidden.new_zeros((size, dim), dtype=dtype or hidden.dtype) if needs[0] else None
-    dweight = torch.zeros((vocab_size, dim), device=device) if needs[1] else None
     if not size:
-        return dhidden, dweight
+        return dhidden, torch.zeros((vocab_size, dim), device=device) if needs[1] else None
+    dweight = torch.empty((vocab_size, dim), device=device) if needs[1] else None
     outer, inner = plan_chunks(size, vocab_size, hidden.element_size())
     logits = torch.empty((inner, vocab_size), device=device)
     dlogits = hidden.new_empty((outer, vocab_size)) if any_grad else None
@@ -90,7 +90,10 @@ def head_gradients(hidden: torch.Tensor, weight: torch.Tensor, fill: Fill, *, ne
                 states = hidden[start:stop]
                 if ignored is not None:  # 0 * NaN
                     states = states.masked_fill(ignored[start:stop, None], 0.0)
-                add_matmul(dweight, spent.T, states)
+                if start:
+                    add_matmul(dweight, spent.T, states)
+                else:  # neither zeros to write nor a sum of 2 GB to read
+                    matmul(spent.T, states, dweight)
                 del states
     if dweight is not None and scale is not None:
         dweight.mul_(scale)
