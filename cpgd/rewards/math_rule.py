@@ -51,8 +51,8 @@ class MathRule:
     is no answer. Were it Failed, a policy could take its bad responses out of their group, or stop the run. A reference
     that cannot be parsed is the data's fault: Failed.
 
-    Expressions are equal by value: to the reference 6, "2 * 3" is right too, and 6% is 0.06, not 6. Units: see
-    `math_text.pair`.
+    Expressions are equal by value: to the reference 6, "2 * 3" is right too. 6% is 0.06, and 6 as well: data sets and
+    answers to "What percentage" leave the sign out. Units: see `math_text.pair`.
     """
 
     def __init__(self, workers: "Workers | None" = None) -> None:
