@@ -539,7 +539,7 @@ def test_a_folder_gives_no_test_split_and_files_of_one_stem_have_their_own_ids(t
     assert next(adapter("mmk12")(tmp_path / "test.jsonl"))["id"] == "mmk12:test:1"  # by its name it is read
 
 
-def test_files_of_one_name_in_two_folders_have_their_own_ids(tmp_path):
+def test_files_of_one_name_in_two_folders_have_their_own_ids(tmp_path, monkeypatch):
     talk = {"conversations": [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}]}
     files = [tmp_path / name for name in ("x/train.json", "y/deep/train.json", "y/other.json", "train.jsonl")]
     for file in files:
@@ -555,6 +555,11 @@ def test_files_of_one_name_in_two_folders_have_their_own_ids(tmp_path):
     assert len(load_rows([str(tmp_path / "rows.jsonl")], max_image_pixels=1)) == 4, "which refuses two of one id"
     with pytest.raises(SystemExit, match=r"train.json: the file is given twice; name it once"):
         conversion.main(["--name", "llava", "--in", *[str(files[0])] * 2, "--out", str(tmp_path / "again.jsonl")])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("x")
+    for same in ("x/train.json", "y/../x/train.json", "link/train.json"):
+        with pytest.raises(RowError, match="the file is given twice"):
+            ids(files[0], same)
 
 
 @pytest.mark.parametrize(("field", "part"), [("redteam_query", "field `redteam_query`: holds half of a character"),

@@ -227,15 +227,17 @@ def named_files(source: Source, layout: Layout) -> dict[Path, str]:
     where another file would have the same, and from the folder of all where that does not do.
 
     Raises:
-        RowError: a folder has none, or a file is given twice.
+        RowError: a folder has none, or a file is given twice, be it through a link.
     """
     sources = [source] if isinstance(source, str | Path) else source
     found = [(base, path) for one in sources for base, paths in [_files_of(Path(one), layout)] for path in paths]
     common = Path(os.path.commonpath([os.path.abspath(base) for base, _ in found])) if found else Path()
     names: dict[Path, list[str]] = {}
+    real = set[Path]()
     for base, path in found:
-        if path in names:
+        if path.resolve() in real:
             raise RowError(str(path), "", "the file is given twice", "name it once (--in)")
+        real.add(path.resolve())
         bare = Path if path.is_dir() else lambda name: name.with_suffix("")
         near, far = path.relative_to(base), Path(os.path.abspath(path)).relative_to(common)
         names[path] = [form.as_posix() for form in (bare(near), near, bare(far), far)]
