@@ -93,7 +93,8 @@ def _triton_forward(hidden, weight, targets, old_logprobs, advantages, token_wei
     if hidden.dtype == torch.float16 and size:  # the largest slope that can occur, or float16 rounds small ones to 0
         drift_coef, drift_clip = settings[2:]
         bound = token_weights.abs() * (advantages.abs() + drift_coef * max(1.0, min(drift_clip, 1e4)))
-        scale = bound.masked_fill(targets == launch.IGNORE_INDEX, 0.0).max().clamp(min=1e-30).float()
+        bound = bound.masked_fill(targets == launch.IGNORE_INDEX, 0.0).max() / temperature
+        scale = bound.clamp(min=1e-30).float()
 
     def fill(rows: slice, logits: torch.Tensor, dlogits: torch.Tensor | None) -> None:
         target, old, advantage, token_weight = (None if t is None else t[rows] for t in vectors)

@@ -130,7 +130,8 @@ def _merge_kl_kernel(partials, stats, size, inverse_temperature, splits, TOKENS:
         mass += exp(next_peak - top, inverse_temperature) * tl.load(here + 3 * plane, mask=inside, other=1.0)
         old_peak, peak = old_top, top
     # sum p_old (ln p_old - ln p): the peaks cancel first, they are the large numbers, and the masses before their ln.
-    kl = (gap / old_mass - (old_peak - peak)) * inverse_temperature - tl.log(old_mass / mass)
+    # div_rn, because `/` multiplies by a reciprocal: x / x would not be 1, nor the KL of equal policies 0.
+    kl = (gap / old_mass - (old_peak - peak)) * inverse_temperature - tl.log(tl.div_rn(old_mass, mass))
     here = stats + rows
     tl.store(here, tl.where(kl < 0, 0.0, kl), mask=inside)  # keeps NaN
     tl.store(here + size, old_peak, mask=inside)
@@ -203,7 +204,7 @@ def _triton_backward(old_hidden, old_weight, hidden, weight, temperature, bias, 
     dkl = dkl.float().contiguous()
     scale = torch.ones((), device=device)
     if hidden.dtype == torch.float16 and dkl.numel():
-        scale = dkl.abs().max().clamp(min=1e-30)
+        scale = (dkl.abs().max() / temperature).clamp(min=1e-30)
     old_logits = torch.empty(0, device=device)
 
     def fill(rows: slice, logits: torch.Tensor, dlogits: torch.Tensor | None) -> None:

@@ -319,7 +319,7 @@ def _triton_backward(hidden, weight, targets, temperature, bias, stats: Stats, d
     vocab, device = weight.shape[0], hidden.device
     scale = torch.ones((), device=device)
     if hidden.dtype == torch.float16 and states.shape[0]:
-        scale = torch.stack(grads).abs().max().clamp(min=1e-30)
+        scale = (torch.stack(grads).abs().max() / temperature).clamp(min=1e-30)
     dbias = torch.zeros(vocab, device=device) if needs[2] else None
 
     def fill(rows: slice, logits: torch.Tensor, dlogits: torch.Tensor | None) -> None:

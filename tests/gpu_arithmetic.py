@@ -1,7 +1,7 @@
-"""Triton's interpreter with what a GPU computes otherwise: exponentials, fused multiply-adds, sums of tensor cores.
+"""Triton's interpreter with what a GPU computes otherwise: exponentials, quotients, fused multiply-adds, tensor cores.
 
 numpy rounds every operation of float32 correctly, and a kernel that is right only then passes on a CPU and fails on a
-GPU. Sources: PTX ISA, ex2.approx (relative error up to 2^-22); Fasi et al. 2021, "Numerical behavior of NVIDIA tensor
+GPU. Sources: PTX ISA, ex2.approx (relative error up to 2^-22) and div.full (2 ulp: a reciprocal, multiplied); Fasi et al. 2021, "Numerical behavior of NVIDIA tensor
 cores" (products exact, sums truncated).
 """
 
@@ -18,11 +18,17 @@ def install(monkeypatch) -> None:
 
     from cosmo_rl.kernels import gemm, linear_kl
 
-    multiply, add, subtract = (getattr(InterpreterBuilder, f"create_f{name}") for name in ("mul", "add", "sub"))
+    multiply, divide, add, subtract = (getattr(InterpreterBuilder, f"create_f{name}")
+                                       for name in ("mul", "div", "add", "sub"))
     dot = InterpreterBuilder.create_dot
 
     def create_exp2(self, arg):
         return self.unary_op(arg, exp2)
+
+    def create_fdiv(self, a, b):  # div_rn is create_precise_divf, and not this
+        if a.data.dtype != np.float32:
+            return divide(self, a, b)
+        return TensorHandle(a.data * (np.float32(1) / b.data), a.dtype.scalar)
 
     def create_fmul(self, a, b):
         out = multiply(self, a, b)
@@ -46,8 +52,8 @@ def install(monkeypatch) -> None:
             return dot(self, a, b, d, *settings)
         return TensorHandle(tensor_core(a.data, b.data, d.data), d.dtype.scalar)
 
-    for name, method in (("exp2", create_exp2), ("fmul", create_fmul), ("fadd", contracted(add, 1)),
-                         ("fsub", contracted(subtract, -1)), ("dot", create_dot)):
+    for name, method in (("exp2", create_exp2), ("fmul", create_fmul), ("fdiv", create_fdiv),
+                         ("fadd", contracted(add, 1)), ("fsub", contracted(subtract, -1)), ("dot", create_dot)):
         monkeypatch.setattr(InterpreterBuilder, f"create_{name}", method)
 
     plain, plain_add = gemm.matmul, gemm.add_matmul

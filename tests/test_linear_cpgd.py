@@ -239,6 +239,19 @@ def test_float16_gradients_survive_small_token_weights(backend):
     torch.testing.assert_close(hidden.grad, leaf.grad, rtol=2e-3, atol=1e-7)
 
 
+@pytest.mark.parametrize("temperature", [1e-5, 1e6])
+def test_float16_gradients_at_any_temperature(temperature, backend):
+    """Those of the logits, which 1 / temperature multiplies, neither overflow nor round to 0."""
+    hidden, weight, targets, _, advantages, token_weights = make_inputs(20, 8, 30)
+    hidden, weight = (t.mul(math.sqrt(temperature)).half().requires_grad_() for t in (hidden, weight))
+    linear_cpgd(hidden, weight, targets, None, advantages, token_weights, temperature=temperature,
+                backend=backend).loss.backward()
+    old = dense_linear_logprob(hidden.detach().double(), weight.detach().double(), targets, temperature)[0]
+    exact = dense_run(hidden, weight, targets, old, advantages, token_weights, torch.float64, temperature)[1:]
+    for leaf, e in zip((hidden, weight), exact, strict=True):
+        assert (leaf.grad - e).norm() < 1e-3 * e.norm()
+
+
 def test_sum_over_any_split(backend):
     hidden, weight, *rest = make_inputs(30, 12, 40)
     whole = weight.clone().requires_grad_()

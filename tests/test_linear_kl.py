@@ -71,8 +71,9 @@ def test_many_tiles(shared, old_d, dtype, backend):
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "two heads"])
 @pytest.mark.usefixtures("as_on_a_gpu", "small_tiles", "poisoned_empty")
 def test_the_rounding_of_a_gpu(shared, dtype):
+    """And none between equal policies, though a GPU's x / x is not always 1."""
     check("triton", make_inputs(70, 40, 200, dtype), dtype, shared=shared, temperature=0.6)
-    hidden, weight = make_inputs(20, 40, 200, dtype)[2:]
+    hidden, weight = make_inputs(60, 40, 200, dtype, apart=0.0)[2:]
     assert (linear_kl(hidden, weight, hidden, weight.clone(), temperature=0.6, backend="triton") == 0).all()
 
 
@@ -141,6 +142,16 @@ def test_float16_gradients_survive_small_coefficients(backend):
     # The result itself is float16: half of its smallest number, 6e-8.
     torch.testing.assert_close(*found, rtol=2e-3, atol=3e-8 / 1e-6)
     assert (found[1].abs() > 1).any()
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1e6])
+def test_float16_gradients_at_any_temperature(temperature, backend):
+    """Those of the logits, which 1 / temperature multiplies, neither overflow nor round to 0."""
+    inputs = [t.mul(math.sqrt(temperature)).half() for t in make_inputs(20, 16, 90, apart=1.0)]
+    found = run(linear_kl, inputs, torch.float16, temperature=temperature, backend=backend)
+    exact = run(dense_linear_kl, inputs, torch.float64, temperature=temperature)
+    for a, e in zip(found, exact, strict=True):
+        assert (a - e).norm() < 1e-3 * e.norm()
 
 
 def test_any_layout(backend):

@@ -280,6 +280,18 @@ def test_float16_gradients_survive_small_coefficients(backend):
     assert (found[1].abs() > 1).any()
 
 
+@pytest.mark.parametrize("temperature", [1e-5, 1e6])
+def test_float16_gradients_at_any_temperature(temperature, backend):
+    """Those of the logits, which 1 / temperature multiplies, neither overflow nor round to 0."""
+    hidden, weight, targets = make_inputs(20, 16, 90)
+    hidden, weight = (t.mul(math.sqrt(temperature)).half() for t in (hidden, weight))
+    found, exact = (run(function, hidden, weight, targets, temperature, None, dtype, **keywords)[2:] for
+                    function, dtype, keywords in ((linear_logprob, torch.float16, {"backend": backend}),
+                                                  (dense_linear_logprob, torch.float64, {})))
+    for a, e in zip(found, exact, strict=True):
+        assert (a - e).norm() < 1e-3 * e.norm()
+
+
 def test_bias_bans_tokens(backend, small_tiles):
     """-1e30 gives the softmax over the other tokens, at any temperature, and no gradient to the banned row."""
     hidden, weight, targets = make_inputs(40, 8, 200, ignore=False)
