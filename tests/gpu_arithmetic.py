@@ -1,8 +1,8 @@
 """Triton's interpreter with what a GPU computes otherwise: exponentials, quotients, fused multiply-adds, tensor cores.
 
 numpy rounds every operation of float32 correctly, and a kernel that is right only then passes on a CPU and fails on a
-GPU. Sources: PTX ISA, ex2.approx (relative error up to 2^-22) and div.full (2 ulp: a reciprocal, multiplied); Fasi et al. 2021, "Numerical behavior of NVIDIA tensor
-cores" (products exact, sums truncated).
+GPU. Sources: PTX ISA, ex2.approx (relative error up to 2^-22) and div.full (2 ulp: a reciprocal, multiplied); Fasi et
+al. 2021, "Numerical behavior of NVIDIA tensor cores" (products exact, sums truncated).
 """
 
 import numpy as np

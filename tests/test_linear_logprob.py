@@ -88,8 +88,10 @@ def test_many_tiles(dtype, backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.usefixtures("as_on_a_gpu", "small_tiles", "poisoned_empty")
 def test_the_rounding_of_a_gpu(dtype):
-    """At a temperature that divides with a rounding; no log-prob above 0 and no entropy below it."""
-    check("triton", make_inputs(80, 40, 330, dtype), dtype, 0.6, torch.randn(330))
+    """At a temperature that divides with a rounding; of rows that are sure of their target no log-prob is above 0."""
+    hidden, weight, targets = make_inputs(80, 40, 330, dtype)
+    hidden[10:50] = weight[targets[10:50].clamp(min=0)] * 2
+    check("triton", (hidden, weight, targets), dtype, 0.6, torch.randn(330))
 
 
 @pytest.mark.parametrize("upstream", ["logprobs", "entropy"])
@@ -126,6 +128,20 @@ def test_any_number_of_programs(programs, monkeypatch):
     monkeypatch.setattr(module, "forward_tiles", lambda *_: Tiles(16, 32, 16, 4, 2, group=2))
     assert plan_splits(3, 6, programs)[0] == {1: 1, 2: 2, 50: 6}[programs]
     check("triton", make_inputs(40, 16, 190, torch.float16), torch.float16)
+
+
+@pytest.mark.parametrize("vocab", [31, 65, 96])
+@pytest.mark.usefixtures("interpreter")
+def test_edges_of_tiles(vocab, monkeypatch):
+    """Targets at both ends of each tile, and a last tile that lacks one column, has one, or is whole."""
+    tiles, edges = Tiles(16, 32, 16, 4, 2, group=2), [0, 31, 32, 63, 64, vocab - 1]
+    monkeypatch.setattr(module, "forward_tiles", lambda *_: tiles)
+    monkeypatch.setattr(module, "ROW_BLOCK", 32)
+    hidden, weight, targets = make_inputs(18, 16, vocab, ignore=False)
+    targets = torch.tensor(edges * 3).clamp(max=vocab - 1)
+    bias = torch.randn(vocab) - 20  # a column beyond the edge, whose logit is 0, would have all the mass
+    for rows in (slice(0, 18), slice(1, 2), slice(2, 3)):  # many targets in a tile, and one alone
+        check("triton", (hidden[rows], weight, targets[rows]), torch.float32, 0.7, bias)
 
 
 @pytest.mark.parametrize("programs", [1, 3, 108, 132])
