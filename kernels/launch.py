@@ -146,7 +146,7 @@ def check_head(hidden: torch.Tensor, weight: torch.Tensor, names: tuple[str, str
 
 
 def check_bias(bias: torch.Tensor | None, weight: torch.Tensor, values: bool) -> None:
-    """bias (V,) float32, finite: -inf would give 0 * inf in the entropy, so a banned token has -1e30."""
+    """bias (V,) float32, of at most 1e31: -inf gives 0 * inf in the entropy, the lowest float32 overflows to it."""
     if bias is None:
         return
     require(bias.shape == weight.shape[:1],
@@ -154,7 +154,7 @@ def check_bias(bias: torch.Tensor | None, weight: torch.Tensor, values: bool) ->
     require(bias.dtype == torch.float32, f"bias has dtype {bias.dtype}; give torch.float32")
     require(bias.device == weight.device, f"bias is on {bias.device} and weight on {weight.device}; move the bias")
     if values:
-        _check_finite("bias", bias, "-1e30 to ban a token")
+        _check_size("bias", bias, 1e31, "-1e30 to ban a token")
 
 
 def check_targets(targets: torch.Tensor, hidden: torch.Tensor, vocab_size: int, values: bool) -> None:
@@ -178,7 +178,7 @@ def check_vector(name: str, vector: torch.Tensor, size: int, device: torch.devic
     require(vector.dtype in STATISTIC_DTYPES, f"{name} has dtype {vector.dtype}; give one of {STATISTIC_DTYPES}")
     require(vector.device == device, f"{name} is on {vector.device} and the log-probs on {device}; move it there")
     if finite:
-        _check_finite(name, vector, "finite values")
+        _check_size(name, vector, torch.finfo(vector.dtype).max, "finite values")
 
 
 def check_clip(clip_eps_low: float | torch.Tensor, clip_eps_high: float | torch.Tensor, drift_coef: float,
@@ -197,8 +197,8 @@ def check_clip(clip_eps_low: float | torch.Tensor, clip_eps_high: float | torch.
     require(drift_clip >= 0, f"drift_clip is {drift_clip}; give a value of at least 0")
 
 
-def _check_finite(name: str, vector: torch.Tensor, mend: str) -> None:
-    bad = ~torch.isfinite(vector)
+def _check_size(name: str, vector: torch.Tensor, most: float, mend: str) -> None:
+    bad = ~(vector.abs() <= most)  # of NaN too
     if bad.any():
         at = int(bad.nonzero()[0])
         raise ValueError(f"{name}[{at}] is {float(vector[at])}; give {mend}")

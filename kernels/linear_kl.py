@@ -251,7 +251,7 @@ def linear_kl(old_hidden: torch.Tensor, old_weight: torch.Tensor, hidden: torch.
         old_hidden: (N, D'), old_weight: (V, D'): the old policy, float32, float16 or bfloat16; no gradient.
         hidden: (N, D), weight: (V, D): the policy in training, same N, V, dtype and device as the old one.
         temperature: above 0, of both policies.
-        bias: (V,) float32, finite, added to both policies' logits before the division; no gradient.
+        bias: (V,) float32, at most 1e31 in size, added to both policies' logits before the division; no gradient.
         backend: None takes Triton on CUDA and the PyTorch reference elsewhere; "triton" and "torch" force one.
     Returns:
         (N,) float32, nats, >= 0, gradients to hidden and weight; exactly 0 for equal heads and hidden states.

@@ -385,7 +385,7 @@ def linear_logprob(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Te
         weight: (V, D), dtype and device of `hidden`.
         targets: (N,) int64 in [0, V); `IGNORE_INDEX` (-100) gives log-prob 0, entropy 0, lse 0 and no gradient.
         temperature: above 0, unitless.
-        bias: (V,) float32, finite, added before the division by the temperature; -1e30 bans a token.
+        bias: (V,) float32, at most 1e31 in size, added before the division by the temperature; -1e30 bans a token.
         backend: None takes Triton on CUDA and the PyTorch reference elsewhere; "triton" and "torch" force one.
         check: read the values of targets and bias; None: on CPU tensors only. Unchecked, a target out of range gives
             NaN, never a read out of bounds.

@@ -417,6 +417,7 @@ def bad_calls():
     yield "bias shape", dict(bias=torch.zeros(9)), r"\(9,\).*\(10, 8\)"
     yield "bias dtype", dict(bias=torch.zeros(10).half()), "torch.float16"
     yield "bias infinite", dict(bias=torch.full((10,), -math.inf)), r"bias\[0\] is -inf.*-1e30"
+    yield "bias lowest", dict(bias=torch.full((10,), torch.finfo(torch.float32).min)), r"bias\[0\] is -3\.4.*-1e30"
     for value in (0.0, -1.0, math.nan, math.inf):
         yield f"temperature {value}", dict(temperature=value), str(value)
     yield "unknown backend", dict(backend="cuda"), "'cuda'.*'torch'"
