@@ -9,7 +9,7 @@ not used. What is printed goes to bench/results/gate-GPU.log too, and with the t
 Where torch and transformers are there already, these fill wheels/ (5 MB) for the run, and for the peers without CuTe:
 
     pip download --no-deps --only-binary=:all: --python-version 3.12 -d wheels tyro typeguard docstring-parser \\
-        datasets dill multiprocess easy-vqa liger-kernel==0.8.5 cut-cross-entropy==25.1.1 verl==0.9.1 trl==1.16.0
+        easy-vqa liger-kernel==0.8.5 cut-cross-entropy==25.1.1 verl==0.9.1 trl==1.16.0
 
 Exit status: 0 if no step failed (a skipped step is named, and is not a pass), 1 if one failed, 2 without a GPU.
 """
@@ -41,7 +41,7 @@ GRACE_S = 5
 """Between interrupt and kill: pytest then tells what has failed so far."""
 TABLE_S = 40
 """Kept of a benchmark's time for the measurement in progress and the table."""
-NEEDED = {"tyro": "tyro", "datasets": "datasets", "easy_vqa": "easy-vqa"}
+NEEDED = {"tyro": "tyro", "easy_vqa": "easy-vqa"}
 """Import name and distribution of what train.py needs beyond torch and transformers."""
 
 

@@ -17,13 +17,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset, load_from_disk
 
 from .schema import RowError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 ROW_KINDS = (".jsonl", ".parquet")
 KINDS = (*ROW_KINDS, ".json", ".csv", ".tsv")
@@ -318,7 +320,7 @@ def _object_without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return obj
 
 
-def _load_saved(path: Path) -> Dataset | None:
+def _load_saved(path: Path) -> "Dataset | None":
     """The data set of a folder; None for one of 0 rows, which has no Arrow file."""
     if (path / "dataset_dict.json").exists():
         splits = ", ".join(sorted(p.name for p in path.iterdir() if p.is_dir()))
@@ -326,6 +328,8 @@ def _load_saved(path: Path) -> Dataset | None:
     if not is_saved_dataset(path):
         raise RowError(str(path), "", "the folder is not a Hugging Face dataset (state.json and dataset_info.json)",
                        "write it with Dataset.save_to_disk, or name row files")
+    from datasets import Dataset, load_from_disk  # here: it takes a run without one most of a second
+
     try:
         dataset = load_from_disk(path)
     except IndexError:  # what `datasets` does with it

@@ -89,8 +89,8 @@ def test_a_row_of_a_changed_file_is_an_error_and_the_others_are_not(files):
 
 
 def test_a_row_costs_few_bytes(tmp_path):
-    """20,000 rows of about 450 bytes; as objects they took about 2 KiB each."""
-    count = 20_000
+    """10,000 rows of about 450 bytes; as objects they took about 2 KiB each."""
+    count = 10_000
     with open(tmp_path / "a.jsonl", "w") as file:
         for i in range(count):
             file.write(json.dumps(record(i, chosen=f"the answer is {i} " * 15)) + "\n")
