@@ -79,8 +79,13 @@ def run(command: list[str], environment: dict[str, str], limit: float, log: Text
         Failed: it ran longer than `limit` seconds, and was interrupted, then killed with all its children.
     """
     say(f"$ {' '.join(command)}", log)
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               start_new_session=True)
+    # A shell's background jobs ignore it, and their children would inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                   start_new_session=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert process.stdout is not None
     output = process.stdout
     os.set_blocking(output.fileno(), False)
