@@ -12,10 +12,11 @@ import argparse
 import csv
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import harness
 import inputs
@@ -37,19 +38,6 @@ CHUNKS = [(512, 4096, 8), (256, 4096, 8), (1024, 4096, 8), (512, 8192, 16), (512
 COLUMNS: tuple[str, ...] = (
     "date", "commit", "kernels", "gpu", "driver", "torch", "cuda", "triton", "head", "tokens", "kernel",
     "configuration", "status", "ms", "ms_p20", "ms_p80", "tflops")
-
-
-@contextmanager
-def patched(*settings: tuple[Any, str, Any]) -> Iterator[None]:
-    """Module attributes replaced inside."""
-    before = [(module, name, getattr(module, name)) for module, name, _ in settings]
-    try:
-        for module, name, value in settings:
-            setattr(module, name, value)
-        yield
-    finally:
-        for module, name, value in before:
-            setattr(module, name, value)
 
 
 def tile_settings(module: Any, name: str, configuration: tuple) -> list[tuple[Any, str, Any]]:
@@ -131,7 +119,9 @@ def main(arguments: list[str]) -> int:
                 for configuration in configurations:
                     if time.monotonic() - started > options.deadline:
                         break
-                    with patched(*settings(configuration)):
+                    with ExitStack() as stack:
+                        for setting in settings(configuration):
+                            stack.enter_context(mock.patch.object(*setting))
                         row = measure(call, expected, watch, options.repeats)
                     if "ms" in row:
                         row["tflops"] = 2 * tokens * dim * vocab * units / row["ms"] / 1e9

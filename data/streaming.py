@@ -12,6 +12,7 @@ import os
 import re
 import tempfile
 import weakref
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -72,7 +73,7 @@ def read_records(path: Path, *, kinds: tuple[str, ...] = ROW_KINDS, option: str 
             yield from {".json": _json_list, ".csv": _cells, ".tsv": _cells}[path.suffix](path)
 
 
-class RowFile:
+class RowFile(ABC):
     """A file or folder of records, read in order once, and then by place.
 
     Every process opens it for itself. Reading by place moves no shared position, so threads and forks may do it.
@@ -89,12 +90,12 @@ class RowFile:
         self._files = sorted(os.path.abspath(file) for file in files)
         self._stamps = _stamps(self._files)
 
+    @abstractmethod
     def scan(self) -> Iterator[Found]:
         """Every record, with its number (the line of a .jsonl file, else its place from 1) and where it lies.
 
         A line that is no record comes as the RowError that says so, and the next line follows.
         """
-        raise NotImplementedError
 
     def read(self, first: int, second: int) -> Any:
         """The record at a place that `scan` gave.
@@ -112,8 +113,9 @@ class RowFile:
         with _named_errors(self.path):
             return self._read(first, second)
 
+    @abstractmethod
     def _read(self, first: int, second: int) -> Any:
-        raise NotImplementedError
+        """`read`, of files that are as they were."""
 
 
 class JsonLines(RowFile):
@@ -328,7 +330,7 @@ def _load_saved(path: Path) -> "Dataset | None":
     if not is_saved_dataset(path):
         raise RowError(str(path), "", "the folder is not a Hugging Face dataset (state.json and dataset_info.json)",
                        "write it with Dataset.save_to_disk, or name row files")
-    from datasets import Dataset, load_from_disk  # here: it takes a run without one most of a second
+    from datasets import Dataset, load_from_disk  # here: a run without one would start two seconds later
 
     try:
         dataset = load_from_disk(path)

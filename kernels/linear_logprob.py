@@ -45,8 +45,6 @@ class Tiles:
 
 RAGGED = Tiles(64, 128, 32, num_warps=8, num_stages=2)
 """16-bit rows that neither TMA nor a vector load can read; larger tiles would spill."""
-
-
 ROW_BLOCK, ROW_WARPS = 4096, 8
 """Columns that a program of a kernel over rows of logits reads at a time, and its warps."""
 

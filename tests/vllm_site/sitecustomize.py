@@ -20,10 +20,10 @@ class _BeforeTorchvision(MetaPathFinder):
         if fullname == "torchvision":
             sys.meta_path.remove(self)
             if "+" not in version("torchvision"):  # built for this torch: it has its operators
-                import torch
+                from torch import library
 
                 for name in ("nms", "qnms"):
-                    torch.library.define(f"torchvision::{name}", "(Tensor boxes, Tensor scores, float iou) -> Tensor")
+                    library.define(f"torchvision::{name}", "(Tensor boxes, Tensor scores, float iou) -> Tensor")
         return None
 
 
