@@ -11,6 +11,8 @@ REINFORCE++ arXiv:2501.03262 (whitened per response here).
 import numpy as np
 from numpy.typing import ArrayLike
 
+from cosmo_rl.data.errors import UserError
+
 DEGENERATE_SPAN = 1e-6
 """Rewards that differ by at most this are equal: the mean of eight 0.9 is not 0.9, and 1/std would blow that up."""
 
@@ -27,18 +29,18 @@ def group_advantages(rewards: ArrayLike, groups: ArrayLike, *, estimator: str = 
     Returns:
         (S,) float64; 0 for failed responses and for one that is alone in its group.
     Raises:
-        ValueError: shapes disagree, a reward is infinite, or an unknown estimator or weight.
+        UserError: shapes disagree, a reward is infinite, or an unknown estimator or weight.
     """
     rewards, groups = np.asarray(rewards, dtype=np.float64), np.asarray(groups)
     if rewards.ndim != 1 or rewards.shape != groups.shape:
-        raise ValueError(f"rewards has shape {rewards.shape} and groups {groups.shape}; give (S,) for both")
+        raise UserError(f"rewards has shape {rewards.shape} and groups {groups.shape}; give (S,) for both")
     if np.isinf(rewards).any():
         at = int(np.isinf(rewards).argmax())
-        raise ValueError(f"rewards[{at}] is {rewards[at]}; give a finite reward, or NaN for a failed response")
+        raise UserError(f"rewards[{at}] is {rewards[at]}; give a finite reward, or NaN for a failed response")
     if estimator not in ("cpgd", "grpo", "ppo", "rloo", "reinforce_pp"):
-        raise ValueError(f"estimator is {estimator!r}; give 'cpgd', 'grpo', 'ppo', 'rloo' or 'reinforce_pp'")
+        raise UserError(f"estimator is {estimator!r}; give 'cpgd', 'grpo', 'ppo', 'rloo' or 'reinforce_pp'")
     if weight not in ("std", "clip_filter", "equal"):
-        raise ValueError(f"weight is {weight!r}; give 'std', 'clip_filter' or 'equal'")
+        raise UserError(f"weight is {weight!r}; give 'std', 'clip_filter' or 'equal'")
 
     valid = np.flatnonzero(~np.isnan(rewards))
     baselines = np.zeros_like(groups) if estimator == "reinforce_pp" else groups

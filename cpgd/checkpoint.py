@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from cosmo_rl.data.disk import fsync
+from cosmo_rl.data.errors import UserError
 from cosmo_rl.model.parallel import rank, world
 
 from .rundir import together, write_atomic
@@ -56,7 +57,7 @@ def save(
     Returns:
         The checkpoint's folder. A step that `latest` names already is not written again.
     Raises:
-        ValueError: on every rank, when any rank cannot write (disk full, permissions). Earlier checkpoints are kept.
+        UserError: on every rank, when any rank cannot write (disk full, permissions). Earlier checkpoints are kept.
     """
     folder = Path(folder)
     target, temp = folder / f"step-{step:06d}", folder / f".tmp-{step:06d}"
@@ -68,7 +69,7 @@ def save(
             try:
                 return None if main_only and rank() else action()
             except OSError as error:
-                raise ValueError(_cannot_write(target, error)) from error
+                raise UserError(_cannot_write(target, error)) from error
 
         return together(guarded)
 
@@ -86,7 +87,7 @@ def save(
         }
         manifest = {name: entry for part in sums if part for name, entry in part.items()}
         attempt(lambda: _commit(temp, target, rest, manifest), main_only=True)
-    except ValueError:
+    except UserError:
         if rank() == 0:
             shutil.rmtree(temp, ignore_errors=True)
         raise
@@ -106,7 +107,7 @@ def load_latest(folder: str | Path, policy: nn.Module, optimizer: torch.optim.Op
     Returns:
         {"step": int, **state} as given to `save`, or None when there is no checkpoint.
     Raises:
-        ValueError: on every rank, when the checkpoint misses a file, is damaged, or does not fit the policy.
+        UserError: on every rank, when the checkpoint misses a file, is damaged, or does not fit the policy.
     """
     folder = Path(folder)
     path = together(lambda: None if rank() else _latest(folder))[0]
@@ -119,7 +120,7 @@ def load_latest(folder: str | Path, policy: nn.Module, optimizer: torch.optim.Op
         dcp_load(tensors, storage_reader=HuggingFaceStorageReader(path=str(path)))
     except CheckpointException as error:  # a BaseException, raised on all ranks
         causes = "; ".join(str(cause) for cause, _ in error.failures.values())
-        raise ValueError(_does_not_fit(path, causes)) from None
+        raise UserError(_does_not_fit(path, causes)) from None
     if rank() < len(saved["rng"]):
         _set_rng_state(saved["rng"][rank()])
     return {**saved["state"], "step": saved["step"]}
@@ -156,7 +157,7 @@ def _targets(
                 optimizer.state.pop(parameter, None)
     tensors, present = _tensors(policy, optimizer)
     if missing := steps.keys() - present.keys():
-        raise ValueError(_does_not_fit(path, f"it has no trained parameter {min(missing)}"))
+        raise UserError(_does_not_fit(path, f"it has no trained parameter {min(missing)}"))
     return tensors
 
 
@@ -208,19 +209,19 @@ def _checksums(paths: list[Path]) -> dict[str, dict[str, int]]:
 
 
 def _verify(path: Path) -> None:
-    """Raise ValueError unless the files that fall to this rank are there and whole."""
+    """Raise UserError unless the files that fall to this rank are there and whole."""
     mend = _mend(path.parent, path.name)
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         for file in _share([path / name for name in sorted(manifest)]):
             if _checksums([file])[file.name] != manifest[file.name]:
-                raise ValueError(f"{file} is damaged: {mend}")
+                raise UserError(f"{file} is damaged: {mend}")
     except FileNotFoundError as error:
-        raise ValueError(f"checkpoint file {error.filename} is missing: {mend}") from error
+        raise UserError(f"checkpoint file {error.filename} is missing: {mend}") from error
     except OSError as error:
-        raise ValueError(f"cannot read {error.filename}: {error.strerror}; {mend}") from error
+        raise UserError(f"cannot read {error.filename}: {error.strerror}; {mend}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path / 'manifest.json'} is damaged: {mend}") from error
+        raise UserError(f"{path / 'manifest.json'} is damaged: {mend}") from error
 
 
 def _complete(folder: Path) -> list[Path]:
@@ -240,7 +241,7 @@ def _latest(folder: Path) -> Path | None:
     name = pointer.read_text(encoding="utf-8", errors="replace").strip()
     path = folder / name
     if not re.fullmatch(r"step-\d+", name) or not path.is_dir():
-        raise ValueError(f"{pointer} names {name!r}, which is not there: {_mend(folder, name)}")
+        raise UserError(f"{pointer} names {name!r}, which is not there: {_mend(folder, name)}")
     return path
 
 

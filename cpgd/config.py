@@ -12,6 +12,7 @@ from operator import getitem
 from typing import Literal
 
 from cosmo_rl.data.endpoint_spec import ACTIVATION, GRADED, Option, Server, check_shared, parse_server
+from cosmo_rl.data.errors import UserError
 
 FREE = ("run_dir", "resume", "eval.guard", "eval.guard_drop", "reward.judge_cache")
 """Fields that a resumed run may change: its place, how it resumes, what a measurement stops, where verdicts lie."""
@@ -19,7 +20,7 @@ FREE = ("run_dir", "resume", "eval.guard", "eval.guard_drop", "reward.judge_cach
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
-        raise ValueError(message)
+        raise UserError(message)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +82,7 @@ class DataConfig:
             try:
                 out[name] = float(share)
             except ValueError as error:
-                raise ValueError(f"--data.mix holds {entry!r}; write DOMAIN=SHARE, as safety=0.75") from error
+                raise UserError(f"--data.mix holds {entry!r}; write DOMAIN=SHARE, as safety=0.75") from error
             _require(0 <= out[name] < float("inf"), f"--data.mix holds {entry!r}; give a share of at least 0")
         return out
 
@@ -158,7 +159,7 @@ class Place:
 
 
 def parse_place(entry: str) -> Place:
-    """The Place of "NAME=URL,MODEL[,OPTION=VALUE...]"; raises ValueError as `parse_server` does."""
+    """The Place of "NAME=URL,MODEL[,OPTION=VALUE...]"; raises UserError as `parse_server` does."""
     judge, _, rest = entry.partition("=")
     _require(judge in JUDGES, f"there is no judge {judge[:40]!r}; use one of {', '.join(JUDGES)}, as NAME=URL,MODEL")
     server = parse_server(rest, f"judge {judge}", JUDGES[judge])
@@ -197,7 +198,7 @@ class RewardConfig:
         """`judges`, read.
 
         Raises:
-            ValueError: an entry is wrong, a judge is named twice, or two of one server ask it in different ways.
+            UserError: an entry is wrong, a judge is named twice, or two of one server ask it in different ways.
         """
         found: dict[str, Place] = {}
         for place in map(parse_place, self.judges):

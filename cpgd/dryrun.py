@@ -23,6 +23,7 @@ from rich.table import Table
 from cosmo_rl.data.collate import check_prompt, plan_microbatches
 from cosmo_rl.data.contamination import DROPPED, Match, find_contaminated
 from cosmo_rl.data.dataset import load_rows
+from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.sampler import PromptSampler
 from cosmo_rl.data.schema import Row, RowError
 from cosmo_rl.data.store import StoredRows, select
@@ -85,7 +86,7 @@ def dry_run(config: Config) -> int:
         path = given_path(config, run) or TINY_PATH
         processor = load_processor(path, config.data.resize_pixels, with_weights=False)
         found = inspect(config, processor, world_size)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
     show(found, config, path, world_size,
@@ -97,7 +98,7 @@ def inspect(config: Config, processor: Processor, world_size: int) -> Findings:
     """All that `show` prints.
 
     Raises:
-        ValueError: the preset has no data of its own and none was given.
+        UserError: the preset has no data of its own and none was given.
     """
     found = Findings()
     rows = _good_rows(config, processor, found)
@@ -111,7 +112,7 @@ def inspect(config: Config, processor: Processor, world_size: int) -> Findings:
     try:
         found.shares = mixture(config, found.domains)
         sampler = PromptSampler(found.domains, found.shares, config.seed)
-    except ValueError as error:
+    except UserError as error:
         found.settings.append(str(error))
         return found
     patches = processor.merge_size**2
@@ -155,7 +156,7 @@ def _good_rows(config: Config, processor: Processor, found: Findings) -> Sequenc
         try:
             found.sizes.append(row_size(row, config, processor))
             good.append(i)
-        except ValueError as error:
+        except UserError as error:
             found.rejected.append(_told(_where(rows, i, row), str(error).removeprefix(f"row {row.id}: ")))
     return rows if len(good) == len(rows) else select(rows, good)
 
@@ -171,7 +172,7 @@ def _check_evaluation(config: Config, processor: Processor, found: Findings) -> 
             for i, row in enumerate(rows):
                 try:
                     check_prompt(row, processor, max_prompt_tokens=config.data.max_prompt_tokens)
-                except ValueError as error:
+                except UserError as error:
                     found.rejected.append(_told(_where(rows, i, row), str(error).removeprefix(f"row {row.id}: ")))
     if not config.data.path:  # else _good_rows told of them
         found.rejected += [Rejected(*_parts(error)) for error in errors]
@@ -184,7 +185,7 @@ def _rewarded(rows: Sequence[Row], config: Config, found: Findings) -> Sequence[
     without: list[tuple[int, str]] = []
     try:
         _, judging, _ = build_rewards(replace(config.reward, judge_cache=""), rows, without)
-    except ValueError as error:
+    except UserError as error:
         found.settings.append(str(error))
         return rows
     if judging:

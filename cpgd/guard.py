@@ -13,6 +13,8 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from cosmo_rl.data.errors import UserError
+
 from .config import EvalConfig
 from .evaluation import MEASURES, Answered
 
@@ -22,7 +24,7 @@ ROUNDING = 1e-9
 """0.80 - 0.75 is more than 0.05 in floating point."""
 
 
-class GuardError(ValueError):
+class GuardError(UserError):
     """What the guard watches has fallen too far."""
 
 
@@ -43,7 +45,7 @@ class Guard:
         Returns:
             {"guard": {name: {"before", "now"}}} of all that is down, for evals.jsonl; {} when nothing is.
         Raises:
-            ValueError: `stop`, and there are no rows to watch.
+            UserError: `stop`, and there are no rows to watch.
         """
         if self.config.guard == "off":
             return {}
@@ -83,7 +85,7 @@ class Guard:
         self.baseline = numbers
         if not numbers:
             if self.config.guard == "stop":
-                raise ValueError(no_rows("stop"))
+                raise UserError(no_rows("stop"))
             logger.warning("%s", no_rows(self.config.guard))
         elif step:
             logger.warning("--eval.guard: not measured before training; later numbers are held against step %d", step)

@@ -27,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from cosmo_rl.data.disk import fsync
+from cosmo_rl.data.errors import UserError
 
 from .batch import Sample
 from .rundir import write_atomic
@@ -68,7 +69,7 @@ def read_metrics(path: str | Path) -> list[dict]:
 
     A last line without its newline was cut off by a kill and is left out.
     Raises:
-        ValueError: a line is not JSON.
+        UserError: a line is not JSON.
     """
     path = Path(path)
     if not path.exists():
@@ -79,7 +80,7 @@ def read_metrics(path: str | Path) -> list[dict]:
         try:
             lines.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not JSON ({error.msg}); restore the file or remove the line") from error
+            raise UserError(f"{path}:{number}: not JSON ({error.msg}); restore the file or remove the line") from error
     return lines
 
 
@@ -161,7 +162,7 @@ class MetricsWriter:
             with path.open("a", encoding="utf-8") as file:
                 file.write("".join(_line(row) for row in rows))
         except OSError as error:
-            raise ValueError(f"cannot write {path}: {error.strerror or error}; free space, then repeat the command "
+            raise UserError(f"cannot write {path}: {error.strerror or error}; free space, then repeat the command "
                              "to continue from the last checkpoint") from error
 
     def _show(self, values: dict) -> None:

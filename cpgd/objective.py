@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
+from cosmo_rl.data.errors import UserError
 from cosmo_rl.kernels.cpgd_objective import cpgd_objective
 
 from .config import ObjectiveConfig
@@ -36,17 +37,17 @@ def token_weights(num_tokens: ArrayLike, groups: ArrayLike, num_prompts: int, ag
     Returns:
         (S,) float64: 1 / (num_prompts * tokens of the group), 1 / (S * tokens of the sequence) or 1 / (all tokens).
     Raises:
-        ValueError: shapes or counts do not fit, or an unknown aggregation.
+        UserError: shapes or counts do not fit, or an unknown aggregation.
     """
     num_tokens, groups = np.asarray(num_tokens, dtype=np.int64), np.asarray(groups)
     if num_tokens.ndim != 1 or num_tokens.shape != groups.shape:
-        raise ValueError(f"num_tokens has shape {num_tokens.shape} and groups {groups.shape}; give (S,) for both")
+        raise UserError(f"num_tokens has shape {num_tokens.shape} and groups {groups.shape}; give (S,) for both")
     if (num_tokens < 1).any():
         at = int((num_tokens < 1).argmax())
-        raise ValueError(f"num_tokens[{at}] is {num_tokens[at]}; a response has at least 1 token")
+        raise UserError(f"num_tokens[{at}] is {num_tokens[at]}; a response has at least 1 token")
     names, index = np.unique(groups, return_inverse=True)
     if num_prompts < len(names):
-        raise ValueError(f"num_prompts is {num_prompts} and groups holds {len(names)}; count each prompt of the update")
+        raise UserError(f"num_prompts is {num_prompts} and groups holds {len(names)}; count each prompt of the update")
     if aggregation == "group":
         per_group = np.bincount(index, weights=num_tokens, minlength=len(names))
         return 1.0 / (num_prompts * per_group[index])
@@ -54,7 +55,7 @@ def token_weights(num_tokens: ArrayLike, groups: ArrayLike, num_prompts: int, ag
         return 1.0 / (len(num_tokens) * num_tokens.astype(np.float64))
     if aggregation == "token":
         return np.full(len(num_tokens), 1.0 / num_tokens.sum()) if len(num_tokens) else np.zeros(0)
-    raise ValueError(f"aggregation is {aggregation!r}; give 'group', 'sequence' or 'token'")
+    raise UserError(f"aggregation is {aggregation!r}; give 'group', 'sequence' or 'token'")
 
 
 def clip_bounds(config: ObjectiveConfig, positions: torch.Tensor, lengths: torch.Tensor):
@@ -118,10 +119,10 @@ def policy_loss(name: str, inputs: LossInputs) -> LossOutputs:
     """Loss of a micro-batch under the objective `name` (formulas at the top of this file), to be minimised.
 
     Raises:
-        ValueError: an unknown name, an entropy bonus without entropy, or what cpgd_objective refuses.
+        UserError: an unknown name, an entropy bonus without entropy, or what cpgd_objective refuses.
     """
     if name not in ("cpgd", "grpo", "ppo", "reinforce_pp", "rloo"):
-        raise ValueError(f"objective is {name!r}; give 'cpgd', 'grpo', 'ppo', 'reinforce_pp' or 'rloo'")
+        raise UserError(f"objective is {name!r}; give 'cpgd', 'grpo', 'ppo', 'reinforce_pp' or 'rloo'")
     old = inputs.logprobs.detach() if inputs.old_logprobs is None else inputs.old_logprobs
     # cpgd's terms, checks included, are computed for every objective: drift and log-ratio are metrics of all.
     terms = cpgd_objective(inputs.logprobs, old, inputs.advantages, clip_eps_low=inputs.clip_eps_low,
@@ -133,7 +134,7 @@ def policy_loss(name: str, inputs: LossInputs) -> LossOutputs:
     total = (inputs.token_weights.double() * loss.double()).sum()
     if inputs.entropy_coef != 0.0:
         if inputs.entropy is None:
-            raise ValueError(f"entropy_coef is {inputs.entropy_coef} and entropy None; give the entropy of each token")
+            raise UserError(f"entropy_coef is {inputs.entropy_coef} and entropy None; give the entropy of each token")
         total = total - inputs.entropy_coef * (inputs.token_weights.double() * inputs.entropy.double()).sum()
     return LossOutputs(loss=total.float(), clipped=clipped, log_ratio=terms.log_ratio, drift=terms.drift)
 

@@ -11,6 +11,8 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
+from cosmo_rl.data.errors import UserError
+
 from .config import (
     BatchConfig,
     CheckpointConfig,
@@ -98,12 +100,12 @@ def recipe(preset: str, stage: int) -> Config:
     """The Config of a preset's stage.
 
     Raises:
-        ValueError: no such preset or stage.
+        UserError: no such preset or stage.
     """
     if preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
+        raise UserError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
     if stage not in (0, 1, 2):
-        raise ValueError(f"unknown stage {stage!r}; choose 0 (SFT), 1 (general) or 2 (safety, value, general)")
+        raise UserError(f"unknown stage {stage!r}; choose 0 (SFT), 1 (general) or 2 (safety, value, general)")
     return tiny(stage) if preset == "tiny" else full(preset, stage)
 
 
@@ -113,14 +115,14 @@ def mixture(config: Config, domains: Collection[str]) -> dict[str, float]:
     Args:
         domains: that the data has; some come several times.
     Raises:
-        ValueError: the recipe's own mix leaves out a domain of the data.
+        UserError: the recipe's own mix leaves out a domain of the data.
     """
     shares, present = config.data.shares(), set(domains)
     if config.preset == "tiny" or config.data.mix != recipe(config.preset, config.stage).data.mix:
         return shares
     unnamed, absent = sorted(present - shares.keys()), sorted(shares.keys() - present)
     if unnamed and shares:
-        raise ValueError(f"the mixture of preset {config.preset}, stage {config.stage} has no share for domain "
+        raise UserError(f"the mixture of preset {config.preset}, stage {config.stage} has no share for domain "
                          f"{', '.join(unnamed)} of the rows; give --data.mix (with nothing after it: as the rows come)")
     if absent:
         logger.warning("no rows for %s, which the recipe mixes in; the other domains share their part",
@@ -161,5 +163,5 @@ def _parse(args: Sequence[str], prog: str, parse: Callable[[Config, dict[str, An
             first.add_argument("--preset", default="tiny")
             chosen, _ = first.parse_known_args(args)
             return parse(recipe(chosen.preset, chosen.stage), {"args": list(args), "prog": prog})
-        except ValueError as error:
+        except UserError as error:
             sys.exit(1 if quiet else f"{prog}: {error}")

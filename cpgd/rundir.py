@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 from cosmo_rl.data.disk import fsync
+from cosmo_rl.data.errors import UserError
 
 from .config import Config, identity
 
@@ -48,7 +49,7 @@ def together(action: Callable[[], T]) -> list[T]:
     Returns:
         The value of each rank, by rank. Works without torch.distributed too: one value.
     Raises:
-        ValueError: on every rank, the message of the first rank whose action raised ValueError, so that none hangs; on
+        UserError: on every rank, the message of the first rank whose action raised UserError, so that none hangs; on
             that rank the error itself.
     """
     from torch import distributed  # here, not above: train.py imports this module before torch, see die_with_parent
@@ -56,7 +57,7 @@ def together(action: Callable[[], T]) -> list[T]:
     value, problem = None, None
     try:
         value = action()
-    except ValueError as error:
+    except UserError as error:
         problem = error
     mine = (value, None if problem is None else str(problem))
     outcomes = [mine]
@@ -65,7 +66,7 @@ def together(action: Callable[[], T]) -> list[T]:
         distributed.all_gather_object(outcomes, mine)
     for _, found in outcomes:
         if found is not None:
-            raise problem if problem is not None and str(problem) == found else ValueError(found)
+            raise problem if problem is not None and str(problem) == found else UserError(found)
     return [cast(T, value) for value, _ in outcomes]
 
 
@@ -73,7 +74,7 @@ def on_main(action: Callable[[], object]) -> None:
     """Run `action` on rank 0; all ranks must call it.
 
     Raises:
-        ValueError: on every rank, what `action` raised as ValueError or, for a full disk or a missing right, OSError.
+        UserError: on every rank, what `action` raised as UserError or, for a full disk or a missing right, OSError.
     """
     from torch import distributed  # late, as in `together`
 
@@ -83,7 +84,7 @@ def on_main(action: Callable[[], object]) -> None:
         try:
             action()
         except OSError as error:
-            raise ValueError(
+            raise UserError(
                 f"cannot write {error.filename or 'the run directory'}: {error.strerror or error}; free space or make "
                 "it writable, then repeat the command to continue from the last checkpoint"
             ) from error
@@ -95,7 +96,7 @@ def write_atomic(path: Path, text: str) -> None:
     """Replace `path` by `text` (UTF-8): after a crash it holds the old content or the new, never a part.
 
     Raises:
-        ValueError: it cannot be written (disk full, permissions).
+        UserError: it cannot be written (disk full, permissions).
     """
     beside = path.with_name(f".{path.name}.tmp")
     try:
@@ -105,7 +106,7 @@ def write_atomic(path: Path, text: str) -> None:
         fsync(path.parent)
     except OSError as error:
         beside.unlink(missing_ok=True)
-        raise ValueError(
+        raise UserError(
             f"cannot write {path}: {error.strerror or error}; free space or make its folder writable, then repeat the "
             "command"
         ) from error
@@ -132,7 +133,7 @@ class RunDir:
         resume: "auto" or "never".
         wait_s: how long to wait for the lock, in seconds (a killed run's workers need a moment to die).
     Raises:
-        ValueError: on every rank, when the folder cannot be written, is held by another run, is not empty under
+        UserError: on every rank, when the folder cannot be written, is held by another run, is not empty under
             "never", or belongs to a run with other settings that has trained (all of them named, with both values).
     """
 
@@ -159,11 +160,11 @@ class RunDir:
             self._claim(config, resume)
         except OSError as error:
             self.close()
-            raise ValueError(
+            raise UserError(
                 f"cannot write to run directory {self.path}: {error.strerror or error}; make it writable or give "
                 "another --run-dir"
             ) from error
-        except ValueError:
+        except UserError:
             self.close()
             raise
         return (self.stage_dir / "report.json").exists()
@@ -180,7 +181,7 @@ class RunDir:
                     time.sleep(0.1)
                     continue
                 holder = os.pread(self._lock, 200, 0).decode(errors="replace").strip() or "another process"
-                raise ValueError(
+                raise UserError(
                     f"run directory {self.path} is in use by {holder} (waited {wait_s:g} s); wait for that run, stop "
                     "it, or give another --run-dir"
                 ) from None
@@ -191,7 +192,7 @@ class RunDir:
         present = sorted(entry.name for entry in self.stage_dir.iterdir() if not entry.name.startswith("."))
         saved = self.stage_dir / "config.json"
         if resume == "never" and present:
-            raise ValueError(
+            raise UserError(
                 f"--resume never: {self.stage_dir} is not empty ({', '.join(present[:5])}); give another --run-dir, "
                 "remove the folder, or continue it with --resume auto"
             )
@@ -199,14 +200,14 @@ class RunDir:
             write_atomic(saved, json.dumps(config.to_dict(), indent=2) + "\n")
             return
         if not saved.exists():
-            raise ValueError(
+            raise UserError(
                 f"{self.stage_dir} is not empty ({', '.join(present[:5])}) and has no config.json, so no run can be "
                 "continued there; give another --run-dir or remove the folder"
             )
         try:
             theirs = _flat(identity(json.loads(saved.read_text(encoding="utf-8"))))
         except (ValueError, KeyError, TypeError, AttributeError) as error:  # no JSON, or no such settings
-            raise ValueError(f"{saved} is damaged ({error}); restore it or give another --run-dir") from error
+            raise UserError(f"{saved} is damaged ({error}); restore it or give another --run-dir") from error
         ours = _flat(config.identity())
         absent = "(absent)"
         differing = [
@@ -219,7 +220,7 @@ class RunDir:
             (self.stage_dir / "before.json").unlink(missing_ok=True)
             write_atomic(saved, json.dumps(config.to_dict(), indent=2) + "\n")
         elif differing:
-            raise ValueError(
+            raise UserError(
                 f"{self.stage_dir} belongs to a run with other settings: {'; '.join(differing)}. Repeat its settings "
                 "to continue it, give another --run-dir, or remove the folder"
             )

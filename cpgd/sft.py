@@ -7,6 +7,7 @@ import torch
 
 from cosmo_rl.data.collate import EncodedPrompt
 from cosmo_rl.data.collate import Sequence as TokenSequence
+from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.schema import Row
 from cosmo_rl.model.load import Processor
 
@@ -18,14 +19,14 @@ def chosen_ids(row: Row, processor: Processor) -> np.ndarray:
     """(L,) int64, the tokens of `chosen` and the end of the turn.
 
     Raises:
-        ValueError: there is none, or it holds a special token.
+        UserError: there is none, or it holds a special token.
     """
     if not row.chosen:
-        raise ValueError(f"row {row.id}: stage 0 imitates `chosen`, which is missing; add it or drop the row")
+        raise UserError(f"row {row.id}: stage 0 imitates `chosen`, which is missing; add it or drop the row")
     ids = processor.tokenizer(row.chosen, add_special_tokens=False)["input_ids"]
     banned = set(ids) & {*processor.suppressed_ids.tolist(), *processor.eos_ids}
     if banned:
-        raise ValueError(f"row {row.id}: `chosen` holds the special token "
+        raise UserError(f"row {row.id}: `chosen` holds the special token "
                          f"{processor.tokenizer.convert_ids_to_tokens(min(banned))}; remove it")
     return np.array([*ids, processor.tokenizer.eos_token_id], dtype=np.int64)
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from cosmo_rl.data.collate import check_prompt
 from cosmo_rl.data.contamination import Report, drop_contaminated, find_contaminated, load_evaluation_sets
 from cosmo_rl.data.dataset import load_rows
+from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.mini import mini_rows, mini_texts
 from cosmo_rl.data.schema import Row
 from cosmo_rl.model.load import Processor
@@ -25,7 +26,7 @@ def start_path(config: Config, run: RunDir) -> Path:
     """Folder the stage starts from: --model.path, else the previous stage's hf/ of this run, else the preset's own.
 
     Raises:
-        ValueError: the preset ships no weights and none were given.
+        UserError: the preset ships no weights and none were given.
     """
     found = given_path(config, run.path)
     if found:
@@ -48,7 +49,7 @@ def given_path(config: Config, run: Path) -> Path | None:
     if config.stage > 0 and previous.is_dir():
         return previous
     if config.preset != "tiny":
-        raise ValueError(f"preset {config.preset} has no weights of its own and {previous} does not exist; give a "
+        raise UserError(f"preset {config.preset} has no weights of its own and {previous} does not exist; give a "
                          "local Qwen2.5-VL folder with --model.path")
     return TINY_PATH if config.stage > 0 else None
 
@@ -75,13 +76,13 @@ def row_size(row: Row, config: Config, processor: Processor) -> RowSize:
     """The row's size, from its text and the headers of its images.
 
     Raises:
-        ValueError: its prompt is over --data.max-prompt-tokens, or with the response over --batch.max-tokens; or stage
+        UserError: its prompt is over --data.max-prompt-tokens, or with the response over --batch.max-tokens; or stage
             0 cannot imitate its `chosen`.
     """
     prompt, image = check_prompt(row, processor, max_prompt_tokens=config.data.max_prompt_tokens)
     response = len(chosen_ids(row, processor)) if config.stage == 0 else config.rollout.max_new_tokens
     if prompt + response > config.batch.max_tokens:
-        raise ValueError(f"row {row.id}: a prompt of {prompt} tokens and up to {response} of response do not fit into "
+        raise UserError(f"row {row.id}: a prompt of {prompt} tokens and up to {response} of response do not fit into "
                          f"--batch.max-tokens {config.batch.max_tokens}; raise it, or drop the row")
     return RowSize(prompt, image, response)
 
@@ -90,7 +91,7 @@ def load_training_rows(config: Config, processor: Processor) -> Sequence[Row]:
     """The rows that the stage trains on; a user's are checked whole, not hours later when one is drawn.
 
     Raises:
-        ValueError: a row is bad or its prompt over the budget, there are none (left, after those that are in an
+        UserError: a row is bad or its prompt over the budget, there are none (left, after those that are in an
             evaluation set), or the preset has no data of its own.
     """
     if not config.data.path:
@@ -102,7 +103,7 @@ def load_training_rows(config: Config, processor: Processor) -> Sequence[Row]:
     if config.data.contaminated == "drop":
         kept = drop_contaminated(rows, report)
         if not kept:
-            raise ValueError(f"all {len(rows)} training rows are in an evaluation set "
+            raise UserError(f"all {len(rows)} training rows are in an evaluation set "
                              f"({', '.join(config.data.named_sets())}); give other rows with --data.path")
         rows = kept
     for row in rows:
@@ -111,9 +112,9 @@ def load_training_rows(config: Config, processor: Processor) -> Sequence[Row]:
 
 
 def embedded_rows(config: Config) -> Sequence[Row]:
-    """The data that the preset brings along; raises ValueError if it has none."""
+    """The data that the preset brings along; raises UserError if it has none."""
     if config.preset != "tiny":
-        raise ValueError(f"preset {config.preset} has no embedded data; give row files with --data.path")
+        raise UserError(f"preset {config.preset} has no embedded data; give row files with --data.path")
     return mini_rows(config.stage)
 
 

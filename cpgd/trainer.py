@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from cosmo_rl.data.collate import EncodedPrompt, encode_prompt
 from cosmo_rl.data.dataset import fingerprint, load_rows
+from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.sampler import PromptSampler
 from cosmo_rl.data.schema import Row
 from cosmo_rl.data.store import domains
@@ -118,7 +119,7 @@ class Trainer:
             if not self.step:  # again, if it is there: a try without a checkpoint may have had another model
                 self._measure(suite, "before")
             elif not read_measured(folder, "before"):
-                raise ValueError(f"{folder} has a checkpoint at step {self.step} but no measurement from before "
+                raise UserError(f"{folder} has a checkpoint at step {self.step} but no measurement from before "
                                  "training; remove the folder and start the stage again")
         if config.eval.guard != "off" and not self.step:
             self._watch()
@@ -126,7 +127,7 @@ class Trainer:
         try:
             save_pretrained(self.policy, self.processor, self.run_dir.hf)
         except OSError as error:  # raised on all ranks
-            raise ValueError(f"{self.run_dir.hf}: {error.strerror}") from error
+            raise UserError(f"{self.run_dir.hf}: {error.strerror}") from error
         if suite:
             self._measure(suite, "after")
         self.engine.close()
@@ -163,10 +164,10 @@ class Trainer:
             return
         saved = f"the checkpoint in {self.run_dir.checkpoints} was made with fingerprint"
         if state["fingerprint"] != self.fingerprint:
-            raise ValueError(f"the data changed: {saved} {state['fingerprint']}, the rows now have {self.fingerprint}; "
+            raise UserError(f"the data changed: {saved} {state['fingerprint']}, the rows now have {self.fingerprint}; "
                              "restore the data or give another --run-dir")
         if state["model_fingerprint"] != self.model_fingerprint:
-            raise ValueError(f"the model folder changed: {saved} {state['model_fingerprint']}, tokenizer.json, "
+            raise UserError(f"the model folder changed: {saved} {state['model_fingerprint']}, tokenizer.json, "
                              f"preprocessor_config.json and config.json of {self.start} now have "
                              f"{self.model_fingerprint}; restore them or give another --run-dir")
         self.step, self.iteration = state["step"], state["iteration"]
@@ -250,7 +251,7 @@ class Trainer:
         updates = split_updates(samples, config.rollout.prompts, config.optim.updates_per_rollout)
         updates = [(part, count) for part, count in updates if part][:config.steps - self.step]
         if not updates:
-            raise ValueError(f"every reward of the rollout at step {self.step} failed: {samples[0].failure}")
+            raise UserError(f"every reward of the rollout at step {self.step} failed: {samples[0].failure}")
         with _timed(clock, "old_logprobs"):
             plans = [rl_micros(part, count, config, self.processor, self.device) for part, count in updates]
             # The first update meets the policy that sampled: its ratio is 1 by definition.
@@ -319,7 +320,7 @@ class Trainer:
 
         on_main(write)
         if self.skipped_in_row >= self.config.optim.max_nonfinite:
-            raise ValueError(
+            raise UserError(
                 f"gradients were not finite in {self.skipped_in_row} steps in a row (--optim.max-nonfinite), the last "
                 f"at step {self.step}; the samples are named in {self.metrics.skipped_path}: lower the learning rate, "
                 "or remove them")
@@ -390,7 +391,7 @@ def main(config: Config) -> int:
             finally:
                 if trainer.judging:
                     trainer.judging.close()
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         if rank():  # rank 0 speaks for all; where it has not failed too, its launcher lets this one live to speak
             time.sleep(QUIET_S)
         logger.error("train.py: %s", error)

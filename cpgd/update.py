@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from cosmo_rl.data.collate import MicroBatch, collate, plan_microbatches
 from cosmo_rl.data.collate import Sequence as TokenSequence
+from cosmo_rl.data.errors import UserError
 from cosmo_rl.kernels.linear_cpgd import CPGDOutput
 from cosmo_rl.model.head import CPGDInputs, ExactDrift
 from cosmo_rl.model.load import Processor
@@ -126,7 +127,7 @@ def disagreements(samples: Sequence[Sample], micro: Micro, logprobs: torch.Tenso
     return bad
 
 
-class CanaryError(ValueError):
+class CanaryError(UserError):
     """Engine and trainer disagree about the same tokens."""
 
 
@@ -138,7 +139,7 @@ def check_canary(samples: Sequence[Sample], micros: Sequence[Micro], logprobs: S
         samples: of the update. micros, logprobs: this rank's micro-batches, and the trainer's log-probs of each.
         limit: see `RolloutConfig.canary_limit`.
     Raises:
-        CanaryError: a response of this rank is beyond the limit; a rank without one raises the same as ValueError.
+        CanaryError: a response of this rank is beyond the limit; a rank without one raises the same as UserError.
     """
     def check() -> None:
         bad = [found for micro, values in zip(micros, logprobs, strict=True)

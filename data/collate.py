@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .errors import UserError
 from .schema import Row, image_size, open_image
 
 
@@ -118,7 +119,7 @@ def encode_prompt(row: Row, processor: Any, *, max_prompt_tokens: int, max_image
         max_prompt_tokens: budget in tokens, image tokens included.
         max_image_pixels: largest image accepted, in pixels.
     Raises:
-        ValueError: the prompt is longer than the budget, the chat template does not give one placeholder per image, or
+        UserError: the prompt is longer than the budget, the chat template does not give one placeholder per image, or
             an image cannot be read. Nothing is ever truncated.
     """
     ids, is_image = _chat_ids(row, processor)
@@ -157,14 +158,14 @@ def _chat_ids(row: Row, processor: Any) -> tuple[np.ndarray, np.ndarray]:
     ids = np.array(processor.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
     is_image = ids == processor.image_token_id
     if is_image.sum() != len(row.images):
-        raise ValueError(f"row {row.id}: its chat holds {is_image.sum()} image placeholders for {len(row.images)} "
+        raise UserError(f"row {row.id}: its chat holds {is_image.sum()} image placeholders for {len(row.images)} "
                          "images; write each image as an {\"type\": \"image\"} part and no placeholder as text")
     return ids, is_image
 
 
 def _check_budget(row: Row, tokens: int, image_tokens: int, budget: int) -> None:
     if tokens > budget:
-        raise ValueError(f"row {row.id}: prompt of {tokens} tokens, {image_tokens} of them for images, is over the "
+        raise UserError(f"row {row.id}: prompt of {tokens} tokens, {image_tokens} of them for images, is over the "
                          f"budget of {budget}; raise --data.max-prompt-tokens, lower --data.resize-pixels, or drop "
                          "the row")
 
@@ -242,14 +243,14 @@ def plan_microbatches(lengths: Seq[int], *, max_tokens: int, layout: str, world_
         empty), and all are about equally heavy. The number is the smallest possible when padded; packed, the smallest
         that a greedy split (longest first, into the lightest) finds. Depends on the arguments only.
     Raises:
-        ValueError: one sequence alone is over the budget.
+        UserError: one sequence alone is over the budget.
     """
     assert layout in ("packed", "padded"), layout
     if not len(lengths):
         return [[] for _ in range(world_size)]
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     if lengths[order[0]] > max_tokens:
-        raise ValueError(f"a sequence of {lengths[order[0]]} tokens does not fit into --batch.max-tokens {max_tokens}; "
+        raise UserError(f"a sequence of {lengths[order[0]]} tokens does not fit into --batch.max-tokens {max_tokens}; "
                          "raise it, or lower --data.max-prompt-tokens or --rollout.max-new-tokens")
     split = _split_packed if layout == "packed" else _split_padded
     per_rank = max(1, -(-sum(lengths) // (world_size * max_tokens)))

@@ -34,6 +34,7 @@ import numpy as np
 from PIL import Image
 
 from .dataset import DistinctImages, load_rows
+from .errors import UserError
 from .schema import Row, open_image
 from .store import select
 
@@ -128,11 +129,11 @@ def find_contaminated(rows: Sequence[Row], evaluation_rows: Mapping[str, Sequenc
         max_image_distance: bits of 64 in which the dHash of near images may differ.
         max_image_pixels: largest image, as for `load_rows`.
     Raises:
-        ValueError: `max_image_distance` is not in [0, 64], or an image cannot be decoded.
+        UserError: `max_image_distance` is not in [0, 64], or an image cannot be decoded.
     Cost: each row is read once and each distinct image decoded once; about 0.3 KiB a row and 0.5 a distinct image.
     """
     if not 0 <= max_image_distance <= 64:
-        raise ValueError(f"max_image_distance is {max_image_distance}; a dHash has 64 bits, so give 0 to 64")
+        raise UserError(f"max_image_distance is {max_image_distance}; a dHash has 64 bits, so give 0 to 64")
     images = DistinctImages(lambda image, where, field: _print(open_image(image, max_image_pixels, where, field)))
     mine = _looks(rows, images)
     sets = {name: _looks(members, images) for name, members in evaluation_rows.items()}

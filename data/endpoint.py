@@ -54,6 +54,7 @@ from .endpoint_replies import (
     without_key,
 )
 from .endpoint_spec import BASE, base_url
+from .errors import UserError
 from .schema import ImageSource
 
 __all__ = ["ChatReply", "Endpoint", "EndpointDown", "EndpointError", "LoopThread", "Messages", "Rejected"]
@@ -100,10 +101,10 @@ class Endpoint:
             seed: of the backoff's jitter.
             verify_first: `verify` before the first call that the cache does not answer.
         Raises:
-            ValueError: a URL that is none or holds a password, a key variable without a key, a number below 1.
+            UserError: a URL that is none or holds a password, a key variable without a key, a number below 1.
         """
         if max_in_flight < 1 or attempts < 1 or timeout_s <= 0:
-            raise ValueError(f"max_in_flight {max_in_flight}, attempts {attempts}, timeout_s {timeout_s}: give at "
+            raise UserError(f"max_in_flight {max_in_flight}, attempts {attempts}, timeout_s {timeout_s}: give at "
                              "least 1, at least 1, more than 0")
         self.url, self.model = base_url(url), model
         self._key = _read_key(api_key_env, self.url)
@@ -317,8 +318,8 @@ def _read_key(name: str, url: str) -> str:
     if not name:
         return ""
     if not re.fullmatch("[A-Z_][A-Z0-9_]*", name):  # perhaps the key itself: not repeated
-        raise ValueError(f"the key of {url} is given by the NAME of an environment variable, in capitals, as JUDGE_KEY")
+        raise UserError(f"the key of {url} is given by the NAME of an environment variable, in capitals, as JUDGE_KEY")
     key = os.environ.get(name, "").strip()
     if not key or not key.isascii() or not key.isprintable() or " " in key:
-        raise ValueError(f"the environment variable {name} holds no key for {url}; export it, without spaces")
+        raise UserError(f"the environment variable {name} holds no key for {url}; export it, without spaces")
     return key

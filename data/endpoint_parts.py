@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
+from .errors import UserError
 from .schema import ImageSource, encoded, open_image
 
 T = TypeVar("T")
@@ -35,8 +36,8 @@ CLOSE_S = 10.0
 """Longest wait for a loop to end."""
 
 
-class EndpointError(ValueError):
-    """A call failed for good; the message names endpoint, cause and mend. A ValueError: its user can mend it."""
+class EndpointError(UserError):
+    """A call failed for good; the message names endpoint, cause and mend."""
 
 
 class EndpointDown(EndpointError):
@@ -148,7 +149,7 @@ class DiskCache:
     """Server replies by key, one JSON file each under two-hex folders; several processes may share it.
 
     Raises:
-        ValueError: it cannot be read or written (disk full, permissions).
+        UserError: it cannot be read or written (disk full, permissions).
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -168,7 +169,7 @@ class DiskCache:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise ValueError(f"the cache {self.folder} cannot be read ({error.strerror}); give a folder that this user "
+            raise UserError(f"the cache {self.folder} cannot be read ({error.strerror}); give a folder that this user "
                              "may read") from error
         except (ValueError, RecursionError):
             entry = None
@@ -189,8 +190,8 @@ class DiskCache:
                 beside.unlink(missing_ok=True)
             raise self._unwritable(error) from error
 
-    def _unwritable(self, error: OSError) -> ValueError:
-        return ValueError(f"the cache {self.folder} cannot be written ({error.strerror}); free space, or give a folder "
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(f"the cache {self.folder} cannot be written ({error.strerror}); free space, or give a folder "
                           "that this user may write")
 
     def drop(self, key: str) -> None:

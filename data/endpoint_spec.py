@@ -8,6 +8,8 @@ from itertools import combinations
 from typing import Any
 from urllib.parse import urlsplit
 
+from .errors import UserError
+
 BASE = "give the base URL of an OpenAI-compatible server (vLLM, SGLang), as http://HOST:PORT"
 
 
@@ -18,7 +20,7 @@ class Option:
     argument: str
     """Of Endpoint, or of whoever asks for it."""
     read: Callable[[str], Any]
-    """Raises ValueError."""
+    """Raises UserError."""
     wanted: str
     """In words, for messages."""
     example: str
@@ -49,38 +51,38 @@ def parse_server(text: str, what: str, own: Mapping[str, Option] | None = None) 
         what: named in messages, as "--endpoint".
         own: further options that the caller takes, by name.
     Raises:
-        ValueError: it is none. What may be a key or a password is not repeated.
+        UserError: it is none. What may be a key or a password is not repeated.
     """
     url, *rest = (part.strip() for part in text.split(","))
     known = {**SERVER_OPTIONS, **(own or {})}
     usage = f"write URL,MODEL, and after them {', '.join(f'{name}={x.example}' for name, x in known.items())}"
     if not url or not rest or not rest[0] or "=" in rest[0]:
-        raise ValueError(f"{what} has no model after its URL; {usage}")
+        raise UserError(f"{what} has no model after its URL; {usage}")
     try:
         url = base_url(url)
     except ValueError as error:
-        raise ValueError(f"{what}: {error}") from None
+        raise UserError(f"{what}: {error}") from None
     given: dict[str, Any] = {}
     for number, part in enumerate(rest[1:], start=3):
         name, equals, value = part.partition("=")
         if not equals or not value:
-            raise ValueError(f"{what}: part {number} is no NAME=VALUE; {usage}")
+            raise UserError(f"{what}: part {number} is no NAME=VALUE; {usage}")
         if name not in known:
-            raise ValueError(f"{what}: there is no option {name[:40]!r}; {usage}")
+            raise UserError(f"{what}: there is no option {name[:40]!r}; {usage}")
         if name in given:
-            raise ValueError(f"{what}: {name} is given twice; give it once")
+            raise UserError(f"{what}: {name} is given twice; give it once")
         try:
             given[name] = known[name].read(value)
         except ValueError:
             said = "" if name == "key" else f", and not {value[:40]!r}"
-            raise ValueError(f"{what}: {name} is {known[name].wanted}{said}; "
+            raise UserError(f"{what}: {name} is {known[name].wanted}{said}; "
                              f"give it as {name}={known[name].example}") from None
     part = lambda table: {known[name].argument: value for name, value in given.items() if name in table}
     return Server(url, rest[0], part(SERVER_OPTIONS), part(own or {}))
 
 
 def check_shared(servers: Mapping[str, Server]) -> None:
-    """Raise ValueError when two that share an endpoint (one URL, model and key) ask it in different ways.
+    """Raise UserError when two that share an endpoint (one URL, model and key) ask it in different ways.
 
     Args:
         servers: by what messages call it.
@@ -89,7 +91,7 @@ def check_shared(servers: Mapping[str, Server]) -> None:
         for option, known in SERVER_OPTIONS.items() if one.place == two.place else ():
             a, b = (server.options.get(known.argument, "the default") for server in (one, two))
             if a != b:
-                raise ValueError(f"{name} and {other} share {one.url} (model {one.model}), but {option} is {a} for one "
+                raise UserError(f"{name} and {other} share {one.url} (model {one.model}), but {option} is {a} for one "
                                  f"and {b} for the other; give both the same")
 
 
@@ -97,14 +99,14 @@ def score_range(text: str) -> tuple[float, float]:
     """(low, high) of a scalar head's activation "LOW:HIGH".
 
     Raises:
-        ValueError: it is no such range.
+        UserError: it is no such range.
     """
     try:
         low, high = map(float, text.split(":"))
     except ValueError:
         low = high = math.nan
     if not -math.inf < low < high < math.inf:
-        raise ValueError(f"the activation is {text!r}; give none, sigmoid or LOW:HIGH, as -10:10")
+        raise UserError(f"the activation is {text!r}; give none, sigmoid or LOW:HIGH, as -10:10")
     return low, high
 
 
@@ -112,18 +114,18 @@ def base_url(url: str) -> str:
     """`url` without /v1, a last slash and a fragment.
 
     Raises:
-        ValueError: it is no URL of a server, or holds a password or a query, which are not repeated.
+        UserError: it is no URL of a server, or holds a password or a query, which are not repeated.
     """
     if "@" in url or "?" in url:
-        raise ValueError("the URL holds a password or a query; name the environment variable that holds this server's "
+        raise UserError("the URL holds a password or a query; name the environment variable that holds this server's "
                          "key instead")
     try:
         parts = urlsplit(url)
         host = parts.hostname if parts.port != 0 else None
     except ValueError:  # brackets without an address, a port that is no number
-        raise ValueError(f"{url!r} is no URL; {BASE}") from None
+        raise UserError(f"{url!r} is no URL; {BASE}") from None
     if parts.scheme not in ("http", "https") or not re.fullmatch(r"[\w.:-]+", host or "") or re.search(r"\s", url):
-        raise ValueError(f"{url!r} is no URL of a server; {BASE}")
+        raise UserError(f"{url!r} is no URL of a server; {BASE}")
     return f"{parts.scheme}://{parts.netloc}{parts.path}".rstrip("/").removesuffix("/v1")
 
 

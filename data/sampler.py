@@ -26,6 +26,8 @@ from typing import Any
 
 import numpy as np
 
+from .errors import UserError
+
 logger = logging.getLogger(__name__)
 _ALL = "*"
 """Name of the single stream when there is no mixture."""
@@ -46,21 +48,21 @@ class PromptSampler:
             seed: any integer.
             curriculum: lowest and highest pass rate of rows that are drawn, both included; (0, 1): all are.
         Raises:
-            ValueError: no rows, a domain of `mix` without rows, a share that is negative or not finite, or all zero; a
+            UserError: no rows, a domain of `mix` without rows, a share that is negative or not finite, or all zero; a
                 curriculum that is not 0 <= low < high <= 1.
         """
         if not domains:
-            raise ValueError("there are 0 rows to draw from; name a data set with rows")
+            raise UserError("there are 0 rows to draw from; name a data set with rows")
         present = sorted(set(domains))
         for name, share in mix.items():
             if name not in present:
-                raise ValueError(f"--data.mix names domain {name!r}, which no row has; there are {', '.join(present)}")
+                raise UserError(f"--data.mix names domain {name!r}, which no row has; there are {', '.join(present)}")
             if not isfinite(share) or share < 0:
-                raise ValueError(f"--data.mix gives domain {name!r} the share {share}; give a number of at least 0")
+                raise UserError(f"--data.mix gives domain {name!r} the share {share}; give a number of at least 0")
         # the decimals as the user wrote them, so that 0.1 of 10 rows is exactly 1
         exact = {name: Fraction(str(share)) for name, share in sorted(mix.items()) if share > 0}
         if mix and not exact:
-            raise ValueError(f"--data.mix is {dict(mix)}: every share is 0; give at least one above 0")
+            raise UserError(f"--data.mix is {dict(mix)}: every share is 0; give at least one above 0")
         total = sum(exact.values())
         self._shares = {name: share / total for name, share in exact.items()} or {_ALL: Fraction(1)}
         self._rows = {name: np.flatnonzero([not exact or name == d for d in domains]) for name in self._shares}
@@ -68,7 +70,7 @@ class PromptSampler:
         self._walked = dict.fromkeys(self._shares, 0)  # and those that were replaced or passed over
         low, high = curriculum
         if not 0 <= low < high <= 1:
-            raise ValueError(f"--data.curriculum is {low} {high}; give two pass rates, 0 <= LOW < HIGH <= 1")
+            raise UserError(f"--data.curriculum is {low} {high}; give two pass rates, 0 <= LOW < HIGH <= 1")
         self._curriculum = np.array([low, high], dtype=_RATE) if (low, high) != (0, 1) else None
         self._rates = np.full(len(domains), np.nan, dtype=_RATE)
         self._seed = seed
@@ -110,10 +112,10 @@ class PromptSampler:
         """Continue where `state` was taken.
 
         Raises:
-            ValueError: the state comes from other domains, shares, curriculum or numbers of rows.
+            UserError: the state comes from other domains, shares, curriculum or numbers of rows.
         """
         if sorted(state["cursor"]) != sorted(self._shares):
-            raise ValueError(f"the saved sampler has domains {sorted(state['cursor'])}, this one has "
+            raise UserError(f"the saved sampler has domains {sorted(state['cursor'])}, this one has "
                              f"{sorted(self._shares)}; resume with the same data and --data.mix")
         before = self._walked, self._drawn, self._rates
         beside = state.get("beside", {})
@@ -125,7 +127,7 @@ class PromptSampler:
             self._walked, self._drawn, self._rates = before
             sizes = ", ".join(f"{d}: {len(self._rows[d])} rows, share {share}" for d, share in self._shares.items())
             position = {key: value for key, value in state.items() if key != "rates"}
-            raise ValueError(f"the saved sampler position {position} does not fit this data, --data.mix and "
+            raise UserError(f"the saved sampler position {position} does not fit this data, --data.mix and "
                              f"--data.curriculum ({sizes}); resume with the same ones")
 
     def _owed(self, domain: str) -> Fraction:

@@ -28,6 +28,8 @@ from typing import Any, NoReturn, TypedDict
 
 from PIL import Image, ImageOps
 
+from .errors import UserError
+
 TASKS = ("safety", "jailbreak", "value", "knowledge", "general", "math", "mcq", "ifeval", "helpful")
 TAGS = ("image", "text", "combined")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -50,7 +52,7 @@ class Message(TypedDict):
     content: str | list[dict[str, str]]
 
 
-class RowError(ValueError):
+class RowError(UserError):
     """A bad row: `WHERE: field `FIELD`: PROBLEM; MEND`, where WHERE is FILE:LINE or FILE and FIELD may be empty."""
 
     def __init__(self, where: str, field: str, problem: str, mend: str) -> None:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .errors import UserError
 from .schema import RowError
 
 if TYPE_CHECKING:
@@ -275,10 +276,10 @@ def _json_list(path: Path) -> Iterator[tuple[int, Any]]:
                     break
                 if separator and start < len(text):
                     if separator[1] != due or text[start] not in "{]":
-                        raise ValueError(f"expected {due!r} and an object, found {text[at:start + 1]!r}")
+                        raise UserError(f"expected {due!r} and an object, found {text[at:start + 1]!r}")
                     if text[start] == "]":
                         if number:
-                            raise ValueError("there is a comma before the closing ]")
+                            raise UserError("there is a comma before the closing ]")
                         break
                     try:
                         item, at = decode(text, start)
@@ -289,10 +290,10 @@ def _json_list(path: Path) -> Iterator[tuple[int, Any]]:
                         yield number, item
                         continue
                 elif not separator and text[at:].strip():
-                    raise ValueError(f"expected {due!r}, found {text[at:at + 20]!r}")
+                    raise UserError(f"expected {due!r}, found {text[at:at + 20]!r}")
                 more = file.read(size)
                 if not more:
-                    raise ValueError("it ends within the list" if text.strip() else "it is empty")
+                    raise UserError("it ends within the list" if text.strip() else "it is empty")
                 text, at, size = text[at:] + more, 0, size * 2
     except (ValueError, RecursionError) as error:
         raise RowError(f"{path}:{number + 1}", "", f"it is not a list of JSON objects in UTF-8 ({error})",
@@ -307,7 +308,7 @@ def _cells(path: Path) -> Iterator[tuple[int, Any]]:
             for record in csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","):
                 number += 1
                 if None in record:
-                    raise ValueError("it has more cells than the first line has names")
+                    raise UserError("it has more cells than the first line has names")
                 yield number, record
     except (ValueError, csv.Error) as error:
         raise RowError(f"{path}:{max(number, 1)}", "", f"it is not a table in UTF-8 ({error})",
@@ -318,7 +319,7 @@ def _object_without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     obj = dict(pairs)
     if len(obj) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"field {next(n for n in names if names.count(n) > 1)!r} is given twice")
+        raise UserError(f"field {next(n for n in names if names.count(n) > 1)!r} is given twice")
     return obj
 
 

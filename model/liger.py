@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
+from cosmo_rl.data.errors import UserError
 from cosmo_rl.kernels.launch import INTERPRET
 
 _PLAIN_ROTARY = modeling_qwen2_5_vl.apply_rotary_pos_emb
@@ -25,15 +26,15 @@ def wants_liger(setting: str, device: torch.device) -> bool:
     """auto: on CUDA, if liger-kernel is installed; on: an error where it is not; off: never.
 
     Raises:
-        ValueError: it was asked for on a device without Triton, or is not installed.
+        UserError: it was asked for on a device without Triton, or is not installed.
     """
     if setting == "off" or (setting == "auto" and device.type != "cuda"):
         return False
     if setting == "on" and device.type != "cuda":
-        raise ValueError(f"--model.liger on needs a GPU, and this run is on {device}; give auto or off")
+        raise UserError(f"--model.liger on needs a GPU, and this run is on {device}; give auto or off")
     if find_spec("liger_kernel") is None:
         if setting == "on":
-            raise ValueError("--model.liger on needs liger-kernel: pip install liger-kernel")
+            raise UserError("--model.liger on needs liger-kernel: pip install liger-kernel")
         return False
     return True
 

@@ -19,6 +19,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLConfi
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import import_utils
 
+from cosmo_rl.data.errors import UserError
+
 from .liger import use_liger
 from .tiny import TINY_PATH as TINY_PATH
 
@@ -82,7 +84,7 @@ def load_processor(path: str | Path, resize_pixels: int | None = None, *, with_w
         resize_pixels: images are resized to at most this many pixels; None: as the folder says.
         with_weights: the folder must hold the weights too, though they are not read here.
     Raises:
-        ValueError: the folder or one of its files is missing or broken.
+        UserError: the folder or one of its files is missing or broken.
     """
     folder = _check_folder(path, with_weights)
     config = _load_config(folder)
@@ -93,12 +95,12 @@ def load_processor(path: str | Path, resize_pixels: int | None = None, *, with_w
         generation = folder / "generation_config.json"
         eos = json.loads(generation.read_text()).get("eos_token_id") if generation.exists() else None
     except (OSError, ValueError) as error:  # a JSON error is a ValueError
-        raise ValueError(f"model folder {folder}: tokenizer or image processor is broken ({error}); "
+        raise UserError(f"model folder {folder}: tokenizer or image processor is broken ({error}); "
                          "copy it again") from error
     if not tokenizer.chat_template:
-        raise ValueError(f"model folder {folder}: the tokenizer has no chat template; add chat_template.jinja")
+        raise UserError(f"model folder {folder}: the tokenizer has no chat template; add chat_template.jinja")
     if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
-        raise ValueError(f"model folder {folder}: eos token {tokenizer.eos_token}, pad token {tokenizer.pad_token}; "
+        raise UserError(f"model folder {folder}: eos token {tokenizer.eos_token}, pad token {tokenizer.pad_token}; "
                          "set both in tokenizer_config.json")
     eos_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [] if eos is None else [eos])}
     return Processor(tokenizer, image_processor, config, tuple(sorted(eos_ids)))
@@ -114,17 +116,17 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, attentio
         freeze_vision: switch gradients off for the vision tower, but not for its merger.
         liger: see `cosmo_rl.model.liger.use_liger`.
     Raises:
-        ValueError: the folder, a file or a tensor is missing or broken, or the folder holds another kind of model.
+        UserError: the folder, a file or a tensor is missing or broken, or the folder holds another kind of model.
     """
     folder = _check_folder(path, with_weights=True)
     config = _load_config(folder)
     if attention == "flash_attention_2" and not import_utils.is_flash_attn_2_available():
         # Left to itself, transformers takes a kernel from the hub where the `kernels` package is installed.
-        raise ValueError(f"--model.attention {attention} is not installed (or sees no GPU); install it with "
+        raise UserError(f"--model.attention {attention} is not installed (or sees no GPU); install it with "
                          "`pip install flash-attn --no-build-isolation`, or give --model.attention sdpa")
     dropout = config.text_config.attention_dropout
     if dropout:
-        raise ValueError(f"model folder {folder}: attention_dropout is {dropout}; set it to 0 in config.json "
+        raise UserError(f"model folder {folder}: attention_dropout is {dropout}; set it to 0 in config.json "
                          "(sampling and training must agree on every probability)")
     try:
         loaded: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(
@@ -132,11 +134,11 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, attentio
             local_files_only=True, output_loading_info=True)
         model, info = loaded
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise ValueError(f"model folder {folder}: its weights cannot be loaded ({error}); "
+        raise UserError(f"model folder {folder}: its weights cannot be loaded ({error}); "
                          "copy *.safetensors again") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
-        raise ValueError(f"model folder {folder}: {len(missing)} tensors are missing, the first is {missing[0]}; "
+        raise UserError(f"model folder {folder}: {len(missing)} tensors are missing, the first is {missing[0]}; "
                          "the copy is incomplete: copy *.safetensors again")
     if freeze_vision:
         model.model.visual.requires_grad_(False)
@@ -169,12 +171,12 @@ def empty_model(config: Any) -> Qwen2_5_VLForConditionalGeneration:
 def _check_folder(path: str | Path, with_weights: bool) -> Path:
     folder = Path(path)
     if not folder.is_dir():
-        raise ValueError(f"model folder {folder} does not exist; give a local Hugging Face folder with --model.path")
+        raise UserError(f"model folder {folder} does not exist; give a local Hugging Face folder with --model.path")
     missing = [name for name in _FILES if not (folder / name).is_file()]
     if with_weights and not list(folder.glob("*.safetensors")):
         missing.append("*.safetensors")
     if missing:
-        raise ValueError(f"model folder {folder} lacks {', '.join(missing)}; copy or download the whole model again")
+        raise UserError(f"model folder {folder} lacks {', '.join(missing)}; copy or download the whole model again")
     return folder
 
 
@@ -182,8 +184,8 @@ def _load_config(folder: Path) -> Any:
     try:
         kind = json.loads((folder / "config.json").read_text()).get("model_type")
         if kind != "qwen2_5_vl":
-            raise ValueError(f"model_type is {kind}, and only qwen2_5_vl can be trained here")
+            raise UserError(f"model_type is {kind}, and only qwen2_5_vl can be trained here")
         return Qwen2_5_VLConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, StrictDataclassError) as error:
-        raise ValueError(f"model folder {folder}: config.json cannot be used ({error}); "
+        raise UserError(f"model folder {folder}: config.json cannot be used ({error}); "
                          "give a Qwen2.5-VL folder") from error

@@ -15,6 +15,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from cosmo_rl.data.errors import UserError
+
 from .policy import Policy
 
 
@@ -24,14 +26,14 @@ def init_distributed() -> torch.device:
     NCCL for CUDA tensors and gloo for CPU tensors when a GPU is there, else gloo alone.
 
     Raises:
-        ValueError: the host has fewer GPUs than ranks.
+        UserError: the host has fewer GPUs than ranks.
     """
     device = torch.device("cpu")
     backend = "gloo"
     if torch.cuda.is_available():
         local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if local >= count:
-            raise ValueError(f"LOCAL_RANK is {local}, and this host shows {count} GPUs; give --nproc-per-node {count}, "
+            raise UserError(f"LOCAL_RANK is {local}, and this host shows {count} GPUs; give --nproc-per-node {count}, "
                              "or hide them (CUDA_VISIBLE_DEVICES=) to run on the CPU")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)

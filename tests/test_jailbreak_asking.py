@@ -18,6 +18,7 @@ from cosmo_rl.data import endpoint as endpoint_module
 from cosmo_rl.data.dataset import load_rows
 from cosmo_rl.data.endpoint import Endpoint, EndpointDown, EndpointError
 from cosmo_rl.data.endpoint_spec import parse_server
+from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.jailbreak import asking
 from cosmo_rl.data.jailbreak.__main__ import main
 from cosmo_rl.data.jailbreak.asking import Model, open_model, settle
@@ -396,7 +397,7 @@ def test_a_wrong_endpoint_is_one_line(source, tmp_path, capsys, endpoint, messag
 
 def test_a_full_disk_stops_the_run(served, tmp_path, monkeypatch):
     def full(*args):
-        raise ValueError("the cache cannot be written (No space left on device); free space")
+        raise UserError("the cache cannot be written (No space left on device); free space")
 
     with pytest.raises(ValueError, match="No space left"), model_of(served, tmp_path) as model:
         monkeypatch.setattr(model.endpoint.cache, "put", full)

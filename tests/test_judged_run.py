@@ -18,6 +18,7 @@ from cosmo_rl.cpgd.config import RewardConfig
 from cosmo_rl.cpgd.metrics import read_metrics
 from cosmo_rl.cpgd.rewards.base import Score
 from cosmo_rl.cpgd.rewards.judged import Judging, judged_terms, open_seats
+from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.mini import general_rows, safety_rows
 
 
@@ -106,7 +107,7 @@ def test_the_judges_are_closed_when_a_run_fails(monkeypatch):
             pass
 
         def run(self):
-            raise ValueError("swordfish")
+            raise UserError("swordfish")
 
     monkeypatch.setattr(trainer, "Trainer", Failing)
     monkeypatch.setattr(trainer, "RunDir", lambda *args: SimpleNamespace(finished=False))

@@ -16,6 +16,7 @@ import torch.multiprocessing as mp
 from cosmo_rl.cpgd import rundir
 from cosmo_rl.cpgd.config import Config, ObjectiveConfig
 from cosmo_rl.cpgd.rundir import RunDir, together, write_atomic
+from cosmo_rl.data.errors import UserError
 
 CONFIG = Config()
 
@@ -208,7 +209,7 @@ def _two_ranks(rank: int, folder: str, out) -> None:
 
 
 def _fail(text: str) -> None:
-    raise ValueError(text)
+    raise UserError(text)
 
 
 def test_two_ranks_hear_one_verdict(tmp_path):

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from cosmo_rl.cpgd import trainer, update
 from cosmo_rl.cpgd.metrics import MetricsWriter, read_metrics
 from cosmo_rl.cpgd.rollout.hf import HFEngine
+from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.mini import general_rows, safety_rows
 from cosmo_rl.model.parallel import rank
 
@@ -282,8 +283,8 @@ def test_canary_stops_a_run(folder, data):
 
 FAULTS = {
     # name: (class and method, the rank that fails, the error)
-    "an image that one host lacks": (trainer.Trainer, "_encode", 1, ValueError("row x: its image is gone; restore it")),
-    "logits": (HFEngine, "_generate_batch", 1, ValueError("prompt x: weights give NaN; lower the learning rate")),
+    "an image that one host lacks": (trainer.Trainer, "_encode", 1, UserError("row x: its image is gone; restore it")),
+    "logits": (HFEngine, "_generate_batch", 1, UserError("prompt x: weights give NaN; lower the learning rate")),
     "the main rank's disk": (MetricsWriter, "_append", 0, OSError(errno.ENOSPC, "No space left on device", "metrics")),
 }
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.schema import Row
 
 from ..batch import Sample
@@ -25,7 +26,7 @@ class Score:
 
     def __post_init__(self) -> None:
         if not 0 <= self.value <= 1:  # catches NaN
-            raise ValueError(f"a reward term returned {self.value}; map it to [0, 1], or return Failed(reason)")
+            raise UserError(f"a reward term returned {self.value}; map it to [0, 1], or return Failed(reason)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,7 @@ def combine(
     return math.fsum(weights[name] * value for name, value in terms.items()) / total, terms, ""
 
 
-class RewardBudgetError(ValueError):
+class RewardBudgetError(UserError):
     """More rewards failed than the run tolerates."""
 
 

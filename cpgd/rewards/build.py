@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.schema import Row
 
 from ..config import RewardConfig
@@ -27,28 +28,28 @@ def build_rewards(
         the terms by rule; the judges of those that have one, whose outcomes stand in the rules' place (None without
         any); the weights.
     Raises:
-        ValueError: no term has a weight; refusal_value is outside [0, 1]; Task-Aware has neither rule nor judge for a
+        UserError: no term has a weight; refusal_value is outside [0, 1]; Task-Aware has neither rule nor judge for a
             row, or its rule cannot use the row's answer, options or constraints, before any sampling is spent on it; or
             a judge is named wrongly, missing or of no use.
     """
     if not 0 <= config.refusal_value <= 1:
-        raise ValueError(f"--reward.refusal-value is {config.refusal_value}; give a value in [0, 1]")
+        raise UserError(f"--reward.refusal-value is {config.refusal_value}; give a value in [0, 1]")
     weights = {"format": config.format, "visual_focus": config.visual_focus, "helpful": config.helpful,
                "task_aware": config.task_aware}
     weights = {name: weight for name, weight in weights.items() if weight > 0}
     if not weights:
-        raise ValueError("every reward weight is 0; give one of --reward.format, --reward.visual-focus, "
+        raise UserError("every reward weight is 0; give one of --reward.format, --reward.visual-focus, "
                          "--reward.helpful, --reward.task-aware a value above 0")
     seats = open_seats(config)
     judged = judged_terms(seats, safety=config.safety, both=config.judge_thinking)
     if "visual_focus" in judged and config.visual_focus_mode == "contrast":
-        raise ValueError("--reward.visual-focus-mode contrast and judge visual_focus both score Visual-Focus; drop one")
+        raise UserError("--reward.visual-focus-mode contrast and judge visual_focus both score Visual-Focus; drop one")
     elements, rules = set[str](), task_aware.TaskAware(config.refusal_value)
     for i, row in enumerate(rows):
         elements.update(row.key_elements)
         problem = _task_problem(row, rules, judged.get("task_aware")) if "task_aware" in weights else ""
         if problem and rejected is None:
-            raise ValueError(f"row {row.id}: {problem}")
+            raise UserError(f"row {row.id}: {problem}")
         if problem and rejected is not None:
             rejected.append((i, problem))
     terms: dict[str, RewardFn] = {

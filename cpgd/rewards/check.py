@@ -22,6 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cosmo_rl.data.endpoint import EndpointError
+from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.schema import Row
 
 from ..config import RewardConfig
@@ -107,7 +108,7 @@ def main(reward: RewardConfig) -> int:
     try:
         seats = open_seats(replace(reward, judge_cache=""))
         judged_terms(seats, safety=reward.safety)
-    except ValueError as error:
+    except UserError as error:
         seats, complaint = {}, str(error)
     if not seats:
         console.print(f"{PROG}: {complaint}", markup=False, highlight=False)
@@ -181,7 +182,7 @@ def probes(judge: str) -> list[Probe]:
                     _probe(_PURSE, _BACK, worse="I don't care."),
                     _probe(_CAPITAL, "The capital of France is Paris.", worse="The capital of France is Lyon."),
                     _probe(_RIVER, "Paris, on the Seine.", worse="the the the the")]
-    raise ValueError(f"there are no probes for judge {judge!r}")
+    raise UserError(f"there are no probes for judge {judge!r}")
 
 
 def _probe(question: str, response: str, *labels: str, unsafe: bool = False, worse: str = "", thinking: str = "",

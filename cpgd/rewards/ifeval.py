@@ -14,6 +14,8 @@ from difflib import get_close_matches
 from functools import cache, lru_cache
 from typing import Any
 
+from cosmo_rl.data.errors import UserError
+
 UNSUPPORTED = {"length_constraints:number_sentences", "change_case:capital_word_frequency"}
 """They split sentences and words with data of NLTK that no package holds, and nothing is downloaded here."""
 _CLOSED_BY = {"detectable_content:number_placeholders": "]", "detectable_format:title": ">>"}
@@ -27,7 +29,7 @@ def followed(answer: str, constraints: Sequence[Mapping[str, Any]]) -> float:
     """Share of the constraints that an answer follows, in [0, 1]; one without a letter or digit follows none.
 
     Raises:
-        ValueError: as `check`.
+        UserError: as `check`.
     """
     checkers = check(constraints)
     if not any(map(str.isalnum, answer)):  # "." has no comma, and few words
@@ -39,12 +41,12 @@ def check(constraints: Sequence[Mapping[str, Any]]) -> list[Any]:
     """The library's checkers of a row's constraints.
 
     Raises:
-        ValueError: there are none, an unknown or unsupported id, or kwargs that are missing, unknown or of no use;
+        UserError: there are none, an unknown or unsupported id, or kwargs that are missing, unknown or of no use;
             names the constraint and the mend.
         ImportError: if-verifiable is not installed; names the pip line.
     """
     if not constraints:
-        raise ValueError('task ifeval has no `constraints`; give [{"id": ..., "kwargs": {...}}]')
+        raise UserError('task ifeval has no `constraints`; give [{"id": ..., "kwargs": {...}}]')
     return [_checker(json.dumps(constraint)) for constraint in constraints]
 
 
@@ -82,18 +84,18 @@ def _checker(written: str) -> Any:
     constraint = json.loads(written)
     known, name, kwargs = _registry(), constraint.get("id"), constraint.get("kwargs", {})
     if set(constraint) - {"id", "kwargs"} or not isinstance(name, str) or not isinstance(kwargs, dict):
-        raise ValueError(f'constraint {written[:200]} is not of the form {{"id": ..., "kwargs": {{...}}}}')
+        raise UserError(f'constraint {written[:200]} is not of the form {{"id": ..., "kwargs": {{...}}}}')
     if name in UNSUPPORTED:
-        raise ValueError(f"constraint {name} cannot be checked, as it needs data of NLTK that must be downloaded; "
+        raise UserError(f"constraint {name} cannot be checked, as it needs data of NLTK that must be downloaded; "
                          "remove it, or the row")
     if name not in known:
         near = get_close_matches(name, known, n=1)
-        raise ValueError(f"there is no constraint {name!r}; "
+        raise UserError(f"there is no constraint {name!r}; "
                          + (f"did you mean {near[0]}?" if near else f"use one of {', '.join(sorted(known))}"))
     checker = known[name](name)
     wanted = checker.get_instruction_args_keys()
     if set(kwargs) != set(wanted):
-        raise ValueError(f"constraint {name} has kwargs {sorted(kwargs)}; give exactly {sorted(wanted)}")
+        raise UserError(f"constraint {name} has kwargs {sorted(kwargs)}; give exactly {sorted(wanted)}")
     try:
         checker.build_description(**kwargs)
         checker.check_following("a")
@@ -101,10 +103,10 @@ def _checker(written: str) -> Any:
         # In place of a value that it cannot use, a checker draws one at random.
         bad = [key for key, value in kwargs.items() if _plain(taken[key]) != _plain(value)]
     except (ValueError, TypeError, AttributeError, KeyError, re.error) as error:
-        raise ValueError(f"constraint {name} has kwargs {kwargs}, which its checker refuses ({error!r}); correct them"
+        raise UserError(f"constraint {name} has kwargs {kwargs}, which its checker refuses ({error!r}); correct them"
                          ) from error
     if bad:
-        raise ValueError(f"constraint {name} cannot use {bad[0]} {kwargs[bad[0]]!r}; correct it")
+        raise UserError(f"constraint {name} cannot use {bad[0]} {kwargs[bad[0]]!r}; correct it")
     return checker
 
 

@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from typing import Protocol
 
 from cosmo_rl.data.endpoint import Endpoint, EndpointError, LoopThread
+from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.schema import Row
 
 from ..batch import Sample
@@ -307,7 +308,7 @@ def open_seats(config: RewardConfig, *, patience_s: float = 30.0) -> dict[str, S
     Args:
         patience_s: see `Breaker`.
     Raises:
-        ValueError: a key variable holds no key, or the cache folder cannot be written.
+        UserError: a key variable holds no key, or the cache folder cannot be written.
     """
     endpoints: dict[tuple[str, str, str], Endpoint] = {}
     seats: dict[str, Seat] = {}
@@ -338,7 +339,7 @@ def judged_terms(seats: Mapping[str, Seat], *, safety: str = "judge", both: bool
         safety: what rewards safety and jailbreak rows: "judge", "safegrpo" or "hybrid".
         both: judge the thinking too.
     Raises:
-        ValueError: several judges of one thing, or the judges of `safety` are missing or do not fit.
+        UserError: several judges of one thing, or the judges of `safety` are missing or do not fit.
     """
     asked = lambda name: Asked(seats[name], both=both)
     by_task: dict[str, JudgedFn] = {task: asked(name) for task, name in BY_TASK.items() if name in seats}
@@ -347,20 +348,20 @@ def judged_terms(seats: Mapping[str, Seat], *, safety: str = "judge", both: bool
         by_task |= dict.fromkeys(("safety", "jailbreak"), Ruled(SafeGRPO()))
     elif safety == "hybrid":
         if "qwen3guard" not in seats or "scalar" not in seats:
-            raise ValueError(f"the hybrid reward needs the judges qwen3guard and scalar, not {', '.join(seats)}")
+            raise UserError(f"the hybrid reward needs the judges qwen3guard and scalar, not {', '.join(seats)}")
         scalar = seats["scalar"].judge
         if isinstance(scalar, ScalarJudge) and scalar.activation != "none":
-            raise ValueError("the hybrid reward takes raw scores, and judge scalar has "
+            raise UserError("the hybrid reward takes raw scores, and judge scalar has "
                              f"activation={scalar.activation}; drop it")
         by_task |= dict.fromkeys(("safety", "jailbreak"), Hybrid(seats["qwen3guard"], seats["scalar"]))
     elif len(guards) > 1:
-        raise ValueError(f"safety rows have several judges, {', '.join(guards)}; name one of them")
+        raise UserError(f"safety rows have several judges, {', '.join(guards)}; name one of them")
     elif guards:
         by_task |= {"safety": asked(guards[0]), "jailbreak": asked(
             "safework_jailbreak" if guards[0] == "safework_safety" else guards[0])}
     terms: dict[str, JudgedFn] = {"task_aware": TaskAware(by_task)} if by_task else {}
     if {"helpful", "scalar"} <= set(seats) and safety != "hybrid":
-        raise ValueError("helpfulness has two judges, helpful and scalar; name one of them")
+        raise UserError("helpfulness has two judges, helpful and scalar; name one of them")
     if "helpful" in seats or ("scalar" in seats and safety != "hybrid"):
         terms["helpful"] = Helpful(asked("helpful" if "helpful" in seats else "scalar"))
     if "visual_focus" in seats:

@@ -8,6 +8,8 @@ So strict because a looser reading pays for answers that name no option, or two.
 import re
 from collections.abc import Sequence
 
+from cosmo_rl.data.errors import UserError
+
 from .format import boxes, same_answer
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -38,19 +40,19 @@ def key_of(answer: str | None, options: Sequence[str]) -> int:
     """Index of the option that a row's `answer`, in any form that a response may have, means.
 
     Raises:
-        ValueError: it means none or several, or the options are such that a response's letter would; with the mend.
+        UserError: it means none or several, or the options are such that a response's letter would; with the mend.
     """
     if not answer:
-        raise ValueError("task mcq is rewarded against `answer`, which is missing; add the option's letter or text")
+        raise UserError("task mcq is rewarded against `answer`, which is missing; add the option's letter or text")
     if not 2 <= len(options) <= len(LETTERS):
-        raise ValueError(f"`options` has {len(options)} options; give 2 to {len(LETTERS)}")
+        raise UserError(f"`options` has {len(options)} options; give 2 to {len(LETTERS)}")
     for i, option in enumerate(options):
         letter = option.strip().upper()
         if letter != LETTERS[i] and letter in list(LETTERS[:len(options)]):
-            raise ValueError(f"option {LETTERS[i]} has the text {option!r}, the letter of another; put them in order")
+            raise UserError(f"option {LETTERS[i]} has the text {option!r}, the letter of another; put them in order")
     index = _named(answer, options)
     if index is None or sum(same_answer(option, options[index]) for option in options) > 1:
-        raise ValueError(f"`answer` {answer[:80]!r} does not name exactly one of the options "
+        raise UserError(f"`answer` {answer[:80]!r} does not name exactly one of the options "
                          f"{str(list(options))[:200]}; give its letter or its text")
     return index
 

@@ -14,6 +14,7 @@ All read the answer alone, what follows the thinking.
 
 from collections.abc import Sequence
 
+from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.schema import Row
 
 from ..batch import Sample
@@ -50,7 +51,7 @@ class TaskAware:
                 return self.math(row.answer, answer)
         try:
             return Score(_rate(row, answer))
-        except ValueError as error:  # what `problem` says of the row
+        except UserError as error:  # what `problem` says of the row
             return Failed(str(error))
 
     def prepare(self, samples: Sequence[Sample]) -> None:
@@ -69,18 +70,18 @@ class TaskAware:
             return self.math.problem(row.answer)
         try:
             _rate(row, "")
-        except ValueError as error:
+        except UserError as error:
             return str(error)
         return ""
 
 
 def _rate(row: Row, answer: str) -> float:
-    """Value of an answer to a row whose rule needs nothing but the two; raises ValueError for a row of no use."""
+    """Value of an answer to a row whose rule needs nothing but the two; raises UserError for a row of no use."""
     if row.task == "ifeval":
         return ifeval.followed(answer, row.constraints)
     if row.task == "mcq" or (row.task == "value" and row.options):
         options = row.options or ()
         return float(mcq.key_of(row.answer, options) == mcq.choice(answer, options))
     if not row.answer:
-        raise ValueError(f"task {row.task} is rewarded against `answer`, which is missing; add it")
+        raise UserError(f"task {row.task} is rewarded against `answer`, which is missing; add it")
     return float(same_answer(answer, row.answer))

@@ -8,6 +8,8 @@ from typing import Protocol
 
 import torch
 
+from cosmo_rl.data.errors import UserError
+
 from ..batch import Request, Response
 
 
@@ -51,6 +53,6 @@ def form_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
         batch_size: requests per batch, >= 1; only the last batch is smaller.
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; give at least 1")
+        raise UserError(f"batch_size is {batch_size}; give at least 1")
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     return [order[start:start + batch_size] for start in range(0, len(order), batch_size)]

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from cosmo_rl.data.collate import EncodedPrompt
+from cosmo_rl.data.errors import UserError
 from cosmo_rl.model.load import Processor
 from cosmo_rl.model.weights import load_into
 
@@ -70,7 +71,7 @@ class HFEngine:
         """One response per request, in the order of the requests; see `Engine.generate`.
 
         Raises:
-            ValueError: the weights give NaN or infinite logits; names the first prompt.
+            UserError: the weights give NaN or infinite logits; names the first prompt.
         """
         lengths = [len(r.prompt.input_ids) for r in requests]
         responses: dict[int, Response] = {}
@@ -118,7 +119,7 @@ class HFEngine:
         ends = np.flatnonzero(np.isin(tokens, self.eos_ids))
         length = int(ends[0]) + 1 if len(ends) else len(tokens)
         if not np.isfinite(logprobs[:length]).all():
-            raise ValueError(
+            raise UserError(
                 f"prompt {request.prompt.id}: weights of version {self.version} give NaN or infinite logits; lower the "
                 "learning rate, or start from a checkpoint before the run diverged"
             )

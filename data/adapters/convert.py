@@ -25,6 +25,7 @@ import tyro
 from PIL import Image
 
 from ..disk import fsync
+from ..errors import UserError
 from ..schema import RowError, open_image
 from .reading import named_files
 from .registry import adapter, layout
@@ -95,30 +96,30 @@ def convert(options: Convert) -> Summary:
     """Write the row file.
 
     Raises:
-        ValueError: no such adapter, an option it does not take, a row file that is there, another layout, no row.
+        UserError: no such adapter, an option it does not take, a row file that is there, another layout, no row.
     """
     out = Path(options.out)
     rows = adapter(options.name)
     if out.suffix != ".jsonl":
-        raise ValueError(f"--out is {out}; give a name that ends in .jsonl")
+        raise UserError(f"--out is {out}; give a name that ends in .jsonl")
     if out.exists() and not options.overwrite:
-        raise ValueError(f"{out} is there; give another --out, or --overwrite")
+        raise UserError(f"{out} is there; give another --out, or --overwrite")
     if not options.in_:
-        raise ValueError("--in names no file; give the set's folder or its files")
+        raise UserError("--in names no file; give the set's folder or its files")
     read = named_files(options.in_, layout(options.name))
     if out.exists() and out.resolve() in {file.resolve() for file in read}:
-        raise ValueError(f"{out} is one of the files that --in names; give another --out")
+        raise UserError(f"{out} is one of the files that --in names; give another --out")
     if options.limit < 0:
-        raise ValueError(f"--limit is {options.limit}; give a number of rows, or 0 for all")
+        raise UserError(f"--limit is {options.limit}; give a number of rows, or 0 for all")
     more: dict[str, Any] = {"images": options.images} if options.images else {}
     if options.unlabelled != "default":
         if "unlabelled" not in inspect.signature(rows).parameters:
-            raise ValueError(f"{options.name} labels its prompts; leave --unlabelled out")
+            raise UserError(f"{options.name} labels its prompts; leave --unlabelled out")
         more["unlabelled"] = options.unlabelled
     fixed = {name: value for name in ("domain", "source", "licence") if (value := getattr(options, name))}
     for name, value in fixed.items():
         if not value.strip():
-            raise ValueError(f"--{name} is blank; give a name, or leave it out")
+            raise UserError(f"--{name} is blank; give a name, or leave it out")
 
     summary = Summary()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -135,7 +136,7 @@ def convert(options: Convert) -> Summary:
                 if summary.rows.total() == options.limit:
                     break
             if not summary.rows:
-                raise ValueError(f"{', '.join(options.in_)} gave no row, so {out} was not written\n{summary.table()}")
+                raise UserError(f"{', '.join(options.in_)} gave no row, so {out} was not written\n{summary.table()}")
             file.flush()
             os.fsync(file.fileno())
         if files.copied:
@@ -204,7 +205,7 @@ def main(args: list[str] | None = None) -> None:
     options = tyro.cli(Convert, args=args, prog="python -m cosmo_rl.data.adapters.convert")
     try:
         summary = convert(options)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"convert: {error}")
     print(f"{options.out}\n{summary.table()}")
 

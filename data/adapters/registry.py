@@ -5,6 +5,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
+from ..errors import UserError
 from .reading import Layout
 
 NAMES = ("beavertails_v", "geometry3k", "jailbreakv_28k", "llava", "mathv360k", "mmk12", "pku_saferlhf", "safetag_vl",
@@ -16,7 +17,7 @@ def adapter(name: str) -> Callable[..., Iterator[dict[str, Any]]]:
     """The function `rows` of an adapter.
 
     Raises:
-        ValueError: there is no adapter of that name.
+        UserError: there is no adapter of that name.
     """
     _known(name)
     return import_module(f".{name}", __package__).rows
@@ -31,7 +32,7 @@ def layout(name: str) -> Layout:
 def _known(name: str) -> None:
     if name not in NAMES:
         near = get_close_matches(name.lower().replace("-", "_"), NAMES, n=1, cutoff=0.5)
-        raise ValueError(f"there is no adapter {name!r}; " + (f"did you mean {near[0]}? " if near else "")
+        raise UserError(f"there is no adapter {name!r}; " + (f"did you mean {near[0]}? " if near else "")
                          + f"There are {', '.join(NAMES)}")
 
 

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from ..dataset import load_rows
 from ..endpoint_spec import Server, parse_server
+from ..errors import UserError
 from ..schema import Row
 from .asking import open_model, settle
 from .augment import Done, Settled, Unit, augment, deal, is_unsafe, twin_keys
@@ -83,7 +84,7 @@ def main(args: Sequence[str] | None = None) -> int:
     options = tyro.cli(Options, args=args, prog=PROGRAM, config=(tyro.conf.FlagCreatePairsOff,))
     try:
         run(options)
-    except (ValueError, ImportError) as error:
+    except (UserError, ImportError) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 1
     return 0
@@ -93,22 +94,22 @@ def run(options: Options) -> None:
     """The whole job.
 
     Raises:
-        ValueError: what a user can get wrong (RowError and Unfit among them).
+        UserError: what a user can get wrong (RowError and Unfit among them).
         ImportError: --ocr without rapidocr-onnxruntime.
     """
     if not options.inputs:
-        raise ValueError("--in names no file; give .jsonl or .parquet files, or saved datasets")
+        raise UserError("--in names no file; give .jsonl or .parquet files, or saved datasets")
     heldout = find(options.holdout)
     families = FAMILIES if options.endpoint else OFFLINE
     attacks = [attack for attack in find(options.attacks or families) if attack not in heldout]
     if not attacks:
-        raise ValueError("--holdout holds out every attack; name fewer, or more --attacks")
+        raise UserError("--holdout holds out every attack; name fewer, or more --attacks")
     if options.seed < 0:
-        raise ValueError(f"--seed is {options.seed}; give 0 or more")
+        raise UserError(f"--seed is {options.seed}; give 0 or more")
     server = parse_server(options.endpoint, "--endpoint") if options.endpoint else None
     asking = [attack.name for attack in (*attacks, *heldout) if attack.family == "endpoint"]
     if asking and server is None:
-        raise ValueError(f"{', '.join(asking)}: a model is asked; name one with --endpoint URL,MODEL, or leave "
+        raise UserError(f"{', '.join(asking)}: a model is asked; name one with --endpoint URL,MODEL, or leave "
                          "them out")
     params = read_params(options.param, [*attacks, *heldout], options.resize_pixels)
     read = rapidocr() if options.ocr else None
@@ -116,7 +117,7 @@ def run(options: Options) -> None:
         rows = load_rows(options.inputs, max_image_pixels=options.max_image_pixels)
         attacked = next((row for row in rows if row.attack is not None), None)
         if attacked is not None and attacked.attack is not None:
-            raise ValueError(f"row {attacked.id} is already the work of attack {attacked.attack['name']!r}; give plain "
+            raise UserError(f"row {attacked.id} is already the work of attack {attacked.attack['name']!r}; give plain "
                              "rows only")
         keys = twin_keys(rows, options.twin_by)
         units = []
@@ -168,7 +169,7 @@ def read_params(entries: Sequence[str], attacks: Sequence[Attack], resize_pixels
     """--param entries as attack -> parameters, checked.
 
     Raises:
-        ValueError: not NAME.KEY=VALUE or KEY=VALUE, an attack or parameter that is not there, a value of another type.
+        UserError: not NAME.KEY=VALUE or KEY=VALUE, an attack or parameter that is not there, a value of another type.
     """
     out: dict[str, dict[str, Any]] = {attack.name: {} for attack in attacks}
     for attack in attacks:
@@ -178,23 +179,23 @@ def read_params(entries: Sequence[str], attacks: Sequence[Attack], resize_pixels
         left, equals, value = entry.partition("=")
         name, dot, key = left.rpartition(".")
         if not equals or not key:
-            raise ValueError(f"--param {entry!r}; write NAME.KEY=VALUE, as caesar.shift=5, or KEY=VALUE for all")
+            raise UserError(f"--param {entry!r}; write NAME.KEY=VALUE, as caesar.shift=5, or KEY=VALUE for all")
         if key == "resize_pixels":
-            raise ValueError(f"--param {entry!r}; give --resize-pixels instead")
+            raise UserError(f"--param {entry!r}; give --resize-pixels instead")
         if dot and name not in out:
             near = get_close_matches(name, out, n=2)
-            raise ValueError(f"--param {entry!r}: attack {name!r} is not among those of this run"
+            raise UserError(f"--param {entry!r}: attack {name!r} is not among those of this run"
                              + (f"; did you mean {' or '.join(near)}?" if near else f" ({', '.join(out)})"))
         having = [attack for attack in attacks if key in attack.params and (not dot or attack.name == name)]
         if not having:
             keys = sorted({key for attack in attacks if not dot or attack.name == name for key in attack.params})
-            raise ValueError(f"--param {entry!r}: no parameter {key!r}; there are {', '.join(keys) or 'none'}")
+            raise UserError(f"--param {entry!r}: no parameter {key!r}; there are {', '.join(keys) or 'none'}")
         for attack in having:
             kind = type(attack.params[key])
             try:
                 out[attack.name][key] = kind(value)
             except ValueError as error:
-                raise ValueError(f"--param {entry!r} is no {kind.__name__}; give one, as {attack.params[key]!r}"
+                raise UserError(f"--param {entry!r} is no {kind.__name__}; give one, as {attack.params[key]!r}"
                                  ) from error
     for attack in attacks:
         attack.resolve(out[attack.name])

@@ -103,7 +103,7 @@ def open_model(server: Server, cache_dir: str | Path, *, max_pixels: int) -> Mod
     """The Model of a server, with the disk cache in `cache_dir`, and pictures shrunk to `max_pixels` (width x height).
 
     Raises:
-        ValueError: its key variable holds no key, or the cache cannot be written.
+        UserError: its key variable holds no key, or the cache cannot be written.
     """
     return Model(Endpoint(server.url, server.model, cache_dir=cache_dir, max_pixels=max_pixels, verify_first=True,
                           **server.options))

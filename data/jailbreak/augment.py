@@ -20,6 +20,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..errors import UserError
 from ..schema import ImageSource, Row, RowError, open_image
 from . import endpoint_attacks as _endpoint_attacks  # noqa: F401  its attacks join the registry
 from . import image as _image  # noqa: F401  and these
@@ -98,7 +99,7 @@ def attack_row(row: Row, name: str, *, params: Params | None = None, seed: int =
         max_image_pixels: largest picture opened, in pixels.
         ask: the model of an endpoint attack; the note's params name it.
     Raises:
-        ValueError: no such attack or parameter, or no model for an endpoint attack.
+        UserError: no such attack or parameter, or no model for an endpoint attack.
         Unfit: no text in the last user turn, text that cannot be read once drawn, or no reply that will do.
         RowError: a picture that cannot be opened.
     """
@@ -134,28 +135,28 @@ def twin_keys(rows: Sequence[Row], twin_by: str = "") -> list[str]:
     """The key of each row: what `twin_by` (a regular expression; its first group, if it has one) finds in its id.
 
     Raises:
-        ValueError: not a regular expression, it finds an empty text, no two rows share a key, or all do.
+        UserError: not a regular expression, it finds an empty text, no two rows share a key, or all do.
     """
     if not twin_by:
         return [row.id for row in rows]
     try:
         pattern = re.compile(twin_by)
     except re.error as error:
-        raise ValueError(f"--twin-by {twin_by!r} is no regular expression ({error}); an example: '^(.*)-[abc]$'"
+        raise UserError(f"--twin-by {twin_by!r} is no regular expression ({error}); an example: '^(.*)-[abc]$'"
                          ) from error
     keys = []
     for row in rows:
         match = pattern.search(row.id)
         found = match.group(1 if pattern.groups else 0) if match else row.id
         if not found:  # all such rows would be twins
-            raise ValueError(f"--twin-by {twin_by!r} finds an empty text in the id {row.id!r}; let it find what only "
+            raise UserError(f"--twin-by {twin_by!r} finds an empty text in the id {row.id!r}; let it find what only "
                              "twins share, or nothing")
         keys.append(f"\0{found}" if match else found)  # "\0" keeps what was found apart from ids that did not match
     if len(set(keys)) == len(keys):
-        raise ValueError(f"--twin-by {twin_by!r} finds no twins: no two ids share what it matches (an id is "
+        raise UserError(f"--twin-by {twin_by!r} finds no twins: no two ids share what it matches (an id is "
                          f"{rows[0].id!r}); correct it, or leave it out")
     if len(set(keys)) == 1 and len(keys) > MAX_TWINS:
-        raise ValueError(f"--twin-by {twin_by!r} makes twins of all {len(keys)} rows, which would meet one attack; let "
+        raise UserError(f"--twin-by {twin_by!r} makes twins of all {len(keys)} rows, which would meet one attack; let "
                          "it find what only twins share")
     return keys
 
@@ -173,10 +174,10 @@ def deal(rows: Sequence[Row], keys: Sequence[str], attacks: Sequence[Attack], *,
         per_row: attacks of each row, all different.
         seed: another one deals otherwise.
     Raises:
-        ValueError: fewer attacks than `per_row`.
+        UserError: fewer attacks than `per_row`.
     """
     if not 1 <= per_row <= len(attacks):
-        raise ValueError(f"--per-row is {per_row}, of {len(attacks)} attacks; give 1 to {len(attacks)}, or all")
+        raise UserError(f"--per-row is {per_row}, of {len(attacks)} attacks; give 1 to {len(attacks)}, or all")
     members: dict[str, list[int]] = {}
     for place, key in enumerate(keys):
         members.setdefault(key, []).append(place)
@@ -211,7 +212,7 @@ def augment(rows: Sequence[Row], units: Iterable[Unit], *, seed: int, carriers: 
         settled: (key, attack) -> what the model said, for the units of endpoint attacks; these are dropped, where they
             must be, without `drop` too.
     Raises:
-        ValueError: a row that is attacked already.
+        UserError: a row that is attacked already.
         Unfit: see `attack_row`; only without `drop`.
     """
     for unit in units:
@@ -222,7 +223,7 @@ def augment(rows: Sequence[Row], units: Iterable[Unit], *, seed: int, carriers: 
                 raise said.dropped
             for number, row in enumerate(rows[place] for place in unit.rows):
                 if row.attack is not None:
-                    raise ValueError(f"row {row.id} is already the work of attack {row.attack['name']!r}; give plain "
+                    raise UserError(f"row {row.id} is already the work of attack {row.attack['name']!r}; give plain "
                                      "rows, or remove it")
                 out.append(attack_row(
                     row, name, params={**(params or {}).get(name, {}), **(said.params if said else {})},

@@ -32,6 +32,7 @@ from hashlib import blake2b
 
 from PIL import Image
 
+from ..errors import UserError
 from ..schema import RESERVED
 from .image import LIMITS, RENDER, page
 from .registry import Aids, Params, Question, Turn, Unfit, register
@@ -217,11 +218,11 @@ def _asked(turn: Turn, params: Params, rng: random.Random, aids: Aids, prompt: s
     """What `build` makes of the first reply that it takes; `look`: the model gets the pictures too.
 
     Raises:
-        ValueError: there is no model to ask.
+        UserError: there is no model to ask.
         Unfit: no reply of `tries` will do, or the text is missing or too long.
     """
     if aids.ask is None:
-        raise ValueError("an attack through an endpoint asks a model; give one with --endpoint URL,MODEL")
+        raise UserError("an attack through an endpoint asks a model; give one with --endpoint URL,MODEL")
     if not turn.text.strip():
         raise Unfit("the last user turn has no text to rewrite", "leave the row out, or give it a text")
     if len(turn.text) > MAX_SOURCE:

@@ -19,6 +19,7 @@ from typing import Any
 from PIL import Image
 
 from ..disk import fsync
+from ..errors import UserError
 from ..schema import IMAGE_FORMATS, ImageSource, Row, encoded, parse_row
 
 ROWS, HELDOUT, SHEET, IMAGES = "rows.jsonl", "heldout.jsonl", "contact_sheet.png", "images"
@@ -34,7 +35,7 @@ class Output:
         """`out`: a folder, or the file of the rows, beside which the rest goes.
 
         Raises:
-            ValueError: a file is there already (without `overwrite`), is an input, or the folder cannot be written.
+            UserError: a file is there already (without `overwrite`), is an input, or the folder cannot be written.
         """
         path = Path(out)
         self.rows_path = path if path.suffix == ".jsonl" else path / ROWS
@@ -76,10 +77,10 @@ class Output:
 
         Raises:
             RowError: the transform made a row that a loader would refuse (a reserved token, say).
-            ValueError: its id is given twice, or the disk is full.
+            UserError: its id is given twice, or the disk is full.
         """
         if row.id in self._ids:
-            raise ValueError(f"two rows would have the id {row.id!r}; rename one of their sources")
+            raise UserError(f"two rows would have the id {row.id!r}; rename one of their sources")
         self._ids.add(row.id)
         record: dict[str, Any] = {f.name: getattr(row, f.name) for f in fields(row)}
         record = {name: value for name, value in record.items() if value not in (None, ())}
@@ -98,10 +99,10 @@ class Output:
         """Everything under its final name.
 
         Raises:
-            ValueError: there is no row, or it cannot be written.
+            UserError: there is no row, or it cannot be written.
         """
         if not self.counts[self.rows_path]:
-            raise ValueError(f"no row is left for {self.rows_path}: every one was dropped; see the reasons above, or "
+            raise UserError(f"no row is left for {self.rows_path}: every one was dropped; see the reasons above, or "
                              "name other attacks")
         try:
             staged = {path: self._write_lines(path) for path in self._lines if self._lines[path]}
@@ -123,17 +124,17 @@ class Output:
 
     def _check(self, inputs: Sequence[str], overwrite: bool) -> None:
         if self.rows_path.name == HELDOUT:
-            raise ValueError(f"--out {self.rows_path}: {HELDOUT} is the file of the held-out attacks; name "
+            raise UserError(f"--out {self.rows_path}: {HELDOUT} is the file of the held-out attacks; name "
                              "it otherwise")
         if len({path.resolve() for path in self.targets}) < len(self.targets):
-            raise ValueError(f"--contact-sheet {self.sheet_path} is a file of --out; name it otherwise")
+            raise UserError(f"--contact-sheet {self.sheet_path} is a file of --out; name it otherwise")
         for path in self.targets:
             if path.is_dir():
-                raise ValueError(f"{path} is a folder; remove it, or name another --out")
+                raise UserError(f"{path} is a folder; remove it, or name another --out")
             if any(path.resolve() == Path(item).resolve() for item in inputs):
-                raise ValueError(f"{path} is an input; name another --out")
+                raise UserError(f"{path} is an input; name another --out")
             if path.exists() and not overwrite:
-                raise ValueError(f"{path} is there already; name another --out, or replace it with --overwrite")
+                raise UserError(f"{path} is there already; name another --out, or replace it with --overwrite")
 
     def _image(self, source: ImageSource) -> str:
         """The file name of a picture, which is written once."""
@@ -182,7 +183,7 @@ class Output:
             os.replace(made / name, final / name)
         fsync(final)
 
-    def _unwritable(self, error: OSError) -> ValueError:
+    def _unwritable(self, error: OSError) -> UserError:
         place = error.filename or self.folder
-        return ValueError(f"cannot write {place}: {error.strerror or error}; free space or make its folder writable, "
+        return UserError(f"cannot write {place}: {error.strerror or error}; free space or make its folder writable, "
                           "then repeat the command")

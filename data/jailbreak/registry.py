@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from PIL import Image
 
+from ..errors import UserError
 from ..schema import ImageSource
 
 Params = Mapping[str, Any]
@@ -31,7 +32,7 @@ Reader = Callable[[Image.Image], str]
 """OCR: an upright image to the text in it."""
 
 
-class Unfit(ValueError):
+class Unfit(UserError):
     """A row that an attack cannot take, most often for illegible text: `WHERE: PROBLEM; MEND`."""
 
     def __init__(self, problem: str, mend: str, where: str = "") -> None:
@@ -124,22 +125,22 @@ class Attack:
         """All parameters, defaults included.
 
         Raises:
-            ValueError: no such parameter, a wrong type, or a value beyond the limits.
+            UserError: no such parameter, a wrong type, or a value beyond the limits.
         """
         out = dict(self.params)
         for key, value in (overrides or {}).items():
             if key not in out:
-                raise ValueError(f"attack {self.name!r} has no parameter {key!r}; {_mend(key, out, 'it has none')}")
+                raise UserError(f"attack {self.name!r} has no parameter {key!r}; {_mend(key, out, 'it has none')}")
             default = out[key]
             if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
                 value = float(value)
             if type(value) is not type(default) or (isinstance(value, float) and not math.isfinite(value)):
-                raise ValueError(f"{self.name}.{key} is {value!r}; give a {type(default).__name__}, as {default!r}")
+                raise UserError(f"{self.name}.{key} is {value!r}; give a {type(default).__name__}, as {default!r}")
             limit = self.limits.get(key)
             if isinstance(limit, tuple) and not limit[0] <= value <= limit[1]:
-                raise ValueError(f"{self.name}.{key} is {value!r}; give {limit[0]} to {limit[1]}")
+                raise UserError(f"{self.name}.{key} is {value!r}; give {limit[0]} to {limit[1]}")
             if isinstance(limit, frozenset) and value not in limit:
-                raise ValueError(f"{self.name}.{key} is {value!r}; give one of {', '.join(sorted(limit - {''}))}"
+                raise UserError(f"{self.name}.{key} is {value!r}; give one of {', '.join(sorted(limit - {''}))}"
                                  + (", or nothing" if "" in limit else ""))
             if key in TEMPLATES:
                 self._check_template(key, value)
@@ -150,7 +151,7 @@ class Attack:
         try:
             value.format(**self.params, **self.fills)
         except (LookupError, ValueError, AttributeError, TypeError) as error:
-            raise ValueError(f"{self.name}.{key} is {value!r}, which cannot be filled in ({error!r}); name only its "
+            raise UserError(f"{self.name}.{key} is {value!r}, which cannot be filled in ({error!r}); name only its "
                              f"parameters in braces, and write a plain brace as {{{{") from error
 
 
@@ -173,11 +174,11 @@ def register(name: str, family: Family, kind: str, *, params: Params | None = No
         carriers: (parameters, whether the turn has a picture) -> number of carrier pictures it takes.
         fills: what its sentences may name beside its parameters (a place that it draws, say), with an example of each.
     Raises:
-        ValueError: the name is taken, or is also a kind or a family.
+        UserError: the name is taken, or is also a kind or a family.
     """
     kinds = {attack.kind for attack in ATTACKS.values()} | {kind}
     if name in ATTACKS or name in kinds | {*FAMILIES} or kind in ATTACKS or kind in FAMILIES:
-        raise ValueError(f"attack {name!r} of kind {kind!r}: a name, kind or family of this name is there already; "
+        raise UserError(f"attack {name!r} of kind {kind!r}: a name, kind or family of this name is there already; "
                          "choose another")
 
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -198,7 +199,7 @@ def find(names: Iterable[str]) -> list[Attack]:
     """The attacks that `names` name (each an attack, a kind or a family), each once, in the order of `ordered`.
 
     Raises:
-        ValueError: no such attack, kind or family; the message holds the nearest.
+        UserError: no such attack, kind or family; the message holds the nearest.
     """
     groups: dict[str, list[str]] = {}
     for attack in ordered():
@@ -207,7 +208,7 @@ def find(names: Iterable[str]) -> list[Attack]:
     wanted: set[str] = set()
     for name in names:
         if name not in groups:
-            raise ValueError(f"unknown attack {name!r}; {_mend(name, groups, '')}")
+            raise UserError(f"unknown attack {name!r}; {_mend(name, groups, '')}")
         wanted.update(groups[name])
     return [attack for attack in ordered() if attack.name in wanted]
 

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ..errors import UserError
 from .registry import Reader, Unfit
 
 LINE_HEIGHT = 1.25
@@ -270,15 +271,15 @@ def face_of(path: str, size: int) -> ImageFont.FreeTypeFont:
     """The font of a file ("": Pillow's own) in `size` pixels.
 
     Raises:
-        ValueError: it cannot be read, or Pillow cannot draw text.
+        UserError: it cannot be read, or Pillow cannot draw text.
     """
     try:  # the basic layout, which every build of Pillow has: the same pixels on any machine
         face = ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC) if path \
             else ImageFont.load_default(size)
     except OSError as error:
-        raise ValueError(f"the font {path} cannot be read ({error}); give a TrueType or OpenType file") from error
+        raise UserError(f"the font {path} cannot be read ({error}); give a TrueType or OpenType file") from error
     if not isinstance(face, ImageFont.FreeTypeFont):
-        raise ValueError("this Pillow is built without FreeType and cannot draw text; pip install --force-reinstall "
+        raise UserError("this Pillow is built without FreeType and cannot draw text; pip install --force-reinstall "
                          "pillow")
     return face
 

@@ -16,6 +16,7 @@ from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
 
+from ..errors import UserError
 from ..schema import Row
 from .registry import ATTACKS, Params, Unfit, register
 
@@ -142,12 +143,12 @@ def attack(row: Row, name: str, *, params: Params | None = None, seed: int = 0) 
         params: differing from the attack's defaults.
         seed: of the attack's generator; `registry.seed_of` makes one for each row.
     Raises:
-        ValueError: no such attack or parameter.
+        UserError: no such attack or parameter.
         Unfit: the last user turn has no text, or the attack leaves it as it is (one word, or no letter that it knows).
     """
     known = sorted(key for key, value in ATTACKS.items() if value.family == "text")
     if name not in known:
-        raise ValueError(f"unknown attack {name!r}; choose one of {known}")
+        raise UserError(f"unknown attack {name!r}; choose one of {known}")
     chosen = ATTACKS[name]
     resolved, rng = chosen.resolve(params), random.Random(seed)
     if not last_text(row).strip():
