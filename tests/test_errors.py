@@ -9,7 +9,7 @@ from cosmo_rl.cpgd import dryrun, rundir, trainer
 from cosmo_rl.data.errors import UserError
 
 
-def _bug(*args):
+def _bug(*args, **kwargs):
     return list(zip([1, 2], [3], strict=True))
 
 
