@@ -285,7 +285,7 @@ def test_a_source_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "b.parquet").write_bytes((tmp_path / "b.parquet").read_bytes()[:-200])
     fails([tmp_path / "b.parquet"], "b.parquet: it is corrupt or cut off")
     pq.write_table(pa.table({"id": ["a", "b"]}), tmp_path / "c.parquet")
-    fails([tmp_path / "c.parquet"], "c.parquet:1: field `task`: is missing")
+    fails([tmp_path / "c.parquet"], "c.parquet:1: 5 problems: (1) field `task`: is missing")
 
 
 def test_a_folder_that_is_no_dataset_is_named(tmp_path):
