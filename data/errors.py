@@ -25,7 +25,7 @@ class RowError(UserError):
     """
 
     def __init__(self, where: str, field: str, problem: str, mend: str) -> None:
-        super().__init__(where, field, problem, mend)
+        super().__init__(where, shown(field), shown(problem, 400), mend)
         self._others: tuple[RowError, ...] = ()
 
     @classmethod
@@ -76,7 +76,9 @@ class Problems:
             raise RowError.several(self.found)
 
 
-def shown(value: object, most: int = 80) -> str:
-    """A value of the user's in a message: its first characters."""
+def shown(value: object, limit: int = 80) -> str:
+    """What came from a file, in one line: control characters escaped, the middle of a long one left out."""
     text = str(value)
-    return text if len(text) <= most else text[:most] + "..."
+    if len(text) > limit:
+        text = f"{text[:limit // 2]}...{text[-limit // 4:]}"
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -147,7 +147,7 @@ def parse_row(obj: Any, where: str) -> Row:
     listed = f"; the fields are {', '.join(FIELDS)}"  # once
     for name in (name for name in obj if name not in FIELDS):
         near = meant(str(name), obj)
-        problems.add(where, shown(name), "there is no such field",
+        problems.add(where, str(name), "there is no such field",
                      f"did you mean `{near}`?" if near else f"remove it{listed}")
         listed = listed if near else ""
 
@@ -158,7 +158,7 @@ def parse_row(obj: Any, where: str) -> Row:
     task = required["task"]
     if task and task not in TASKS:
         near = get_close_matches(task[:80], TASKS, n=1)
-        problems.add(where, "task", f"unknown task {shown(task)!r}", f"give one of {', '.join(TASKS)}"
+        problems.add(where, "task", f"unknown task {shown(repr(task))}", f"give one of {', '.join(TASKS)}"
                      + (f" (did you mean {near[0]}?)" if near else ""))
 
     images = take(_each, obj.get("images", []), "images", where, _image)
@@ -316,7 +316,7 @@ def _object(value: Any, field: str, where: str, keys: tuple[str, ...], problems:
         raise RowError(where, field, f"is {_kind(value)}, not an object", f"give an object of {', '.join(keys)}")
     for key in value:
         if key not in keys:
-            problems.add(where, f"{field}.{shown(key)}", "there is no such field",
+            problems.add(where, f"{field}.{key}", "there is no such field",
                          f"remove it; the fields are {', '.join(keys)}")
     return value
 
@@ -389,7 +389,7 @@ def _message(value: Any, field: str, where: str) -> Message:
     item = _object(value, field, where, ("role", "content"), problems)
     role = problems.take(_text, item.get("role"), f"{field}.role", where)
     if role and role not in ("system", "user", "assistant"):
-        problems.add(where, f"{field}.role", f"unexpected role {shown(role)!r}",
+        problems.add(where, f"{field}.role", f"unexpected role {shown(repr(role))}",
                      "use system (first only), user or assistant")
     content = problems.take(_content, item.get("content"), f"{field}.content", where)
     problems.settle()
@@ -445,7 +445,7 @@ def _part(value: Any, field: str, where: str) -> dict[str, str]:
     if kind == "text":
         return {"type": "text", "text": _plain_text(part.get("text"), f"{field}.text", where)}
     if kind != "image":
-        raise RowError(where, f"{field}.type", f"unknown kind of part {shown(kind)!r}", 'use "text" or "image"')
+        raise RowError(where, f"{field}.type", f"unknown kind of part {shown(repr(kind))}", 'use "text" or "image"')
     if "text" in part:
         raise RowError(where, f"{field}.text", "an image part has a text", "write the text as a part of its own")
     return {"type": "image"}
@@ -456,7 +456,7 @@ def _tags(value: Any, where: str) -> dict[str, str]:
     tags = _object(value, "tags", where, TAGS, problems)
     for key, tag in tags.items():
         if key in TAGS and tag not in ("safe", "unsafe"):
-            problems.add(where, f"tags.{key}", f"is {shown(tag)!r}", 'give "safe" or "unsafe"')
+            problems.add(where, f"tags.{key}", f"is {shown(repr(tag))}", 'give "safe" or "unsafe"')
     problems.settle()
     return tags
 

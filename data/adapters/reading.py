@@ -335,7 +335,7 @@ def _check_layout(data: Any, where: str, layout: Layout) -> None:
 
     missing = min((sorted(fields - data.keys()) for fields in layout.fields), key=len)
     others = [name for name in guess(data) if name != layout.name]
-    there = shown(", ".join(map(str, data)) or "none", 400)
+    there = shown(", ".join(map(str, data)) or "none", 160)
     mend = f"this looks like {' or '.join(others)}" if others else "name a file of that set, or rename the fields"
     if not missing:
         raise LayoutError(where, sorted(layout.without & data.keys())[0], f"is there, but layout {layout.name} has no "

@@ -75,7 +75,7 @@ def _constraint(truth: Record, prompt: str) -> dict[str, Any]:
     if name in EXACT:
         raise refuse("it asks for an exact count, and IFEval's checker for at least or less than one")
     if name not in FUNCTIONS:
-        raise refuse(f"no such function is known; there are {', '.join((*FUNCTIONS, *EXACT))}")
+        raise refuse("no such function is known")
     known, arguments = FUNCTIONS[name]
     kwargs = {own: _KINDS.get(theirs, Record.text)(truth, f"ground_truth.{theirs}")
               for theirs, own in arguments.items()}
