@@ -63,8 +63,10 @@ def test_prompt_is_one_user_message_with_the_images_first():
 def test_nulls_are_absent_fields_at_any_depth():
     raw = {**ROW, "prompt": None, "answer": None, "tags": None, "images": [{"bytes": None, "path": "p.png"}],
            "messages": [{"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "hi"}]}],
-           "attack": {"name": "n", "seed": 1, "source_id": "s", "params": None}}
+           "attack": {"name": "n", "seed": 1, "source_id": "s", "params": None},
+           "constraints": [{"id": "a", "kwargs": {"num_words": 3, "language": None}}]}
     row = parse_row(raw, "f:1")
+    assert row.constraints == ({"id": "a", "kwargs": {"num_words": 3}},)
     assert (row.answer, row.tags, row.images) == (None, None, ("p.png",))
     assert row.messages[0]["content"] == [{"type": "image"}, {"type": "text", "text": "hi"}]
     assert row.attack == {"name": "n", "seed": 1, "source_id": "s", "params": {}}
