@@ -233,7 +233,9 @@ def test_all_functions_of_rlvr_are_mapped_or_refused_by_name():
 
 @pytest.mark.parametrize(("text", "answer"), [
     ("\\boxed{3}", "3"), ("\\boxed {3}", "3"), ("\\boxed{\\frac{1}{2}} or \\boxed{\\frac{3}{4}}", "\\frac{3}{4}"),
-    ("$\\fbox{x}$", "x"), ("\\boxed 5$", "5"), ("\\boxed{\\{1\\}}", "\\{1\\}"), ("\\boxed{a}{b}", "a"), ("none", ""),
+    ("$\\fbox{x}$", "x"), ("\\boxed 5$", "5"), ("\\boxed{\\{1\\}}", "\\{1\\}"),
+    ("\\boxed{\\left\\{x\\right.} so", "\\left\\{x\\right."), ("\\boxed{1\\\\} and {2}", "1\\\\"),
+    ("\\boxed{a}{b}", "a"), ("none", ""),
     ("\\boxed{", ""), ("\\boxed{}", ""), ("\\boxed", ""), ("\\unboxed{3}", ""),
 ])
 def test_the_last_box(text, answer):

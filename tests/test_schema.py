@@ -202,6 +202,7 @@ def test_a_row_tells_all_its_problems_at_once():
     message = str(caught.value)
     assert message.startswith("rows.jsonl:7: 18 problems: (1) field `question`: there is no such field; remove it")
     assert "(2) field `id`: is empty; fill it in" in message and message.endswith("... and 6 more")
+    assert "(12) " in message and "(13) " not in message
     assert message.count("rows.jsonl:7") == 1 and "\n" not in message
     again = pickle.loads(pickle.dumps(caught.value))
     assert str(again) == message and [one.args for one in again.problems] == [
@@ -249,7 +250,7 @@ def test_a_placeholder_in_a_text_is_refused_with_the_mend(held):
 
 
 @pytest.mark.parametrize("text", [
-    "What does `<image>` mean in a LLaVA file?", "Is `<video>` an HTML element?",
+    "What does `<image>` mean in a LLaVA file?", "Is `<video> or <audio>` HTML?",
     "Close <image> with </image>, please.", '<svg><image href="a.png"/></svg>', '<video src="a.mp4"></video>',
     "<rss><image><url>u</url></image></rss>",
     "Which attribute must an <img> have?", '<img src="a.png">', "<images>", "<imagery>", "a < image > b", "image",

@@ -20,6 +20,8 @@ LAYOUT = Layout(name="hendrycks_math", source="hendrycks/competition_math", lice
                 files=("train*.parquet", "train*.jsonl"),
                 fields=(frozenset({"problem", "level", "type", "solution"}),))
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+r"""A brace, or what is none: \{ is printed, and \\ breaks the line."""
 
 
 def rows(source: Source, *, images: str | Path | None = None, reject: Reject = fail) -> Iterator[dict[str, Any]]:
@@ -35,10 +37,10 @@ def last_boxed(text: str) -> str:
     if not text.startswith("{", start):  # "\boxed 2" boxes one token; their solutions mean the number
         return re.split(r"[\s$]", text[start:], maxsplit=1)[0]
     depth = 0
-    for end in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[end], 0) if text[end - 1] != "\\" else 0
-        if not depth:
-            return text[start + 1:end].strip()
+    for found in _BRACE.finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(found[0], 0)
+        if not depth and found[0] == "}":
+            return text[start + 1:found.start()].strip()
     return ""
 
 
