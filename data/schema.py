@@ -6,10 +6,7 @@ the problems of the row, so that it is mended once. Nothing is repaired, guessed
 counts as an absent field (parquet fills absent fields with nulls), and `prompt` is short for one user message with the
 images before the text.
 
-A text never holds the place of an image. What public sets write there (<image>, <image 1>, <video>, <|image|>, ...)
-would reach the model as words, so it is refused wherever a text is read; see PLACEHOLDER. The same words meant as
-words, in a question on HTML or XML, are told by how they are written: in backticks, with attributes, or with their
-closing tag.
+A text never holds the place of an image: see placeholders.py.
 
 An image becomes 8-bit RGB. Where that is one thing only, it is done silently; where a choice would be made for the user
 or the picture would be spoiled, the row is an error:
@@ -25,10 +22,9 @@ or the picture would be spoiled, the row is an error:
 import io
 import json
 import os
-import re
 import struct
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -37,6 +33,8 @@ from typing import Any, TypedDict, TypeVar
 from PIL import Image, ImageOps
 
 from .errors import Problems, RowError, shown
+from .field_names import meant
+from .placeholders import mend, placeholder
 
 TASKS = ("safety", "jailbreak", "value", "knowledge", "general", "math", "mcq", "ifeval", "helpful")
 TAGS = ("image", "text", "combined")
@@ -47,30 +45,6 @@ MAX_ASPECT_RATIO = 200
 """Longest over shortest side that Qwen's image processor takes (transformers' `smart_resize`)."""
 RESERVED = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<|im_start|>", "<|im_end|>",
              "<|endoftext|>")
-PLACEHOLDER = re.compile(r"""(?<!`)(?:
-    <(?P<tag>image|video|audio)(?:[ _-]?\d+)?>     # LLaVA, InternVL, Geometry3K, LLaVA-Video; <image 1> as in MMMU
-    | <\|(?:image|video|audio)(?:_\d+)?\|>          # mPLUG-Owl, Llama 3.2; <|image_1|> as in Phi-3-vision
-    | <ImageHere>                                   # InternLM-XComposer
-    | <img>[^<>\n]+</img>                           # Qwen-VL; in HTML <img> has no closing tag
-    )(?!`)""", re.VERBOSE | re.IGNORECASE)
-"""What public data sets write in the place of an image, a video or a sound."""
-NAMED_ALIKE = {
-    "prompt": ("question", "instruction", "query", "problem", "input", "text"),
-    "messages": ("conversation", "conversations", "chat", "dialogue"),
-    "images": ("image", "picture", "pictures", "image_path", "image_paths", "img", "image_file"),
-    "answer": ("solution", "response", "target", "label", "gold", "ground_truth", "reference"),
-    "chosen": ("output", "completion"),
-    "options": ("choices", "candidates"),
-    "task": ("type", "kind", "task_type"),
-    "domain": ("subset", "dataset"),
-    "source": ("data_source", "origin"),
-    "licence": ("license",),
-    "id": ("key", "uid", "index", "row_id", "question_id"),
-    "tags": ("labels",),
-    "category": ("categories", "subject", "topic"),
-    "constraints": ("instruction_id_list", "kwargs"),
-}
-"""Field -> what other sets call it. By the letters alone, "did you mean" would offer `options` for `solution`."""
 T = TypeVar("T")
 _ANIMATED = ("PNG", "WEBP", "GIF")
 _DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, OverflowError, struct.error, zlib.error)
@@ -146,7 +120,7 @@ def parse_row(obj: Any, where: str) -> Row:
     take = problems.take
     listed = f"; the fields are {', '.join(FIELDS)}"  # once
     for name in (name for name in obj if name not in FIELDS):
-        near = meant(str(name), obj)
+        near = meant(str(name), FIELDS, obj)
         problems.add(where, str(name), "there is no such field",
                      f"did you mean `{near}`?" if near else f"remove it{listed}")
         listed = listed if near else ""
@@ -176,16 +150,6 @@ def parse_row(obj: Any, where: str) -> Row:
     problems.settle()
     return Row(**required, **optional, messages=messages, images=images, options=options, tags=tags,
                constraints=constraints, key_elements=key_elements, attack=attack)
-
-
-def meant(name: str, given: Iterable[str] = ()) -> str:
-    """The field of a row that another set may call `name`, and that is not `given`; "" if there is no telling."""
-    taken = {*given, *(("prompt", "messages") if {"prompt", "messages"} & {*given} else ())}
-    plain = name[:80].strip().lower().replace("-", "_").replace(" ", "_")
-    for field, names in NAMED_ALIKE.items():
-        if plain == field or plain in names:
-            return "" if field in taken else field
-    return (get_close_matches(plain, [field for field in FIELDS if field not in taken], n=1) or [""])[0]
 
 
 def open_image(source: ImageSource, max_pixels: int, where: str, field: str = "images") -> Image.Image:
@@ -413,28 +377,10 @@ def _plain_text(value: Any, field: str, where: str) -> str:
         if token in text:  # the tokenizer would read it as an image's place, or as the end of a turn
             problems.add(where, field, f"holds the reserved token {token}",
                          'remove it; an image is a {"type": "image"} part, and a turn a message')
-    if held := _placeholder(text):
-        problems.add(where, field, f"holds {shown(held)}, which the model would read as words", _MENDS[
-            next((kind for kind in ("video", "audio") if kind in held.lower()), "prompt" if field == "prompt" else "")])
+    if held := placeholder(text):
+        problems.add(where, field, f"holds {shown(held)}, which the model would read as words", mend(held, field))
     problems.settle()
     return text
-
-
-_WORD = " (meant as a word, it goes in backticks)"
-_MENDS = {
-    "prompt": "remove it: the images of a `prompt` come first by themselves; for another place write `messages` with a "
-              '{"type": "image"} part there' + _WORD,
-    "": 'write a {"type": "image"} part in its place' + _WORD,
-    "video": "remove the row: videos are not read" + _WORD,
-    "audio": "remove the row: sounds are not read" + _WORD,
-}
-
-
-def _placeholder(text: str) -> str:
-    """The first placeholder in a text, "" if there is none; a tag that is closed somewhere is markup."""
-    lower = text.lower()
-    return next((found[0] for found in PLACEHOLDER.finditer(text)
-                 if not found["tag"] or f"</{found['tag'].lower()}>" not in lower), "")
 
 
 def _part(value: Any, field: str, where: str) -> dict[str, str]:

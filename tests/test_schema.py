@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cosmo_rl.data.schema import IMAGE_FORMATS, TASKS, RowError, encoded, meant, open_image, parse_row
+from cosmo_rl.data.field_names import meant
+from cosmo_rl.data.schema import FIELDS, IMAGE_FORMATS, TASKS, RowError, encoded, open_image, parse_row
 
 ROW = {"id": "a", "task": "general", "domain": "general", "prompt": "what is it?", "source": "mine", "licence": "CC0"}
 
@@ -175,14 +176,14 @@ def test_a_bad_field_is_named_with_place_and_mend(change, field, problem, mend):
     ("key_element", "key_elements"), ("quiz", ""),
 ])
 def test_what_another_set_calls_a_field(name, field):
-    assert meant(name) == field
+    assert meant(name, FIELDS) == field
 
 
 @pytest.mark.parametrize(("name", "given"), [("solution", ["answer"]), ("question", ["messages"]),
                                              ("conversations", ["prompt"]), ("promt", ["messages"])])
 def test_no_field_is_meant_that_is_there_already(name, given):
     """By the letters `options` would be offered for `solution`, and `messages` beside `prompt` is another error."""
-    assert meant(name, given) == ""
+    assert meant(name, FIELDS, given) == ""
 
 
 def test_a_row_tells_all_its_problems_at_once():
