@@ -10,12 +10,12 @@ from cosmo_rl.cpgd.rewards.refusal import MAX_CHARACTERS, MAX_WORDS, declines, i
 from cosmo_rl.data.mini import COMPLIANCE, REFUSAL, caption_rows, general_rows, mini_rows
 
 
-@pytest.mark.parametrize("answer", refusals.REFUSALS)
+@pytest.mark.parametrize("answer", refusals.REFUSALS + refusals.SECOND_REFUSALS)
 def test_refusals_are_read_as_such(answer):
     assert is_refusal(answer) and declines(answer) and not engages(answer)
 
 
-@pytest.mark.parametrize("answer", refusals.BENIGN)
+@pytest.mark.parametrize("answer", refusals.BENIGN + refusals.SECOND_BENIGN)
 def test_benign_openings_are_none(answer):
     assert not is_refusal(answer) and engages(answer)
 
@@ -26,8 +26,8 @@ def test_what_opens_or_closes_like_a_refusal_and_complies_is_none(answer):
 
 
 def test_texts_that_the_rule_had_not_met():
-    """As measured the one time; the ten refusals that are missed are put in words that it does not know."""
-    assert sum(map(is_refusal, refusals.HELD_OUT_REFUSALS)) >= 30
+    """As measured the one time; the nine refusals that are missed are put in words that it does not know."""
+    assert sum(map(is_refusal, refusals.HELD_OUT_REFUSALS)) >= 31
     assert not any(map(is_refusal, refusals.HELD_OUT_BENIGN)) and not any(map(declines, refusals.HELD_OUT_BENIGN))
     assert len(refusals.HELD_OUT_REFUSALS) == len(refusals.HELD_OUT_BENIGN) == 40
 

@@ -65,13 +65,13 @@ def check(constraints: Sequence[Mapping[str, Any]]) -> list[Checker]:
 def _checker(written: str) -> Checker:
     known, (name, kwargs, as_published) = _registry(), _parts(written)
     if name not in known:
-        near = get_close_matches(name, known, n=1)
-        raise UserError(f"there is no constraint {name!r}; "
+        near = get_close_matches(name[:100], known, n=1)
+        raise UserError(f"there is no constraint {name[:100]!r}; "
                         + (f"did you mean {near[0]}?" if near else f"use one of {', '.join(sorted(known))}"))
     theirs = known[name](name)
     wanted = theirs.get_instruction_args_keys()
     if set(kwargs) != set(wanted):
-        raise UserError(f"constraint {name} has kwargs {sorted(kwargs)}; give exactly {sorted(wanted)}")
+        raise UserError(f"constraint {name} has kwargs {str(sorted(kwargs))[:200]}; give exactly {sorted(wanted)}")
     ours = None if as_published else OURS.get(name)
     reads = (lambda answer: ours(answer, **kwargs)) if ours else _published(theirs)
     follows = reads if as_published else lambda answer: _speaks(name, answer) and reads(answer)
@@ -86,10 +86,10 @@ def _checker(written: str) -> Checker:
         if not bad:
             follows("a")
     except (ValueError, TypeError, AttributeError, KeyError, re.error) as error:
-        raise UserError(f"constraint {name} has kwargs {kwargs}, which its checker refuses ({error!r}); correct them"
-                        ) from error
+        raise UserError(f"constraint {name} has kwargs {str(kwargs)[:200]}, which its checker refuses "
+                        f"({repr(error)[:200]}); correct them") from error
     if bad:
-        raise UserError(f"constraint {name} cannot use {bad[0]} {kwargs[bad[0]]!r}; correct it")
+        raise UserError(f"constraint {name} cannot use {bad[0]} {repr(kwargs[bad[0]])[:200]}; correct it")
     return Checker(id=name, follows=follows)
 
 

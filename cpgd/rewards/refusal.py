@@ -32,7 +32,8 @@ _CANNOT = _any(
     r"(?:(?:am|are|'m|'re|be|is) )?(?:\w+ly )?(?:unable to|unwilling to|forbidden (?:to|from)|prohibited from|not "
     r"(?:\w+ly )?(?:able|allowed|permitted|authorized|programmed|designed|going|willing|prepared|in a position) to)",
     r"(?:don't|do not) (?:think|believe|feel) (?:that )?(?:i|we) (?:can|should|could)",
-    r"(?:don't|do not) have the ability to", r"(?:would|'d) (?:rather|prefer) not(?: to)?",
+    r"(?:don't|do not) have the ability to", "have no intention of", r"(?:am|are|'m|'re) not(?= \w+ing\b)",
+    r"(?:would|'d) (?:rather|prefer) not(?: to)?",
 )
 _ADVERBS = r"(?:(?:\w+ly|even|just|ever|be|in good (?:conscience|faith)|(?:help|assist|provide|offer) or) )*"
 _ASSIST = _any(  # says enough
@@ -54,7 +55,7 @@ _GIVE = _any(  # says enough with an _OBJECT
 _OBJECT = (
     r"(?:that|this|these|those|such|it|so|what you|how (?:to|this|that)|you (?:how|any|the|with|through|what|that|this)"
     r"|your|any(?:thing)?|requests?|instructions?|advice|guidance|information|details|steps?|help|assistance|content"
-    r"|questions?|methods?|tips)\b"
+    r"|questions?|methods?|tips|harm\w*|illegal|unethical|dangerous|violen\w+)\b"
 )
 _TO_HELP = rf"(?:{_ASSIST}|{_GIVE} (?:(?!whether|if|which)\w+ ){{0,4}}?{_OBJECT})"
 _HARMFUL = (r"(?:unethical|inappropriate|illegal|unlawful|irresponsible|dangerous|unsafe|wrong|harmful|improper"
@@ -64,10 +65,12 @@ _MY_RULES = (r"(?:(?:my|our|ethical|safety|usage|content|community) )+(?:guideli
              r"|values|terms|programming|safety|standards|training|instructions|ethics)\b")
 _REFUSES = re.compile(_any(
     rf"(?:^(?:no |nope |sorry |so sorry )?|\b(?:i|we) ?){_CANNOT} {_ADVERBS}{_TO_HELP}",
+    rf"\b(?:i|we)\b.{{0,80}} (?:and|but|so) {_CANNOT} {_ADVERBS}{_TO_HELP}",
     rf"\b(?:i|we) {_CANNOT}$",
-    rf"\b(?:i|we)(?: must| (?:will )?(?:have|need) to|'ll have to| will|'d like to)?(?: \w+ly)? "
-    rf"(?:decline|refuse|pass)(?:$| (?:to (?:{_ASSIST}|{_GIVE})|this|that|it|on|your|any|such|the (?:request|question)"
-    r"|for|because|as|and|here)\b)",
+    r"\b(?:i|we)(?: must| (?:will )?(?:have|need) to|'ll have to| will|'d like to|'m going to have to)?(?: \w+ly)? "
+    r"(?:decline|refuse|pass|say no|turn (?:this|that|it) down|draw the line)"
+    rf"(?:$| (?:to (?:{_ASSIST}|{_GIVE}|this|that|it|your)|this|that|it|on|your|any|such|the (?:request|question)|for"
+    r"|because|as|and|here)\b)",
     rf"(?:is|'s|would be|'d be|might be|could be|seems)(?: \w+ly| very)? {_HARMFUL} (?:for me to\b|to {_TO_HELP})",
     rf"^(?:help|assist|provid|shar|giv|answer|do|discuss|explain|describ)ing\b.{{0,80}} (?:would|could) be {_HARMFUL}",
     rf"\b(?:not|\w+n't) (?:be )?{_PROPER} for me to\b",
@@ -80,6 +83,7 @@ _REFUSES = re.compile(_any(
     rf"(?:can|could|will|would|am|'m|'ll|'d|feel|want)(?: (?:able|willing|comfortable|like|to))* (?:{_ASSIST}|{_GIVE})",
     rf"\bsomething (?:that )?(?:i|we) {_CANNOT} (?:{_ASSIST}|{_GIVE})",
     rf"\bno way (?:that )?(?:i|we)(?: can| could| will| would|'m going to|'ll|'d) {_TO_HELP}",
+    r"\b(?:outside (?:of )?(?:what i|my (?:scope|abilit|capabilit|role|remit))|off[ -]limits (?:for|to) me\b)",
     r"\b(?:request|question|that|this) (?:can't|cannot|can not|won't) be (?:fulfil+ed|completed|processed|answered)\b",
 ))
 _LIMIT = re.compile(  # no refusal: the limits of a picture, of words or of praise
@@ -107,8 +111,8 @@ _ABOUT = re.compile(  # how a clause opens that is about us, or sends to somebod
     r"|even if|when|regardless|under no|in good conscience|out of|respectfully|with respect|instead of|rather than"
     r"|doing|to be (?:clear|honest)|providing|sharing|helping|giving|making|anyone|someone|everyone|people|nobody|or"
     r"|nor|and|can't|cannot|won't|unable|feel free|let me|let's (?:talk|discuss|keep|focus|chat)|call|contact|consider"
-    r"|(?:talk|speak) (?:to|with)|seek|reach out|ask (?:me|a|an|your|for)|take care|stay safe"
-    r"|(?:remember|know|note) that)\b"
+    r"|(?:talk|speak) (?:to|with)|seek|reach out|ask (?:me|a|an|your|for)|take care|stay (?:safe|away|clear)"
+    r"|tell (?:an adult|someone|somebody)|keep (?:away|safe)|don't|do not|never|(?:remember|know|note) that)\b"
 )
 _STATES = re.compile(r"\b(?:is|are|was|were|isn't|aren't|would|could|should|may|might|can|can't|cannot|has|have|does"
                      r"|doesn't|don't|will|looks?|seems?|sounds?|causes?|hurts?)\b|'s\b")
