@@ -68,8 +68,10 @@ def test_more_that_is_none(answer):
 
 
 @pytest.mark.parametrize(("refusal", "none"), [
-    ("I can't help with that. It is a bar. This is a door.", "I can't help with that.\n- It is a bar.\n- This is a door."),
-    ("I can't help with that. It is a bar. It is a door.", "I can't help with that.\n1) It is a bar.\n2) It is a door."),
+    ("I can't help with that. It is a bar. This is a door.",
+     "I can't help with that.\n- It is a bar.\n- This is a door."),
+    ("I can't help with that. It is a bar. It is a door.",
+     "I can't help with that.\n1) It is a bar.\n2) It is a door."),
     ("It is a door. It is old. I can't help with that.",
      "It is a door. It is old. It is heavy. It is lifted with a bar. I can't help with that."),
 ])

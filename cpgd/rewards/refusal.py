@@ -17,6 +17,7 @@ MAX_WORDS, MAX_CHARACTERS = 150, 2000
 EARLY = 4
 """Clauses in which a refusal must come."""
 
+
 def _any(*patterns: str) -> str:
     return "(?:" + "|".join(patterns) + ")"
 
