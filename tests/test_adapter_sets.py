@@ -7,7 +7,6 @@ import pytest
 from published import BUILDERS, lines, picture, rlvr, source_of
 
 from cosmo_rl.cpgd.recipes import recipe
-from cosmo_rl.cpgd.rewards import ifeval as checkers
 from cosmo_rl.cpgd.rewards.build import build_rewards
 from cosmo_rl.data.adapters import convert as conversion
 from cosmo_rl.data.adapters.convert import Convert, convert
@@ -208,8 +207,6 @@ def test_the_rewards_take_the_rows_of_every_set(tmp_path, name):
     assert convert(Convert(name=name, in_=(str(source_of(name, tmp_path)),), out=str(out))).left_out == 0
     rows = [row for row in load_rows([out], max_image_pixels=10_000) if row.task != "value" or row.answer]
     assert {row.task for row in load_rows([out], max_image_pixels=10_000)} <= {*layout(name).tasks}
-    unchecked = getattr(checkers, "UNSUPPORTED", frozenset[str]())  # of IFEval's 25
-    rows = [row for row in rows if not unchecked & {str(one["id"]) for one in row.constraints}]
     without: list[tuple[int, str]] = []
     config = recipe("tiny", 2).reward
     build_rewards(replace(config, task_aware=1.0), rows, without)
