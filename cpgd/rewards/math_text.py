@@ -137,14 +137,19 @@ def _reading(text: str, without: re.Pattern[str] | None = None) -> tuple[str, bo
     return (text.rstrip("."), True) if boxed else (text, False)
 
 
-def _plain(text: str) -> str:
-    """`text` in ASCII and without Markdown."""
+def unmarked(text: str) -> str:
+    """`text` without Markdown's headings, bold, italic and code; products and indices stay."""
     text = _HEADING.sub("", text)
     for _ in range(3):  # a mark in a mark
         text, before = _MARKED.sub(r"\2", text), text
         if text == before:
             break
-    return re.sub(r"[^\x00-\x7f]", lambda found: _ascii(found[0]), _SPACED.sub("", text))
+    return text
+
+
+def _plain(text: str) -> str:
+    """`text` in ASCII and without Markdown."""
+    return re.sub(r"[^\x00-\x7f]", lambda found: _ascii(found[0]), _SPACED.sub("", unmarked(text)))
 
 
 @cache
