@@ -386,6 +386,17 @@ KINDS = {  # kind -> (reference, right answers, wrong ones that look alike)
         ("7", [], ["It is either 6 or 7.", "$6$ or $7$", "The possible answers are 6, 7"]),
         ("6,7", ["6 and 7"], []),
     ],
+    "signs": [
+        (r"(-\infty,3)", ["(-\u221e,3)"], ["(-\u221e,3]"]),
+        ("2x", ["2\u00b7x"], []),
+        ("3:4:5", ["3\u22364\u22365"], ["3\u22365\u22364"]),
+        ("1,2", ["1\u30012"], ["1\u30013"]),
+        ("5", ["\u20185\u2019"], []),
+        ("2/3", ["\u2154"], ["\u2153"]),
+        ("1234567", ["1\u2009234\u202f567", "1\u00a0234\u00a0567"], ["1\u2009234\u202f568"]),
+        ("12345", [r"12\,345", r"\boxed{12\;345}"], [r"12\,346", r"12\,34"]),
+        ("x+1", ["### x + 1", "```python\nx + 1\n```"], ["### x + 2"]),
+    ],
     "percent, grouped, sets": [
         ("3x", ["so we get 3x"], []),
         ("7/9", [], ["0.7", "0.78"]),
@@ -471,7 +482,8 @@ def test_of_a_long_text_its_last_lines_or_sentences_are_read():
 @pytest.mark.parametrize("part", [
     "(", "sqrt(", "sqrt()", ROOT, "1 ", "1 1/", "1,111", "5 m ", r"\text{a ", r"\ ", "~", r"\boxed{1}", "%", "1e5 ",
     "is ", " ", r"\frac{1}{", "2" + SQUARED, "*", "*a ", "`", "_", "1", "1:", "10:30 ", "3:4:5 ", "0.", "0.(3)", "...",
-    "not ", "not 3, ", "less than 3 or ", "<answer>", "</answer>", "$", r"\mathrm{e}", "\u221b(", "\uff11", HALF, "or 3 ", "\n",
+    "not ", "not 3, ", "less than 3 or ", "<answer>", "</answer>", "$", r"\mathrm{e}", "\u221b(", "\uff11", HALF,
+    "or 3 ", "\n",
 ])
 def test_reading_takes_time_in_proportion_to_the_text(part):
     """In the trainer's process: no worker, and no limit."""

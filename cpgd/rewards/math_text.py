@@ -51,17 +51,15 @@ _DENIED = re.compile(
 # -- notations --------------------------------------------------------------------------------------------------------
 
 _SIGNS = {"\u00b0": r"^\circ ", "\u221e": r"\infty ", "\u2212": "-", "\u2013": "-", "\u2260": r"\neq ",
-          "\u2264": r"\leq ", "\u2265": r"\geq ", "\u00b7": r"\cdot ", "\u22c5": r"\cdot ", "\u00d7": r"\times ",
-          "\u00f7": r"\div ", "\u2236": ":", "\u3001": ",", "\u3002": ".", "\u2018": "'", "\u2019": "'",
-          "\u201c": '"', "\u201d": '"', "\u221b": "\u221a[3]", "\u221c": "\u221a[4]"}
+          "\u2264": r"\leq ", "\u2265": r"\geq ", "\u00b7": r"\cdot ", "\u22c5": r"\cdot ", "\u2236": ":",
+          "\u3001": ",", "\u3002": ".", "\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"',
+          "\u221b": "\u221a[3]", "\u221c": "\u221a[4]"}
 for _code in (0xbc, 0xbd, 0xbe, *range(0x2150, 0x215f)):  # halves, thirds, ...
     _SIGNS[chr(_code)] = r"\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", chr(_code)).split("\u2044"))
-for _code in (*range(0x3b1, 0x3c2), *range(0x3c3, 0x3ca)):  # alpha to omega
-    _SIGNS[chr(_code)] = f"\\{unicodedata.name(chr(_code)).split()[-1].lower().replace('lamda', 'lambda')} "
 _POWERS = "\u00b2\u00b3\u00b9\u2070\u2074-\u2079"
 _RAISED = re.compile(f"[\u207a\u207b]?[{_POWERS}]+")
 _DEGREE = re.compile(rf"(?<![\w)}}\]])([{_POWERS}])\u221a")
-_SPACED = re.compile(r"(?<=\d)(?:\\[,!;]|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))")
+_SPACED = re.compile(r"(?<=\d)\\[,!;](?=\d{3}(?!\d))")
 """Between thousands."""
 _GROUPED = re.compile(r"-?\d{1,3}(?: \d{3})+(?:\.\d+)?")
 _CURRENCY = re.compile("[\u20ac\u00a3\u00a5](?= ?\\d)|(?<=\\d) ?[\u20ac\u00a3\u00a5]")

@@ -110,7 +110,7 @@ def _same(text: str, options: Sequence[str]) -> list[int]:
 
 def _bare(text: str) -> str:
     """`text` without what only sets it off: quotation marks, Markdown, LaTeX's dollars and styles, <answer>."""
-    text = _GAP.sub(" ", text.translate(_SIGNS))
+    text = _GAP.sub(" ", unmarked(text.translate(_SIGNS)))
     for _ in range(9):
         before, text = text, _STYLED.sub(r"\1", text).strip()
         bare = _SET_OFF.fullmatch(text)
