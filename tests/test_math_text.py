@@ -473,9 +473,11 @@ def test_at_random_an_answer_is_right_if_and_only_if_the_number_is():
         assert value(gold, answer) == str(int(number == other)), (gold, answer, pair(gold, answer))
 
 
-def test_of_a_long_text_its_last_lines_or_sentences_are_read():
+def test_of_a_long_text_the_last_box_or_else_the_last_lines_or_sentences_are_read():
     long = "One more step. " * (LENGTH // 10)
     assert value("5", long + "The answer is 5.") == value("5", "5\n" + "\n" * LENGTH + "x = 5") == "1"
+    assert value("5", rf"{long} \boxed{{6}} \boxed{{5}} {long}") == value("5", f"{long}<answer>5</answer>{long}") == "1"
+    assert value("6", rf"{long} \boxed{{6}} \boxed{{5}} {long}") == value("5", rf"not \boxed{{5}} {long}") == "0"
     assert value("5", "The answer is 5.\n" + long) == value("5", "5" * (LENGTH + 1)) == "0"
 
 

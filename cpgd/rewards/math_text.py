@@ -15,7 +15,7 @@ from functools import cache
 from .format import boxes
 
 LENGTH = 4_000
-"""Characters of a text that are read: its last ones, from the start of a line or of a sentence."""
+"""Characters of a text that are read: from its last box or <answer>, or else its last lines or sentences."""
 
 _DELIMITED = re.compile(r"(?<!\\)\$|\\[()\[\]]")
 _NAMED = re.compile(r"\\(?:begin|end|text|textbf|mathrm|mbox|operatorname)\*?\s*\{[^{}]*\}|\\[a-zA-Z]+")
@@ -90,7 +90,9 @@ def pair(gold: str, answer: str) -> tuple[str, str]:
     """(gold, answer) as `math_verify.parse` is to read them, both without the unit of a quantity.
 
     A unit may be left out in one of the two. Where both have one and not the same, the answer is "", which equals
-    nothing: no units are converted. Words are English ones, and 1,5 is two numbers.
+    nothing: no units are converted. Words are English ones, and 1,5 is two numbers. A value that the answer denies is
+    not read. To a time (10:30, 9 a.m.) only that time is equal, with the half of the day or without; a ratio equals its
+    multiples, and with three parts or more no number.
     """
     (value, boxed), (given, given_boxed) = _reading(gold), _reading(answer, _DENIED)
     time, said = _clock(value, alone=True), _clock(given if given_boxed else _claimed(given) or given)
@@ -118,7 +120,10 @@ def _reading(text: str, without: re.Pattern[str] | None = None) -> tuple[str, bo
     That is the last \boxed{...} or <answer>, or what of these stands in the other; else all.
     """
     text = text.strip()
-    if len(text) > LENGTH:
+    at = max(text.rfind(r"\boxed"), text.rfind("<answer>"))
+    if len(text) > LENGTH and at >= 0:
+        text = text[max(at - 200, 0):][:LENGTH]  # with what denies it
+    elif len(text) > LENGTH:
         text = "".join(re.split(r"\n|(?<=[.!?]) ", text[-LENGTH:], maxsplit=1)[1:])
     text, boxed = _plain(text)[:2 * LENGTH], False
     if without:
