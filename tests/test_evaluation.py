@@ -3,6 +3,7 @@
 import threading
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import runs
@@ -231,7 +232,8 @@ class Ranks:
     """Threads that stand for ranks, with a `together` of their own."""
 
     def __init__(self, monkeypatch, number):
-        self.number, self.barrier, self.said = number, threading.Barrier(number, timeout=60), [None] * number
+        self.number, self.barrier = number, threading.Barrier(number, timeout=60)
+        self.said: list[Any] = [None] * number
         for module in (collect, evaluation):
             monkeypatch.setattr(module, "rank", self.rank)
             monkeypatch.setattr(module, "world", lambda: number)
@@ -256,7 +258,7 @@ class Ranks:
 
     def run(self, action):
         """What `action` returned or raised on each rank."""
-        out = [None] * self.number
+        out: list[Any] = [None] * self.number
 
         def one():
             try:
