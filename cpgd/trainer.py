@@ -68,6 +68,9 @@ QUIET_S = 3.0
 class Trainer:
     """A stage in progress. Every method is called by all ranks together."""
 
+    _answered: tuple[int, object, tuple[list[Answered], list[Answered]]] | None = None
+    """The latest evaluation: its step, its rows and what `_answers` returned."""
+
     def __init__(self, config: Config, run: RunDir, device: torch.device) -> None:
         self.config, self.run_dir, self.device = config, run, device
         path = self.start = start_path(config, run)
@@ -117,8 +120,9 @@ class Trainer:
             logger.warning("evaluation: %d rows of --data.eval-path are not measured, as no rule can use them; the "
                            "first: %s", len(left_out), left_out[0])
         if config.eval.every:
-            self.watched: dict[str, Sequence[Row]] = dict(suite)
+            self.watched: dict[str, Sequence[Row]] = suite
             if not config.data.eval_path:  # else the rows are the same
+                self.watched = {}
                 together(lambda: self.watched.update(eval_suite(config, "validation", load)))
         ruled = self._by_words()
         self._resume()
@@ -210,11 +214,14 @@ class Trainer:
         """A sampled and a greedy answer to each row, of the policy as it is."""
         if not suite:
             return [], []
+        if self._answered and self._answered[0] == self.step and self._answered[1] is suite:
+            return self._answered[2]  # the report's rows are watched too: at the first and last step by one evaluation
         self._sync()
         sampled, greedy = evaluate(self.engine, suite, self._encode, self.processor, self.config)
         if problems := not_compared(sampled):
             logger.warning("evaluation: %d of %d answers could not be compared, and are neither right nor wrong; the "
                            "first: %s", len(problems), len(sampled), problems[0])
+        self._answered = (self.step, suite, (sampled, greedy))
         return sampled, greedy
 
     def _by_words(self) -> list[str]:

@@ -150,6 +150,21 @@ def test_without_rows_the_engine_gets_no_weights(monkeypatch):
         trainer._watch()
 
 
+def test_one_evaluation_serves_report_and_guard(monkeypatch):
+    """At a step, of the same rows: before the first update and after the last one."""
+    trainer: Any = object.__new__(Trainer)
+    trainer.engine = trainer.processor = trainer.config = None
+    asked = []
+    monkeypatch.setattr(Trainer, "_sync", lambda _: None)
+    monkeypatch.setattr("cosmo_rl.cpgd.trainer.evaluate",
+                        lambda engine, suite, *_: asked.append((trainer.step, suite)) or ([str(len(asked))], []))
+    monkeypatch.setattr("cosmo_rl.cpgd.trainer.not_compared", lambda sampled: [])
+    own, other = {"general": [GENERAL]}, {"general": [GENERAL]}
+    for trainer.step, suite in ((0, own), (0, own), (2, own), (2, other), (2, own), (4, own), (4, own)):
+        assert trainer._answers(suite) == ([str(len(asked))], [])
+    assert [step for step, _ in asked] == [0, 2, 2, 2, 4]
+
+
 @pytest.mark.parametrize(("options", "message"), [
     ({"guard": "stop"}, r"--eval\.guard stop needs measurements, and --eval\.every is 0; give it a number of steps"),
     ({"guard": "warn", "every": 2, "guard_drop": 1.0}, r"--eval\.guard-drop is 1\.0; give a share"),

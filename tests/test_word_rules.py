@@ -1,6 +1,7 @@
 """Which rewards of a run rest on word rules, by its settings and tasks."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -40,7 +41,7 @@ def test_only_free_text_is_meant():
 def test_the_rule_knows_the_tasks_that_no_judge_takes():
     rows = [*safety_rows("validation")[:2], general_rows("validation")[0]]
     reward = recipe("7b", 2).reward
-    terms, _, _ = build_rewards(reward, rows)
+    terms: Any = build_rewards(reward, rows)[0]
     assert terms["task_aware"].asked == {"safety", "general"}
     terms, judging, _ = build_rewards(replace(reward, judges=("safework_safety" + AT,)), rows)
     assert terms["task_aware"].asked == {"general"} and judging
