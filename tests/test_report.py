@@ -271,3 +271,13 @@ def test_many_domains_do_not_fill_the_console(tmp_path):
     print_table(got, console=Console(file=out, width=80))
     assert out.getvalue().count("domain d") == report.MAX_PARTS and "and 8 more in report.json" in out.getvalue()
     assert (tmp_path / "report.html").read_text().count("domain d") == 20
+
+
+def test_domains_named_as_their_tasks_are_told_once(tmp_path):
+    """As those of the full presets are."""
+    given = answers(25, 40, 45, parts=[("math", "math"), ("mcq", "mcq")])
+    write_measured(tmp_path, "after", given, given, [])
+    got = finish_report(tmp_path, Config(), seconds=1.0)
+    assert got["by_domain"]["general_accuracy"] == got["by_task"]["general_accuracy"]
+    html = (tmp_path / "report.html").read_text()
+    assert "task math, 25 rows" in html and "domain math" not in html

@@ -1,6 +1,7 @@
 """Format, Visual-Focus, Helpful and Task-Aware on strings: what each rewards, and what does not fool it."""
 
 import asyncio
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -102,7 +103,8 @@ def test_answers_are_equal_but_for_case_spacing_and_closing_punctuation(answer, 
     ("\u201cParis.\u201d", "Paris"), ("*Paris*", "paris"), ("__Paris__", "Paris"), ('**"Paris"**!', "Paris"),
     ("<answer> **Paris** </answer>.", "Paris"), ("I think so.\n<answer>\nParis\n</answer>", "Paris"),
     ("<ANSWER>red</ANSWER>", "red"), (r"So we get \boxed{\textbf{Paris}}.", "Paris"), ("**Answer:** Paris", "Paris"),
-    ("**Answer: Paris**", "Paris"), ("Answer: **Paris**.", "Paris"), ("Final answer: New  York", "new york"),
+    ("**Answer: Paris**", "Paris"), ("**Answer:** **Paris**", "Paris"), ("Answer: **Paris**.", "Paris"),
+    ("Final answer: New  York", "new york"),
     ("Thus, the answer is **no**.", "no"), (r"The final answer is: \boxed{red}", "red"), ("$5$", "5"), (r"\(5\)", "5"),
     (r"$\boxed{\text{red}}$", "red"), (r"\text{New York}", "new york"), ("```\nred\n```", "red"),
     ("\u00abParis\u00bb", "Paris"), ("\u201eParis\u201c", "Paris"), (r"\boxed{Paris} and again \boxed{paris}", "Paris"),
@@ -132,7 +134,9 @@ def test_another_text_is_another_answer(answer, reference):
 @pytest.mark.parametrize("text", ["*" * 20_000, r"\text{" * 20_000, "<answer>" * 20_000, r"\boxed{" * 20_000,
                                   "$`" * 10_000 + "x" + "`$" * 10_000, "<answer>" * 5_000 + "</answer>" * 5_000])
 def test_marks_without_end_take_no_time(text):
+    started = time.process_time()
     assert len(list(readings(text))) <= 12 and not is_answer(text, "x")
+    assert time.process_time() - started < 3, "a tenth of a second for most; by the square of the length it is a minute"
 
 
 def test_signs_count_wherever_answers_are_compared():
