@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from cosmo_rl.cpgd.evaluation import evaluate
+from cosmo_rl.cpgd.evaluation import evaluate, numbers
 from cosmo_rl.cpgd.recipes import recipe
 from cosmo_rl.cpgd.rollout.hf import HFEngine
 from cosmo_rl.data.collate import encode_prompt
@@ -57,8 +57,8 @@ def main() -> None:
     with torch.no_grad():
         for name, rows in (("as they are", suite), ("images shuffled", shuffled(suite, "images")),
                            ("texts shuffled", shuffled(suite, "messages"))):
-            sampled, _, _ = evaluate(engine, rows, encode, processor, config)
-            result[name] = {key: round(value, 4) for key, value in sampled.items()}
+            sampled, _ = evaluate(engine, rows, encode, processor, config)
+            result[name] = {key: round(value, 4) for key, value in numbers(sampled).items()}
             print(name, result[name])
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps(result, indent=2) + "\n")

@@ -7,7 +7,7 @@ number of ranks; every rank ends with all samples.
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,30 +30,44 @@ from .rollout.engine import Engine, form_batches
 from .rundir import together
 from .update import build_micros
 
+T = TypeVar("T")
+U = TypeVar("U")
 
-def generate(engine: Engine, requests: Sequence[Request], batch_size: int, *, greedy: bool = False,
+
+def dealt(batches: Sequence[Sequence[T]], work: Callable[[Sequence[T]], dict[T, U]]) -> dict[T, U]:
+    """What `work` makes of each batch, on every rank: whole batches are dealt out; all ranks must call it together.
+
+    Raises:
+        UserError: on every rank, once all have come to their end, what `work` raised on one.
+    """
+    def mine() -> dict[T, U]:
+        done: dict[T, U] = {}
+        for batch in batches[rank()::world()]:
+            done |= work(batch)
+        torch.cuda.empty_cache()  # the KV caches' many sizes would stay reserved: nothing left for NCCL's buffers
+        return done
+
+    found: dict[T, U] = {}
+    for part in together(mine):
+        found.update(part)
+    return found
+
+
+def generate(engine: Engine, requests: Sequence[Request], batch_size: int, *,
              finished: Callable[[dict[int, Response]], None] | None = None) -> list[Response]:
     """One response per request on every rank, in the order of the requests; all ranks must call it together.
 
     Args:
         finished: is given each batch that this rank has sampled, by request, before the next one is begun.
     """
-    batches = form_batches([len(r.prompt.input_ids) for r in requests], batch_size)
+    def sampled(batch: Sequence[int]) -> dict[int, Response]:
+        responses = engine.generate([requests[i] for i in batch], batch_size=batch_size)
+        part = dict(zip(batch, responses, strict=True))
+        if finished:
+            finished(part)
+        return part
 
-    def sampled() -> dict[int, Response]:
-        done: dict[int, Response] = {}
-        for batch in batches[rank()::world()]:
-            responses = engine.generate([requests[i] for i in batch], greedy=greedy, batch_size=batch_size)
-            part = dict(zip(batch, responses, strict=True))
-            if finished:
-                finished(part)
-            done |= part
-        torch.cuda.empty_cache()  # the KV caches' many sizes would stay reserved: nothing left for NCCL's buffers
-        return done
-
-    found = {}
-    for part in together(sampled):
-        found.update(part)
+    found = dealt(form_batches([len(r.prompt.input_ids) for r in requests], batch_size), sampled)
     return [found[i] for i in range(len(requests))]
 
 

@@ -35,6 +35,8 @@ from .footprint import Calls, Load, Term, count_parameters, footprint, peak
 from .guard import WATCHED, no_rows
 from .recipes import mixture
 from .rewards.build import build_rewards
+from .rewards.task_aware import judge
+from .rewards.word_rules import CAUTION, by_words
 from .sources import RowSize, embedded_rows, given_path, row_size
 
 ITERATIONS = 20
@@ -106,6 +108,8 @@ def inspect(config: Config, processor: Processor, world_size: int) -> Findings:
     if config.stage > 0:
         rows = _rewarded(rows, config, found)
     found.domains, found.tasks = [row.domain for row in rows], [row.task for row in rows]
+    if ruled := by_words(config, set(found.tasks)):
+        found.notes.append(f"WARNING: rewarded by word rules: {', '.join(ruled)}: {CAUTION}")
     if not found.sizes:
         found.settings.append("no row is left to train on")
         return found
@@ -164,16 +168,22 @@ def _good_rows(config: Config, processor: Processor, found: Findings) -> Sequenc
 def _check_evaluation(config: Config, processor: Processor, found: Findings) -> None:
     """The rows of the report and of --eval.every: their prompts are short enough, and the guard has some to watch."""
     errors: list[RowError] = []
+    unused: list[str] = []
     load = lambda paths: load_rows(paths, max_image_pixels=config.data.max_image_pixels, rejected=errors)
     embedded = {config.eval.split, "validation" if config.eval.every else config.eval.split}
     for split in ["validation"] if config.data.eval_path else sorted(embedded):  # the last one is watched
-        suite = eval_suite(config, split, load)
+        suite = eval_suite(config, split, load, unused)
         for rows in suite.values():
             for i, row in enumerate(rows):
                 try:
                     check_prompt(row, processor, max_prompt_tokens=config.data.max_prompt_tokens)
                 except UserError as error:
                     found.rejected.append(_told(_where(rows, i, row), str(error).removeprefix(f"row {row.id}: ")))
+    with judge() as rules:
+        unused += [f"row {row.id}: {problem}" for row in suite.get("general", ()) if (problem := rules.problem(row))]
+    if unused:
+        found.notes.append(f"evaluation: {len(unused):,} rows are not measured, as no rule can use them; the first: "
+                           f"{' | '.join(unused[:PLACES])}")
     if not config.data.path:  # else _good_rows told of them
         found.rejected += _told_of(errors)
     if config.eval.guard != "off" and not any(suite.get(MEASURES[name][0]) for name in WATCHED):

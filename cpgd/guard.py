@@ -1,9 +1,9 @@
 """A guard on what safety training tends to cost: right answers to general rows, and engaging answers to benign ones.
 
-Both are measured on the rows of `--eval.every` by the rules of evaluation.py: by its groups, which a user's rows join
-by their task, and where a group mixes tasks also for each task that is large enough. The first measurement, before
-training, is what later ones are held against. Sampled answers, not greedy ones: a policy that refuses four times of ten
-shows here, and every measurement meets the same noise.
+Both are measured on the rows of `--eval.every` by the rules of evaluation.py (right is what the reward calls right): by
+its groups, which a user's rows join by their task, and where a group mixes tasks also for each task that is large
+enough. The first measurement, before training, is what later ones are held against. Sampled answers, not greedy ones: a
+policy that refuses four times of ten shows here, and every measurement meets the same noise.
 
     warn    tell of a number when it has fallen too far, again only after it has recovered
     stop    save a checkpoint and end the run; repeated with the same options it ends again, with other ones it goes on
@@ -16,7 +16,7 @@ from typing import Any
 from cosmo_rl.data.errors import UserError
 
 from .config import EvalConfig
-from .evaluation import MEASURES, Answered
+from .evaluation import MEASURES, Answered, share
 
 logger = logging.getLogger(__name__)
 WATCHED = ("general_accuracy", "benign_acceptance")
@@ -117,7 +117,8 @@ def watched(answered: Sequence[Answered], drop: float) -> dict[str, float]:
         members = [a for a in answered if a.group == group]
         tasks = sorted({a.row.task for a in members})
         for task in ["", *tasks[len(tasks) == 1:]]:
-            part = [holds(a.row, a.text) for a in members if task in ("", a.row.task)]
-            if part and (not task or len(part) * drop >= 1):
-                out[f"{name}/{task}" if task else name] = sum(part) / len(part)
+            part = [a for a in members if task in ("", a.row.task)]
+            value = share(part, holds)
+            if value is not None and (not task or len(part) * drop >= 1):
+                out[f"{name}/{task}" if task else name] = value
     return out

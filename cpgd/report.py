@@ -16,12 +16,14 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cosmo_rl.data.schema import ImageSource, Row, open_image
 
 from .config import Config
-from .evaluation import MEASURES, Answered
+from .evaluation import MEASURES, Answered, divided, not_compared, numbers
 from .metrics import read_metrics
+from .rewards.word_rules import CAUTION, on_free_text
 from .rundir import write_atomic
 
 LABELS = {
@@ -29,6 +31,7 @@ LABELS = {
     "benign_acceptance": "Benign rows answered",
     "benign_refusal_rate": "Benign rows refused",
     "general_accuracy": "General rows right",
+    "helpful_rate": "Helpful rows answered",
     "format_rate": "Format kept",
     "heldout_attack_safe_rate": "Held-out attack: unsafe refused",
     "heldout_attack_benign_acceptance": "Held-out attack: benign answered",
@@ -39,6 +42,7 @@ GROUP_LABELS = {
     "unsafe": "Unsafe rows: should be refused",
     "benign": "Benign rows: should be answered",
     "general": "General rows: one right answer",
+    "helpful": "Helpful rows: should be answered in full, without a warning",
     "heldout_attack_unsafe": "Held-out attack on unsafe rows: should be refused",
     "heldout_attack_benign": "Held-out attack text on benign rows: should be answered",
     "unseen_attack_unsafe": "Unseen attack on unsafe rows: should be refused",
@@ -54,19 +58,24 @@ CURVES = {
     "response_length": "Response length, tokens",
     "degenerate_groups": "Groups without a signal, share",
 }
+WORD_MEASURES = tuple(name for name, (group, _) in MEASURES.items() if group != "general")
+"""What word rules measure; the accuracy of general rows is by the rules of their tasks."""
+WHENS = ("before", "after")
 THUMBNAIL_PIXELS = 192
 MAX_POINTS = 400
+MAX_PARTS = 12
+"""Tasks or domains of one number on the console; report.html and report.json have all."""
 
 
 def write_measured(
-    stage_dir: Path, when: str, sampled: Mapping[str, float], greedy: Mapping[str, float], shown: Sequence[Answered]
+    stage_dir: Path, when: str, sampled: Sequence[Answered], greedy: Sequence[Answered], shown: Sequence[Answered]
 ) -> None:
     """Keep a measurement of the held-out rows for the report.
 
     Args:
         when: "before" or "after" training.
-        sampled, greedy: {measure: share in [0, 1]}.
-        shown: sampled responses for the page's table.
+        sampled, greedy: an answer to every row.
+        shown: sampled responses for the page's table; their rows have images.
     """
     rows = [
         {
@@ -75,20 +84,27 @@ def write_measured(
         }
         for a in shown
     ]
-    write_atomic(stage_dir / f"{when}.json", json.dumps({"sampled": sampled, "greedy": greedy, "shown": rows}))
+    write_atomic(stage_dir / f"{when}.json", json.dumps({
+        "sampled": numbers(sampled), "greedy": numbers(greedy),
+        **{f"by_{part}": divided(sampled, greedy, part) for part in ("task", "domain")},
+        "not_compared": told(not_compared(sampled)), "shown": rows,
+    }))
 
 
 def read_measured(stage_dir: Path, when: str) -> dict | None:
-    """{"sampled", "greedy", "shown"} as kept by `write_measured`, or None."""
+    """What `write_measured` has kept, or None."""
     path = stage_dir / f"{when}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def finish_report(stage_dir: Path, config: Config, *, seconds: float | None) -> dict:
+def finish_report(stage_dir: Path, config: Config, *, seconds: float | None, by_words: Sequence[str] = (),
+                  left_out: Sequence[str] = ()) -> dict:
     """Write report.html and report.json of a stage and print its table; returns what report.json holds.
 
     Args:
         seconds: time spent in training steps; None: the stage was finished before, only print.
+        by_words: rewards of the run that rest on word rules, see `word_rules.by_words`.
+        left_out: "row ID: why" of each held-out row that no rule can use.
     """
     path = stage_dir / "report.json"
     if seconds is None:
@@ -100,6 +116,11 @@ def finish_report(stage_dir: Path, config: Config, *, seconds: float | None) -> 
             "after": after and after["sampled"],
             "before_greedy": before and before["greedy"],
             "after_greedy": after and after["greedy"],
+            **{part: _parts(part, before, after) for part in ("by_task", "by_domain")},
+            "left_out": told(left_out),
+            "not_compared": {when: measured.get("not_compared", told([]))
+                             for when, measured in zip(WHENS, (before, after), strict=True) if measured},
+            "word_rules": {"rewards": list(by_words), "measures": _by_words(config, before, after)},
             "seconds": round(seconds, 1),
             "seed": config.seed,
             "steps": config.steps,
@@ -122,10 +143,18 @@ def print_table(report: dict, title: str = "", console: Console | None = None) -
     table.add_column(_rows_of(report))
     for heading in ("before", "after", "greedy\nbefore", "greedy\nafter"):
         table.add_column(heading, justify="right")
+    keys = ("before", "after", "before_greedy", "after_greedy")
     for name in names:
-        values = [_share(report, key, name) for key in ("before", "after", "before_greedy", "after_greedy")]
-        table.add_row(LABELS.get(name, name), *values)
-    (console or Console()).print(table)
+        table.add_row(Text(LABELS.get(name, name)), *(_share(report[key], name) for key in keys))
+        parts = _divisions(report, name)
+        for label, part in parts[:MAX_PARTS]:
+            table.add_row(Text(f"  {printable(label)}", overflow="fold"), *(_share(part, key) for key in keys))
+        if len(parts) > MAX_PARTS:
+            table.add_row(Text(f"  and {len(parts) - MAX_PARTS} more in report.json"))
+    console = console or Console()
+    console.print(table)
+    for note in _notes(report):
+        console.print(Text(printable(note)))
 
 
 def _rows_of(report: dict) -> str:
@@ -137,9 +166,61 @@ def _names(report: dict) -> list[str]:
     return [name for name in LABELS if name in present] + [name for name in present if name not in LABELS]
 
 
-def _share(report: dict, key: str, name: str) -> str:
-    value = (report[key] or {}).get(name)
+def _share(found: Mapping | None, name: str) -> str:
+    value = (found or {}).get(name)
     return "-" if value is None else f"{value:.3f}"
+
+
+def told(problems: Sequence[str]) -> dict:
+    """How many, and the first few."""
+    return {"rows": len(problems), "first": list(problems[:3])}
+
+
+def printable(text: str) -> str:
+    """The text with control characters written out: a name from the data must not steer a terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _parts(division: str, before: dict | None, after: dict | None) -> dict:
+    """{number: {task or domain: {"rows", "before", "after", "before_greedy", "after_greedy"}}}, what was measured."""
+    out: dict[str, dict[str, dict]] = {}
+    for when, measured in zip(WHENS, (before, after), strict=True):
+        for name, parts in (measured or {}).get(division, {}).items():  # one of an earlier version has none
+            for part, found in parts.items():
+                row = out.setdefault(name, {}).setdefault(part, {})
+                row |= {"rows": found["rows"], when: found["sampled"], f"{when}_greedy": found["greedy"]}
+    return out
+
+
+def _divisions(report: dict, name: str) -> list[tuple[str, dict]]:
+    """(label, numbers) of the tasks, then of the domains of a number that has several; once where they are the same."""
+    by_task, by_domain = (report.get(division, {}).get(name, {}) for division in ("by_task", "by_domain"))
+    shown = [("task", by_task), ("domain", {} if by_domain == by_task else by_domain)]
+    return [(f"{division} {part}, {found['rows']:,} rows", found)
+            for division, parts in shown if len(parts) > 1 for part, found in parts.items()]
+
+
+def _by_words(config: Config, *measured: dict | None) -> list[str]:
+    present = {name for found in measured if found for name in found["sampled"]}
+    return [name for name in WORD_MEASURES if name in present] if on_free_text(config) else []
+
+
+def _notes(report: dict) -> list[str]:
+    """What a reader of the numbers must know; reports of an earlier version have none."""
+    ruled = report.get("word_rules", {"rewards": [], "measures": []})
+    out = []
+    if ruled["rewards"]:
+        out.append(f"Rewarded by word rules: {', '.join(ruled['rewards'])}: {CAUTION}.")
+    if ruled["measures"]:
+        out.append("Measured by word rules, which miss refusals in other words: "
+                   f"{', '.join(LABELS[name] for name in ruled['measures'])}.")
+    uncompared = {f"{when} training": found for when, found in report.get("not_compared", {}).items()}
+    for what, found in {"left out, as no rule can use them": report.get("left_out", told([])), **{
+            f"neither right nor wrong {when}, as their answers could not be compared": found
+            for when, found in uncompared.items()}}.items():
+        if found["rows"]:
+            out.append(f"{found['rows']:,} rows {what}; the first: {found['first'][0]}")
+    return out
 
 
 def _prompt(row: Row) -> str:
@@ -153,10 +234,10 @@ def _prompt(row: Row) -> str:
 
 
 def _good(answered: Answered) -> bool | None:
-    """Whether the response counts for its group's measure; None: the group has none."""
+    """Whether the response counts for its group's measure; None: the group has none, or it could not be compared."""
     for group, holds in MEASURES.values():
         if group == answered.group:
-            return holds(answered.row, answered.text)
+            return holds(answered)
     return None
 
 
@@ -185,6 +266,7 @@ def render(report: dict, config: Config, lines: Sequence[dict], before: dict | N
         parts.append(_measures(report))
     else:
         parts.append("<p>No held-out rows were given, so nothing was measured (--data.eval-path).</p>")
+    parts += [f"<p class=note>{escape(note)}</p>" for note in _notes(report)]
     if lines:
         parts.append("<h2>Training</h2>" + _curves(lines))
     if after:
@@ -202,21 +284,26 @@ def render(report: dict, config: Config, lines: Sequence[dict], before: dict | N
 def _measures(report: dict) -> str:
     rows = []
     for name in _names(report):
-        old, new = ((report[key] or {}).get(name) for key in ("before", "after"))
-        change = "" if old is None or new is None else f"{new - old:+.3f}"
-        rows.append(
-            f"<tr><td>{escape(LABELS.get(name, name))}</td><td class=n>{_share(report, 'before', name)}</td>"
-            f"<td class=n><b>{_share(report, 'after', name)}</b></td><td class=n>{change}</td>"
-            f"<td>{_dumbbell(old, new)}</td>"
-            f"<td class='n dim'>{_share(report, 'before_greedy', name)}</td>"
-            f"<td class='n dim'>{_share(report, 'after_greedy', name)}</td></tr>"
-        )
+        whole = {key: (report[key] or {}).get(name) for key in ("before", "after", "before_greedy", "after_greedy")}
+        rows.append(_measure(LABELS.get(name, name), whole))
+        rows += [_measure(label, part, "part") for label, part in _divisions(report, name)]
     return (
         f"<h2>{_rows_of(report).capitalize()}</h2><table class=measures><tr><th>share of rows<th class=n>before"
         "<th class=n>after<th class=n>change<th>0 to 1: <i class=ring></i> before <i class=dot></i> after"
         f"<th class=n>greedy before<th class=n>greedy after</tr>{''.join(rows)}</table>"
         "<p class=dim>Sampled at the rollout's temperature, one response a row; greedy beside it. The same noise "
         "before and after.</p>"
+    )
+
+
+def _measure(label: str, found: Mapping[str, float | None], style: str = "whole") -> str:
+    old, new = found.get("before"), found.get("after")
+    change = "" if old is None or new is None else f"{new - old:+.3f}"
+    return (
+        f"<tr class={style}><td>{escape(label)}</td><td class=n>{_share(found, 'before')}</td>"
+        f"<td class=n><b>{_share(found, 'after')}</b></td><td class=n>{change}</td><td>{_dumbbell(old, new)}</td>"
+        f"<td class='n dim'>{_share(found, 'before_greedy')}</td>"
+        f"<td class='n dim'>{_share(found, 'after_greedy')}</td></tr>"
     )
 
 
@@ -369,6 +456,9 @@ table{border-collapse:collapse;width:100%}
 td,th{padding:.42rem .7rem;border-bottom:1px solid var(--rule);text-align:left}
 th{font-size:.8rem;font-weight:500;color:var(--dim);vertical-align:bottom}
 .n{text-align:right;font-variant-numeric:tabular-nums}
+.part td{font-size:.87rem;color:var(--dim);padding-block:.15rem}
+.part td:first-child{padding-left:2rem;overflow-wrap:anywhere}
+.note{background:var(--soft);border-left:3px solid var(--bad);padding:.5rem .8rem;font-size:.9rem}
 .measures svg{display:block}.axis,.grid{stroke:var(--rule);stroke-width:1}.move{stroke:#0072b2;stroke-width:2.5}
 .before{fill:var(--page);stroke:#0072b2;stroke-width:2}.after{fill:#0072b2}
 .ring,.dot{display:inline-block;width:.55em;height:.55em;border-radius:50%;border:2px solid #0072b2}

@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import groupby, islice
 from typing import Any
@@ -35,12 +36,14 @@ from .batch import Sample
 from .checkpoint import load_latest, save
 from .collect import Verdicts, fill_advantages, gather_evidence, judges_took, sample_groups, score, split_updates
 from .config import Config
-from .evaluation import Answered, eval_suite, evaluate
+from .evaluation import Answered, eval_suite, evaluate, not_compared, numbers
 from .guard import Guard
 from .metrics import MetricsWriter, ProgressView, reward_stats
 from .recipes import mixture
 from .report import finish_report, read_measured, write_measured
 from .rewards.build import build_rewards
+from .rewards.task_aware import TaskAware
+from .rewards.word_rules import CAUTION, by_words
 from .rollout.hf import HFEngine
 from .rundir import RunDir, on_main, together
 from .selection import pass_rates, select
@@ -64,6 +67,9 @@ QUIET_S = 3.0
 
 class Trainer:
     """A stage in progress. Every method is called by all ranks together."""
+
+    _answered: tuple[int, object, tuple[list[Answered], list[Answered]]] | None = None
+    """The latest evaluation: its step, its rows and what `_answers` returned."""
 
     def __init__(self, config: Config, run: RunDir, device: torch.device) -> None:
         self.config, self.run_dir, self.device = config, run, device
@@ -108,10 +114,17 @@ class Trainer:
         config, folder = self.config, self.run_dir.stage_dir
         load = lambda paths: load_rows(paths, max_image_pixels=config.data.max_image_pixels)
         suite: dict[str, Sequence[Row]] = {}
-        together(lambda: suite.update(eval_suite(config, config.eval.split, load)))
+        left_out: list[str] = []
+        together(lambda: suite.update(eval_suite(config, config.eval.split, load, left_out)))
+        if left_out:
+            logger.warning("evaluation: %d rows of --data.eval-path are not measured, as no rule can use them; the "
+                           "first: %s", len(left_out), left_out[0])
         if config.eval.every:
-            self.watched: dict[str, Sequence[Row]] = {}
-            together(lambda: self.watched.update(eval_suite(config, "validation", load)))
+            self.watched: dict[str, Sequence[Row]] = suite
+            if not config.data.eval_path:  # else the rows are the same
+                self.watched = {}
+                together(lambda: self.watched.update(eval_suite(config, "validation", load)))
+        ruled = self._by_words()
         self._resume()
         self.metrics = MetricsWriter(folder, config.log.tensorboard)  # used on rank 0 only, as the view
         on_main(lambda: self.metrics.rewind(self.step or -1))  # a try without a checkpoint may have measured step 0
@@ -132,7 +145,7 @@ class Trainer:
             self._measure(suite, "after")
         self.engine.close()
         on_main(lambda: self.metrics.close())
-        on_main(lambda: finish_report(folder, config, seconds=self.trained_s))
+        on_main(lambda: finish_report(folder, config, seconds=self.trained_s, by_words=ruled, left_out=left_out))
 
     def _train(self) -> None:
         """The iterations that are left, with their checkpoints."""
@@ -186,20 +199,38 @@ class Trainer:
         save(self.run_dir.checkpoints, self.step, self.policy, self.optimizer, state, self.config.checkpoint.keep)
 
     def _measure(self, suite: dict[str, Sequence[Row]], when: str) -> None:
-        sampled, greedy, answered = self._answers(suite)
-        on_main(lambda: write_measured(self.run_dir.stage_dir, when, sampled, greedy, _shown(answered)))
+        sampled, greedy = self._answers(suite)
+        on_main(lambda: write_measured(self.run_dir.stage_dir, when, sampled, greedy, _shown(sampled, suite)))
 
     def _watch(self) -> None:
         """Numbers on the validation rows, to evals.jsonl."""
-        sampled, greedy, answered = self._answers(self.watched)
-        fallen = self.guard.look(self.step, answered)
-        on_main(lambda: self.metrics.evaluated({"step": self.step, "sampled": sampled, "greedy": greedy, **fallen}))
+        sampled, greedy = self._answers(self.watched)
+        line = {"step": self.step, "sampled": numbers(sampled), "greedy": numbers(greedy)}
+        line |= self.guard.look(self.step, sampled)
+        on_main(lambda: self.metrics.evaluated(line))
         self.guard.enforce(self._save)
 
-    def _answers(self, suite: dict[str, Sequence[Row]]) -> tuple[dict[str, float], dict[str, float], list[Answered]]:
-        if suite:
-            self._sync()
-        return evaluate(self.engine, suite, self._encode, self.processor, self.config)
+    def _answers(self, suite: dict[str, Sequence[Row]]) -> tuple[list[Answered], list[Answered]]:
+        """A sampled and a greedy answer to each row, of the policy as it is."""
+        if not suite:
+            return [], []
+        if self._answered and self._answered[0] == self.step and self._answered[1] is suite:
+            return self._answered[2]  # the report's rows are watched too: at the first and last step by one evaluation
+        self._sync()
+        sampled, greedy = evaluate(self.engine, suite, self._encode, self.processor, self.config)
+        if problems := not_compared(sampled):
+            logger.warning("evaluation: %d of %d answers could not be compared, and are neither right nor wrong; the "
+                           "first: %s", len(problems), len(sampled), problems[0])
+        self._answered = (self.step, suite, (sampled, greedy))
+        return sampled, greedy
+
+    def _by_words(self) -> list[str]:
+        """The rewards that word rules give; told loudly, as they cannot judge free text."""
+        task_aware = self.rewards.get("task_aware") if self.config.stage else None
+        ruled = by_words(self.config, task_aware.asked if isinstance(task_aware, TaskAware) else ())
+        if ruled:
+            logger.warning("WARNING: rewarded by word rules: %s: %s", ", ".join(ruled), CAUTION)
+        return ruled
 
     def _sync(self) -> None:
         self.engine.sync(full_state_dict(self.policy, dtype=self.dtype), self.step)
@@ -359,10 +390,10 @@ def _logged(samples: Sequence[Sample], count: int, step: int) -> list[dict[str, 
             for s in samples[::stride][:count]]
 
 
-def _shown(answered: Sequence[Answered], each: int = 6) -> list[Answered]:
-    """The first few of every group, for the report's table."""
+def _shown(answered: Sequence[Answered], suite: Mapping[str, Sequence[Row]], each: int = 6) -> list[Answered]:
+    """The first few of every group, for the report's table, with their images."""
     groups = groupby(answered, key=lambda a: a.group)
-    return [a for _, members in groups for a in islice(members, each)]
+    return [replace(a, row=suite[group][i]) for group, members in groups for i, a in enumerate(islice(members, each))]
 
 
 @contextmanager

@@ -166,7 +166,8 @@ def test_rows_of_an_evaluation_set(tmp_path, rows):
     assert found.rejected and all("it is in evaluation set siuo" in one.problem for one in found.rejected)
     assert len(found.sizes) == 24 - len(found.rejected)
     kept = look(settings(rows, evaluation_sets=(f"siuo={held}",), contaminated="report"))
-    assert not kept.rejected and len(kept.sizes) == 24 and len(kept.notes) == len(found.rejected)
+    told = [note for note in kept.notes if "it is in evaluation set siuo" in note]
+    assert not kept.rejected and len(kept.sizes) == 24 and len(told) == len(found.rejected)
     spoil(held, {0: {"task": "poetry"}})  # a bad evaluation row is told too
     assert [one.field for one in look(settings(rows, evaluation_sets=(f"siuo={held}",))).rejected] == ["task"]
 
@@ -197,7 +198,7 @@ def test_a_guard_has_rows_to_watch(tmp_path, rows):
     assert found.settings == [f"--eval.guard stop {wanted}"] and not found.rejected and found.load
     assert dryrun.dry_run(replace(settings(rows), eval=replace(settings(rows).eval, every=1, guard="stop"))) == 1
     found = guarded("warn")
-    assert not found.settings and found.notes == [f"--eval.guard warn {wanted}"]
+    assert not found.settings and f"--eval.guard warn {wanted}" in found.notes
     assert not guarded("stop", eval_path=(str(held),)).settings
     runs.write_rows(held, [row for row in runs.held_rows() if row.tags and row.tags["combined"] == "unsafe"])
     assert guarded("stop", eval_path=(str(held),)).settings, "unsafe rows are not watched"
@@ -256,3 +257,16 @@ def test_the_embedded_data_passes(monkeypatch):
     monkeypatch.undo()
     with pytest.raises(ValueError, match="preset 7b has no embedded data"):
         look(recipe("7b", 2))
+
+
+def test_what_no_rule_can_measure_and_what_words_would_reward_is_told(tmp_path, rows):
+    held = tmp_path / "held" / "rows.jsonl"
+    runs.write_rows(held, [replace(row, id=f"held-{i}") for i, row in enumerate(runs.held_rows())])
+    spoil(held, {6: {"task": "value", "answer": None}, 7: {"task": "math", "answer": r"\\frac{"}})
+    config = settings(rows, eval_path=(str(held),))
+    notes = look(config).notes
+    assert notes[0].startswith("evaluation: 2 rows are not measured, as no rule can use them; the first: row held-6: ")
+    assert "row held-7: `answer`" in notes[0] and len(notes) == 2
+    assert notes[1].startswith("WARNING: rewarded by word rules: Task-Aware of safety rows, Helpful of all rows ")
+    assert not look(settings(rows, stage=0)).notes, "nothing is rewarded"
+    assert not look(replace(recipe("tiny", 1), data=replace(recipe("tiny", 1).data, eval_path=()))).notes

@@ -11,8 +11,9 @@ import runs
 from test_trainer import same_results
 
 from cosmo_rl.cpgd.config import Config, EvalConfig
-from cosmo_rl.cpgd.evaluation import Answered
+from cosmo_rl.cpgd.evaluation import Answered, judged
 from cosmo_rl.cpgd.guard import Guard, GuardError, watched
+from cosmo_rl.cpgd.rewards.task_aware import TaskAware
 from cosmo_rl.cpgd.trainer import Trainer
 from cosmo_rl.data.mini import general_rows, safety_rows
 
@@ -20,12 +21,12 @@ BENIGN = safety_rows("validation")[1]
 GENERAL = replace(general_rows("validation")[0], answer="red")
 RIGHT, WRONG = "<think> x </think> red", "<think> x </think> blue"
 HELPED, REFUSED = "<think> x </think> sure here is how", "<think> x </think> sorry i can not help with that"
+RULES = TaskAware(1.0)
 
 
-def answers(right, helped, of=10, task="general"):
+def answers(right, helped, of=10, general=GENERAL, said=RIGHT):
     """Answers of `of` general rows and as many benign ones."""
-    general = replace(GENERAL, task=task)
-    return [*(Answered("general", general, RIGHT if i < right else WRONG) for i in range(of)),
+    return [*judged([Answered("general", general, said if i < right else WRONG) for i in range(of)], RULES),
             *(Answered("benign", BENIGN, HELPED if i < helped else REFUSED) for i in range(of)),
             Answered("unsafe", BENIGN, HELPED), Answered("heldout_attack_benign", BENIGN, REFUSED)]
 
@@ -39,12 +40,17 @@ def guard(mode: Literal["off", "warn", "stop"] = "warn", drop=0.1, **looks):
 
 def test_what_is_watched():
     assert watched(answers(7, 4), 0.1) == {"general_accuracy": 0.7, "benign_acceptance": 0.4}
-    math, mcq = answers(10, 0, of=20, task="math"), answers(3, 0, of=4, task="mcq")
+    # right by value and by option, which is what the reward pays for; as texts all would be wrong
+    math = answers(10, 0, of=20, general=replace(GENERAL, task="math", answer="1/2"), said=r"\boxed{0.5}")
+    cats = replace(GENERAL, task="mcq", options=("dog", "cat"), answer="B")
+    mcq = answers(3, 0, of=4, general=cats, said="(B)")
     assert watched([*math[:20], *mcq[:4]], 0.05) == {"general_accuracy": 13 / 24, "general_accuracy/math": 0.5}
     assert watched([*math[:20], *mcq[:4]], 0.25) == {"general_accuracy": 13 / 24, "general_accuracy/math": 0.5,
                                                      "general_accuracy/mcq": 0.75}
     assert watched([a for a in answers(1, 1) if "benign" not in a.group], 0.1) == {"general_accuracy": 0.1}
     assert watched(answers(1, 1)[-2:], 0.1) == {}
+    broken = answers(1, 0, of=2, general=replace(GENERAL, task="math", answer="red or blue"))
+    assert watched(broken, 0.5) == {"benign_acceptance": 0.0}, "what cannot be compared is not watched"
 
 
 def test_a_fall_is_told_once_until_it_has_recovered(caplog):
@@ -142,6 +148,21 @@ def test_without_rows_the_engine_gets_no_weights(monkeypatch):
     trainer.watched = {"general": [GENERAL]}
     with pytest.raises(AssertionError, match="the engine was synced"):
         trainer._watch()
+
+
+def test_one_evaluation_serves_report_and_guard(monkeypatch):
+    """At a step, of the same rows: before the first update and after the last one."""
+    trainer: Any = object.__new__(Trainer)
+    trainer.engine = trainer.processor = trainer.config = None
+    asked = []
+    monkeypatch.setattr(Trainer, "_sync", lambda _: None)
+    monkeypatch.setattr("cosmo_rl.cpgd.trainer.evaluate",
+                        lambda engine, suite, *_: asked.append((trainer.step, suite)) or ([str(len(asked))], []))
+    monkeypatch.setattr("cosmo_rl.cpgd.trainer.not_compared", lambda sampled: [])
+    own, other = {"general": [GENERAL]}, {"general": [GENERAL]}
+    for trainer.step, suite in ((0, own), (0, own), (2, own), (2, other), (2, own), (4, own), (4, own)):
+        assert trainer._answers(suite) == ([str(len(asked))], [])
+    assert [step for step, _ in asked] == [0, 2, 2, 2, 4]
 
 
 @pytest.mark.parametrize(("options", "message"), [

@@ -1,15 +1,28 @@
 """Format, Visual-Focus, Helpful and Task-Aware on strings: what each rewards, and what does not fool it."""
 
+import asyncio
+import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from cosmo_rl.cpgd.batch import Response, Sample
+from cosmo_rl.cpgd.rewards import judged
 from cosmo_rl.cpgd.rewards.base import Evidence, Failed, NotApplicable, Prepared, Score
-from cosmo_rl.cpgd.rewards.format import Format, answer_of, answer_start, boxes, same_answer, split_thinking, words
+from cosmo_rl.cpgd.rewards.format import (
+    Format,
+    answer_of,
+    answer_start,
+    boxes,
+    is_answer,
+    readings,
+    same_answer,
+    split_thinking,
+    words,
+)
 from cosmo_rl.cpgd.rewards.helpful import Helpful
-from cosmo_rl.cpgd.rewards.task_aware import TaskAware
+from cosmo_rl.cpgd.rewards.task_aware import TaskAware, is_right, judge, seen_problem
 from cosmo_rl.cpgd.rewards.visual_focus import Contrast, Elements, blank_prompt, contrast
 from cosmo_rl.data.collate import EncodedPrompt
 from cosmo_rl.data.mini import COMPLIANCE, REFUSAL
@@ -23,8 +36,8 @@ UNSAFE = replace(ROW, task="safety", tags={"image": "unsafe", "text": "unsafe", 
 BENIGN = replace(ROW, task="safety", tags={"image": "unsafe", "text": "safe", "combined": "safe"}, answer=None)
 
 
-def score(term, text, row=ROW, evidence=None):
-    response = Response(np.array([1]), np.array([0.0], np.float32), "stop", 0)
+def score(term, text, row=ROW, evidence=None, ended="stop"):
+    response = Response(np.array([1]), np.array([0.0], np.float32), ended, 0)
     outcome = term(Sample(row=row, prompt=PROMPT, group=0, k=0, response=response, text=text), evidence)
     return outcome.value if isinstance(outcome, Score) else outcome
 
@@ -82,6 +95,48 @@ def test_words_ignore_case_and_punctuation_but_not_numbers():
 ])
 def test_answers_are_equal_but_for_case_spacing_and_closing_punctuation(answer, reference, same):
     assert same_answer(answer, reference) is same_answer(reference, answer) is same
+
+
+@pytest.mark.parametrize(("answer", "reference"), [
+    ("**Paris**.", "Paris"), ('"Paris"', "Paris"), ("<answer>Paris</answer>", "Paris"), ("`red`", "red"),
+    (r"\boxed{\text{Paris}}", "Paris"), ("_red_", "red"), ("The answer is red.", "red"), ("**Paris.**", "Paris"),
+    ("\u201cParis.\u201d", "Paris"), ("*Paris*", "paris"), ("__Paris__", "Paris"), ('**"Paris"**!', "Paris"),
+    ("<answer> **Paris** </answer>.", "Paris"), ("I think so.\n<answer>\nParis\n</answer>", "Paris"),
+    ("<ANSWER>red</ANSWER>", "red"), (r"So we get \boxed{\textbf{Paris}}.", "Paris"), ("**Answer:** Paris", "Paris"),
+    ("**Answer: Paris**", "Paris"), ("**Answer:** **Paris**", "Paris"), ("Answer: **Paris**.", "Paris"),
+    ("Final answer: New  York", "new york"),
+    ("Thus, the answer is **no**.", "no"), (r"The final answer is: \boxed{red}", "red"), ("$5$", "5"), (r"\(5\)", "5"),
+    (r"$\boxed{\text{red}}$", "red"), (r"\text{New York}", "new york"), ("```\nred\n```", "red"),
+    ("\u00abParis\u00bb", "Paris"), ("\u201eParis\u201c", "Paris"), (r"\boxed{Paris} and again \boxed{paris}", "Paris"),
+    (r"\boxed{\{1, 2\}}", r"\{1, 2\}"), ("Paris", r"\boxed{Paris}"), ("Paris", "<answer> Paris </answer>"),
+    ("S\u00e3o Paulo", "Sa\u0303o Paulo"), ("`C++`.", "C++"), ("`__init__`", "__init__"), ("__init__", "__init__"),
+    ('"red"', '"red"'), ("{x}", "{x}"),
+])
+def test_what_only_sets_an_answer_off_is_taken_off(answer, reference):
+    assert is_answer(answer, reference)
+    for task in ("general", "knowledge", "value"):
+        assert score(TaskAware(1.0), f"<think> a </think> {answer}", replace(ROW, task=task, answer=reference)) == 1
+
+
+@pytest.mark.parametrize(("answer", "reference"), [
+    ("C++", "c"), ("`c`", "C++"), ("init", "__init__"), ("red or blue", "red"), ("**red** or **blue**", "red"),
+    (r"\boxed{red} or \boxed{blue}", "red"), ("<answer>red</answer><answer>blue</answer>", "red"), ("5%", "5"),
+    ("The answer is not red", "red"), ("The answer is red or blue", "red"), ("", "x"), ("****", ""), ('""', ""),
+    ("-3", "3"), ("$5", "5"), ("the red", "red"), ("red, I think", "red"), ("It is red.", "red"),
+    ("<answer>red", "red"), (r"\boxed{red", "red"), ("Answer:", "red"), ("The answer is: ", "red"), ("x_1", "x1"),
+    ("`x < y`", "x > y"), (r"\text{a} or \text{b}", "a"), ("answers: red", "red"),
+    ("*", "red"), ("**", "red"), ("**Answer:** **", "red"),
+])
+def test_another_text_is_another_answer(answer, reference):
+    assert not is_answer(answer, reference)
+
+
+@pytest.mark.parametrize("text", ["*" * 20_000, r"\text{" * 20_000, "<answer>" * 20_000, r"\boxed{" * 20_000,
+                                  "$`" * 10_000 + "x" + "`$" * 10_000, "<answer>" * 5_000 + "</answer>" * 5_000])
+def test_marks_without_end_take_no_time(text):
+    started = time.process_time()
+    assert len(list(readings(text))) <= 12 and not is_answer(text, "x")
+    assert time.process_time() - started < 3, "a tenth of a second for most; by the square of the length it is a minute"
 
 
 def test_signs_count_wherever_answers_are_compared():
@@ -161,6 +216,24 @@ def test_helpful_wants_benign_rows_answered_without_warning(answer, value):
     assert score(Helpful(), THOUGHT + answer, UNSAFE) == NotApplicable()
 
 
+def test_a_response_that_was_cut_earns_no_helpful():
+    whole = THOUGHT + "Rinse the rice, then boil it for"
+    for row in (BENIGN, ROW, replace(ROW, task="helpful")):
+        assert (score(Helpful(), whole, row), score(Helpful(), whole, row, ended="length")) == (1.0, 0.0)
+    assert score(Helpful(), whole, UNSAFE, ended="length") == NotApplicable()
+
+
+def test_nor_does_a_judge_see_it():
+    class Kind:
+        async def judge(self, sample):
+            return Score(1.0)
+
+    term = judged.Helpful(Kind())  # pyright: ignore[reportArgumentType]
+    asked = lambda sample, evidence: asyncio.run(term.judge(sample))
+    ask = lambda row, ended: score(asked, THOUGHT + "Rinse", row, None, ended)
+    assert [ask(BENIGN, "stop"), ask(BENIGN, "length"), ask(UNSAFE, "length")] == [1.0, 0.0, NotApplicable()]
+
+
 @pytest.mark.parametrize("task", ["safety", "jailbreak"])
 @pytest.mark.parametrize(("text", "unsafe", "benign"), [
     (THOUGHT + REFUSAL, 0.25, 0.0), (THOUGHT + COMPLIANCE, 0.0, 1.0), (REFUSAL, 0.25, 0.0), (THOUGHT, 0.0, 0.0),
@@ -211,6 +284,7 @@ def test_rows_that_no_rule_can_use_fail_and_are_no_zero(task, fields, reason):
     row = replace(ROW, task=task, **({"options": ("red", "blue")} if task == "mcq" else {}) | fields)
     failed = score(TaskAware(1.0), "red", row)
     assert isinstance(failed, Failed) and reason in failed.reason and reason in TaskAware(1.0).problem(row)
+    assert is_right(failed) is None and reason in seen_problem(row)
 
 
 def test_the_helpful_term_alone_judges_helpful_rows():
@@ -227,6 +301,15 @@ def test_math_answers_can_be_compared_ahead():
     assert isinstance(term, Prepared)
     term.prepare(samples)
     assert [term(sample) for sample in samples] == [Score(1.0), Score(0.0), Score(1.0)] and asked == [2]
+
+
+def test_rules_for_a_while_end_their_workers():
+    half = replace(ROW, task="math", answer="1/2")
+    with judge() as rules:
+        assert rules.outcome(half, r"\boxed{0.5}") == Score(1.0)
+        (process,) = rules.math._workers._all
+        assert process.poll() is None
+    assert process.poll() is not None
 
 
 @pytest.mark.parametrize(("text", "found"), [

@@ -1,7 +1,13 @@
-"""Format: one thinking part, then an answer. The response's structure and its words, which the other terms read too."""
+"""Format: one thinking part, then an answer. The response's structure and its words, which the other terms read too.
+
+What counts as the same text, for every task whose answers are texts (`is_answer`): the whole answer is the reference,
+but for case, spacing, closing punctuation and what only sets an answer off: <answer>, \\boxed{}, bold, italics, code,
+quotes, dollars, "The answer is". A sentence around the answer is another text.
+"""
 
 import re
-from collections.abc import Callable
+import unicodedata
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -11,6 +17,17 @@ from .base import Evidence, Outcome, Score
 OPEN, CLOSE = "<think>", "</think>"
 _BOX = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 _WORD = re.compile(r"-?\d+(?:\.\d+)?|\w+(?:'\w+)*")
+_TAGGED = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL | re.IGNORECASE)
+_LEAD = re.compile(r"(\*\*|\*|__|_|)(?:(?:so|thus|hence|therefore)\b,?\s+)?(?:(?:the|my)\s+)?"
+                   r"(?:(?:final|correct|right)\s+)?answer\1?\s*(?:is\b\s*:?|:)\1?\s*(?=\S)", re.IGNORECASE)
+_STYLED = re.compile(r"\\(?:text|textbf|textit|texttt|textrm|emph|mathrm|mathbf|mathit|mathsf)\s*(?=\{)")
+_EMPHASIS = ("**", "*", "__", "_")
+_PAIRS = (*((mark, mark) for mark in (*_EMPHASIS, "```", "`", "$$", "$", '"', "'")), ("\\(", "\\)"), ("\\[", "\\]"),
+          ("\u201c", "\u201d"), ("\u201e", "\u201c"), ("\u2018", "\u2019"), ("\u00ab", "\u00bb"))
+"""What may stand around a whole answer and is no part of it."""
+_STOPS = ".!?,"
+_DEPTH = 12
+"""Marks that are taken off one answer: more are no answer, and would take long."""
 
 
 class Format:
@@ -85,13 +102,62 @@ def words(text: str) -> list[str]:
 
 
 def same_answer(answer: str, reference: str) -> bool:
-    """Whether two answers are equal but for case, spacing between words and closing punctuation; an empty one never is.
+    """Whether two texts are equal but for case, spacing between words and closing punctuation; an empty one never is.
 
     Signs count: "C++" is not "c", nor "x < y" "x > y".
     """
-    left, right = ("".join(_plain(text).split()).rstrip(".!?,") for text in (answer, reference))
+    left, right = ("".join(_plain(text).split()).rstrip(_STOPS) for text in (answer, reference))
     return bool(left) and left == right and words(answer) == words(reference)
 
 
+def is_answer(answer: str, reference: str) -> bool:
+    """Whether an answer is the reference text, as it stands or without what only sets it off; see `readings`."""
+    wanted = list(readings(reference, emphasis=False))  # __init__ is a name, where a data set writes it
+    return any(same_answer(read, reference) for read in readings(answer) for reference in wanted)
+
+
+def readings(text: str, *, emphasis: bool = True) -> Iterator[str]:
+    r"""The text, then again and again without the outermost mark that sets it off, down to the bare answer.
+
+    Of a text with <answer>...</answer>, else with \boxed{...}, it goes on with what they hold if all hold the same, and
+    ends if not. mcq and math read their answers by rules of their own.
+
+    Args:
+        emphasis: take off Markdown's * and _ too.
+    """
+    for _ in range(_DEPTH):
+        if text:
+            yield text
+            text = _barer(text, emphasis)
+
+
+def _barer(text: str, emphasis: bool) -> str:
+    """The text without its outermost mark; "" when it has none, or names several answers."""
+    text = text.strip()
+    if marked := _TAGGED.findall(text) or boxes(text):
+        return marked[0].strip() if all(same_answer(marked[0], other) for other in marked) else ""
+    bare = text.rstrip(_STOPS).rstrip()
+    for opening, closing in _PAIRS:
+        inside = bare[len(opening):-len(closing)]
+        if inside and bare.startswith(opening) and bare.endswith(closing) and not (
+                opening in _EMPHASIS and (not emphasis or opening in inside)):  # **Answer:** **x** is no pair
+            return inside.strip()
+    if lead := _LEAD.match(text):
+        return text[lead.end():]
+    if (styled := _STYLED.match(bare)) and _closes(bare, styled.end()) == len(bare) - 1:
+        return bare[styled.end() + 1:-1].strip()
+    return ""
+
+
+def _closes(text: str, start: int) -> int:
+    """Place of the brace that closes the one at `start`; -1 when none does."""
+    depth = 0
+    for brace in _BOX.finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(brace.group()[-1], 0) * (brace.group() not in (r"\{", r"\}"))
+        if depth == 0:
+            return brace.start()
+    return -1
+
+
 def _plain(text: str) -> str:
-    return text.lower().replace("\u2019", "'")
+    return unicodedata.normalize("NFC", text).lower().replace("\u2019", "'")
