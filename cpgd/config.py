@@ -59,6 +59,8 @@ class DataConfig:
     """Largest image accepted, in pixels (width x height), against decompression bombs."""
     resize_pixels: int = 1_003_520
     """Images are resized to at most this many pixels (Qwen's 28 x 28 x 1280)."""
+    system_prompt: str = ""
+    """Text, or a file that holds it, before each row without a system message; empty: the chat template's own."""
 
     def __post_init__(self) -> None:
         self.shares()

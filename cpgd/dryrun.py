@@ -24,6 +24,7 @@ from cosmo_rl.data.collate import check_prompt, plan_microbatches
 from cosmo_rl.data.contamination import DROPPED, Match, find_contaminated
 from cosmo_rl.data.dataset import load_rows
 from cosmo_rl.data.errors import UserError
+from cosmo_rl.data.prompts import check_system_prompt, introduce
 from cosmo_rl.data.sampler import PromptSampler
 from cosmo_rl.data.schema import Row, RowError
 from cosmo_rl.data.store import StoredRows, select
@@ -67,6 +68,8 @@ class Findings:
     rejected: list[Rejected] = field(default_factory=list)
     settings: list[str] = field(default_factory=list)
     """What is wrong beside the rows."""
+    prompts: str = ""
+    """The system prompt and the first row, as the model sees them."""
     notes: list[str] = field(default_factory=list)
     shares: dict[str, float] = field(default_factory=dict)
     load: Load | None = None
@@ -98,9 +101,10 @@ def inspect(config: Config, processor: Processor, world_size: int) -> Findings:
     """All that `show` prints.
 
     Raises:
-        UserError: the preset has no data of its own and none was given.
+        UserError: the preset has no data of its own and none was given, or the system prompt cannot be used.
     """
     found = Findings()
+    check_system_prompt(config.data.system_prompt, processor, max_prompt_tokens=config.data.max_prompt_tokens)
     rows = _good_rows(config, processor, found)
     _check_evaluation(config, processor, found)
     if config.stage > 0:
@@ -109,6 +113,7 @@ def inspect(config: Config, processor: Processor, world_size: int) -> Findings:
     if not found.sizes:
         found.settings.append("no row is left to train on")
         return found
+    found.prompts = introduce(config.data.system_prompt, rows[0], processor)
     try:
         found.shares = mixture(config, found.domains)
         sampler = PromptSampler(found.domains, found.shares, config.seed)
@@ -144,6 +149,7 @@ def _good_rows(config: Config, processor: Processor, found: Findings) -> Sequenc
             matches = find_contaminated(rows, sets, max_image_pixels=config.data.max_image_pixels).matches
     dropped = {match.row_id: match for match in matches if match.kind in DROPPED}
     good: list[int] = []
+    own = 0
     for i, row in enumerate(rows):
         match = dropped.get(row.id)
         if match:
@@ -156,8 +162,12 @@ def _good_rows(config: Config, processor: Processor, found: Findings) -> Sequenc
         try:
             found.sizes.append(row_size(row, config, processor))
             good.append(i)
+            own += row.messages[0]["role"] == "system"
         except UserError as error:
             found.rejected.append(_told(_where(rows, i, row), str(error).removeprefix(f"row {row.id}: ")))
+    if own and config.data.system_prompt:
+        found.notes.append(f"{own:,} rows have a system message of their own, which stands in place of "
+                           "--data.system-prompt")
     return rows if len(good) == len(rows) else select(rows, good)
 
 
@@ -171,7 +181,8 @@ def _check_evaluation(config: Config, processor: Processor, found: Findings) -> 
         for rows in suite.values():
             for i, row in enumerate(rows):
                 try:
-                    check_prompt(row, processor, max_prompt_tokens=config.data.max_prompt_tokens)
+                    check_prompt(row, processor, max_prompt_tokens=config.data.max_prompt_tokens,
+                                 system_prompt=config.data.system_prompt)
                 except UserError as error:
                     found.rejected.append(_told(_where(rows, i, row), str(error).removeprefix(f"row {row.id}: ")))
     if not config.data.path:  # else _good_rows told of them
@@ -251,6 +262,9 @@ def show(found: Findings, config: Config, path: Path, world_size: int, console: 
     if found.sizes:
         console.print(_rows_table(found), "")
         console.print(_lengths_table(found, "utf" in console.encoding.lower(), config.stage == 0))
+    if found.prompts:
+        console.print("", found.prompts.encode(console.encoding, "backslashreplace").decode(console.encoding),
+                      sep="\n")
     if found.load is not None:
         console.print()
         load, steps = found.load, "steps" if config.stage == 0 else "rollouts"

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from cosmo_rl.data.collate import EncodedPrompt, encode_prompt
 from cosmo_rl.data.dataset import fingerprint, load_rows
 from cosmo_rl.data.errors import UserError
+from cosmo_rl.data.prompts import check_system_prompt, introduce
 from cosmo_rl.data.sampler import PromptSampler
 from cosmo_rl.data.schema import Row
 from cosmo_rl.data.store import domains
@@ -32,6 +33,7 @@ from cosmo_rl.model.policy import Policy
 from cosmo_rl.model.weights import full_state_dict, save_pretrained
 
 from .batch import Sample
+from .card import write_card
 from .checkpoint import load_latest, save
 from .collect import Verdicts, fill_advantages, gather_evidence, judges_took, sample_groups, score, split_updates
 from .config import Config
@@ -70,6 +72,7 @@ class Trainer:
         path = self.start = start_path(config, run)
         self.processor = load_processor(path, config.data.resize_pixels)
         together(self._load)
+        self._agree()
         names = domains(self.rows)
         self.sampler = PromptSampler(names, mixture(config, names), config.seed, config.data.curriculum)
         self.guard = Guard(config.eval)
@@ -96,10 +99,23 @@ class Trainer:
 
     def _load(self) -> None:
         """Rows and their rewards, which may fail on one host only; nothing is returned that would go to other ranks."""
+        data = self.config.data
+        check_system_prompt(data.system_prompt, self.processor, max_prompt_tokens=data.max_prompt_tokens)
         self.rows: Sequence[Row] = load_training_rows(self.config, self.processor)
         self.judging = None
         if self.config.stage > 0:
             self.rewards, self.judging, self.reward_weights = build_rewards(self.config.reward, self.rows)
+
+    def _agree(self) -> None:
+        """What each rank has read of its host's files is the same on all; rank 0 shows it.
+
+        Raises:
+            UserError: it is not, as where one host lacks the file, whose name is then taken for the prompt.
+        """
+        if len(set(together(lambda: self.config.data.system_prompt))) > 1:
+            raise UserError("--data.system-prompt is not the same on all ranks; put its file on every host")
+        if rank() == 0:
+            logger.info("%s", introduce(self.config.data.system_prompt, self.rows[0], self.processor))
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
@@ -128,6 +144,7 @@ class Trainer:
             save_pretrained(self.policy, self.processor, self.run_dir.hf)
         except OSError as error:  # raised on all ranks
             raise UserError(f"{self.run_dir.hf}: {error.strerror}") from error
+        on_main(lambda: write_card(self.run_dir.hf, config, self.start))
         if suite:
             self._measure(suite, "after")
         self.engine.close()
@@ -207,7 +224,7 @@ class Trainer:
     def _encode(self, row: Row) -> EncodedPrompt:
         data = self.config.data
         return encode_prompt(row, self.processor, max_prompt_tokens=data.max_prompt_tokens,
-                             max_image_pixels=data.max_image_pixels)
+                             max_image_pixels=data.max_image_pixels, system_prompt=data.system_prompt)
 
     def _encoded(self, numbers: Sequence[int]) -> tuple[list[Row], list[EncodedPrompt]]:
         found: list[tuple[Row, EncodedPrompt]] = []
