@@ -1,16 +1,18 @@
 """`train.py --dry-run`: all that a run would stumble over, and what it will take, without loading weights or training.
 
-Read are the rows, the tokenizer, the image processor and config.json; written is nothing; judges are not asked. Rank 0
-does it alone, for as many ranks as the launcher started. Shown are, by domain: rows, shares, tasks and lengths; the
+Read are the rows, the tokenizer, the image processor and config.json; written is nothing; judges are not asked, and a
+reward function of the user's is called once. Rank 0 does it alone, for as many ranks as the launcher started. Shown
+are, by domain: rows, shares, tasks and lengths; the system prompt and the first row, as the model sees them; the
 fullest micro-batch of the first rollouts, by the sampler and the planner of training, and the memory that it will take
 (footprint.py); every row that is rejected, by reason. The exit status is 1 if anything is.
 """
 
+import asyncio
 import os
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +26,7 @@ from cosmo_rl.data.collate import check_prompt, plan_microbatches
 from cosmo_rl.data.contamination import DROPPED, Match, find_contaminated
 from cosmo_rl.data.dataset import load_rows
 from cosmo_rl.data.errors import UserError
-from cosmo_rl.data.prompts import check_system_prompt, introduce
+from cosmo_rl.data.prompts import check_system_prompt, introduce, printable
 from cosmo_rl.data.sampler import PromptSampler
 from cosmo_rl.data.schema import Row, RowError
 from cosmo_rl.data.store import StoredRows, select
@@ -35,7 +37,9 @@ from .evaluation import MEASURES, eval_suite
 from .footprint import Calls, Load, Term, count_parameters, footprint, peak
 from .guard import WATCHED, no_rows
 from .recipes import mixture
+from .rewards.base import Failed, NotApplicable, Score
 from .rewards.build import build_rewards
+from .rewards.function import UserFunction
 from .sources import RowSize, embedded_rows, given_path, row_size
 
 ITERATIONS = 20
@@ -195,7 +199,7 @@ def _rewarded(rows: Sequence[Row], config: Config, found: Findings) -> Sequence[
     """The rows that have a reward rule or judge; the sizes of the others go too."""
     without: list[tuple[int, str]] = []
     try:
-        _, judging, _ = build_rewards(replace(config.reward, judge_cache=""), rows, without)
+        rewards, judging, _ = build_rewards(replace(config.reward, judge_cache=""), rows, without)
     except UserError as error:
         found.settings.append(str(error))
         return rows
@@ -204,8 +208,27 @@ def _rewarded(rows: Sequence[Row], config: Config, found: Findings) -> Sequence[
     found.rejected += [_told(_where(rows, i, rows[i]), problem) for i, problem in without]
     gone = {i for i, _ in without}
     kept = [i for i in range(len(rows)) if i not in gone]
+    function = rewards.get("function")
+    if isinstance(function, UserFunction):
+        _try_function(function, (rows[i] for i in kept), found)
     found.sizes = [found.sizes[i] for i in kept]
     return select(rows, kept) if gone else rows
+
+
+def _try_function(function: UserFunction, rows: Iterable[Row], found: Findings) -> None:
+    """Call the user's function once, with the first row that is one of its own and a well-formed response."""
+    row = next(filter(function.scores, rows), None)
+    if row is None:
+        return
+    response = f"<think>This is a dry run.</think> {row.answer or 'An answer.'}"
+    told = f"of {printable(row.id)} and the response {printable(response, 120)!r}"
+    match asyncio.run(function.ask(row, response)):
+        case Failed(reason):
+            found.settings.append(f"--reward.function failed {told}: {reason}")
+        case Score(value):
+            found.notes.append(f"--reward.function gives {value:g} {told}")
+        case NotApplicable():
+            found.notes.append(f"--reward.function gives None {told}: it does not apply")
 
 
 def _micro_batches(sizes: Sequence[RowSize], sampler: PromptSampler, config: Config, patches: int,

@@ -43,6 +43,7 @@ from .metrics import MetricsWriter, ProgressView, reward_stats
 from .recipes import mixture
 from .report import finish_report, read_measured, write_measured
 from .rewards.build import build_rewards
+from .rewards.function import function_digest
 from .rollout.hf import HFEngine
 from .rundir import RunDir, on_main, together
 from .selection import pass_rates, select
@@ -102,9 +103,10 @@ class Trainer:
         data = self.config.data
         check_system_prompt(data.system_prompt, self.processor, max_prompt_tokens=data.max_prompt_tokens)
         self.rows: Sequence[Row] = load_training_rows(self.config, self.processor)
-        self.judging = None
+        self.judging, self.function_digest = None, ""
         if self.config.stage > 0:
             self.rewards, self.judging, self.reward_weights = build_rewards(self.config.reward, self.rows)
+            self.function_digest = function_digest(self.rewards)
 
     def _agree(self) -> None:
         """What each rank has read of its host's files is the same on all; rank 0 shows it.
@@ -114,6 +116,9 @@ class Trainer:
         """
         if len(set(together(lambda: self.config.data.system_prompt))) > 1:
             raise UserError("--data.system-prompt is not the same on all ranks; put its file on every host")
+        if len(set(together(lambda: self.function_digest))) > 1:
+            raise UserError("the file of --reward.function, or a module beside it, is not the same on all ranks; copy "
+                            "one version to every host")
         if rank() == 0:
             logger.info("%s", introduce(self.config.data.system_prompt, self.rows[0], self.processor))
 
@@ -187,6 +192,10 @@ class Trainer:
             raise UserError(f"the model folder changed: {saved} {state['model_fingerprint']}, tokenizer.json, "
                              f"preprocessor_config.json and config.json of {self.start} now have "
                              f"{self.model_fingerprint}; restore them or give another --run-dir")
+        if state.get("function_digest", "") != self.function_digest:
+            raise UserError(f"the reward changed: the checkpoint in {self.run_dir.checkpoints} was made with another "
+                            f"content of {self.config.reward.function}, or of a module beside it; restore it or give "
+                            "another --run-dir")
         self.step, self.iteration = state["step"], state["iteration"]
         self.skipped_in_row, self.trained_s = state["skipped_in_row"], state["trained_s"]
         self.sampler.load_state_dict(state["sampler"])
@@ -199,6 +208,7 @@ class Trainer:
         state = {"iteration": self.iteration, "skipped_in_row": self.skipped_in_row, "trained_s": self.trained_s,
                  "sampler": self.sampler.state_dict(), "guard": self.guard.state_dict(),
                  "fingerprint": self.fingerprint, "model_fingerprint": self.model_fingerprint,
+                 "function_digest": self.function_digest,
                  "config": self.config.to_dict(), "config_hash": self.config.hash()}
         save(self.run_dir.checkpoints, self.step, self.policy, self.optimizer, state, self.config.checkpoint.keep)
 

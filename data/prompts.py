@@ -115,10 +115,10 @@ def introduce(prompt: str, row: Row, processor: Any) -> str:
     return "\n".join(lines)
 
 
-def printable(text: str) -> str:
-    """`text` for a console: what is neither printable nor a line end escaped; of a long one SHOWN characters."""
-    if len(text) > SHOWN:
-        head, tail = SHOWN * 2 // 3, SHOWN // 3
+def printable(text: str, most: int = SHOWN) -> str:
+    """`text` for a console: what is neither printable nor a line end escaped; of a long one `most` characters."""
+    if len(text) > most:
+        head, tail = most * 2 // 3, most // 3
         text = f"{text[:head]} [... {len(text) - head - tail:,} characters ...] {text[-tail:]}"
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
