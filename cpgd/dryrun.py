@@ -117,7 +117,7 @@ def inspect(config: Config, processor: Processor, world_size: int) -> Findings:
     if not found.sizes:
         found.settings.append("no row is left to train on")
         return found
-    found.prompts = introduce(config.data.system_prompt, rows[0], processor)
+    found.prompts = introduce(config.data.system_prompt, rows[0], processor, sys.stdout.encoding)
     try:
         found.shares = mixture(config, found.domains)
         sampler = PromptSampler(found.domains, found.shares, config.seed)
@@ -221,7 +221,7 @@ def _try_function(function: UserFunction, rows: Iterable[Row], found: Findings) 
     if row is None:
         return
     response = f"<think>This is a dry run.</think> {row.answer or 'An answer.'}"
-    told = f"of {printable(row.id)} and the response {printable(response, 120)!r}"
+    told = f"on row {printable(row.id)} with the response {printable(response, 120)!r}"
     match asyncio.run(function.ask(row, response)):
         case Failed(reason):
             found.settings.append(f"--reward.function failed {told}: {reason}")
@@ -286,8 +286,7 @@ def show(found: Findings, config: Config, path: Path, world_size: int, console: 
         console.print(_rows_table(found), "")
         console.print(_lengths_table(found, "utf" in console.encoding.lower(), config.stage == 0))
     if found.prompts:
-        console.print("", found.prompts.encode(console.encoding, "backslashreplace").decode(console.encoding),
-                      sep="\n")
+        console.print("", found.prompts, sep="\n")
     if found.load is not None:
         console.print()
         load, steps = found.load, "steps" if config.stage == 0 else "rollouts"

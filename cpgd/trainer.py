@@ -7,6 +7,7 @@
 import logging
 import math
 import os
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -109,7 +110,7 @@ class Trainer:
             self.function_digest = function_digest(self.rewards)
 
     def _agree(self) -> None:
-        """What each rank has read of its host's files is the same on all; rank 0 shows it.
+        """What each rank has read of its host's files is the same on all.
 
         Raises:
             UserError: it is not, as where one host lacks the file, whose name is then taken for the prompt.
@@ -119,8 +120,6 @@ class Trainer:
         if len(set(together(lambda: self.function_digest))) > 1:
             raise UserError("the file of --reward.function, or a module beside it, is not the same on all ranks; copy "
                             "one version to every host")
-        if rank() == 0:
-            logger.info("%s", introduce(self.config.data.system_prompt, self.rows[0], self.processor))
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
@@ -134,6 +133,8 @@ class Trainer:
             self.watched: dict[str, Sequence[Row]] = {}
             together(lambda: self.watched.update(eval_suite(config, "validation", load)))
         self._resume()
+        if rank() == 0:
+            print(introduce(config.data.system_prompt, self.rows[0], self.processor, sys.stdout.encoding), flush=True)
         self.metrics = MetricsWriter(folder, config.log.tensorboard)  # used on rank 0 only, as the view
         on_main(lambda: self.metrics.rewind(self.step or -1))  # a try without a checkpoint may have measured step 0
         if suite and config.stage > 0:

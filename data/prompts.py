@@ -101,10 +101,11 @@ def check_system_prompt(prompt: str, processor: Any, *, max_prompt_tokens: int) 
                         "and write the words into the rows, or mend the template")
 
 
-def introduce(prompt: str, row: Row, processor: Any) -> str:
+def introduce(prompt: str, row: Row, processor: Any, encoding: str = "utf-8") -> str:
     """What is shown once of a run's prompts: the system prompt, and `row` as the model sees it, in lines of text.
 
-    Image placeholders are not expanded. Control characters are escaped, long texts shortened in their middle.
+    Image placeholders are not expanded. Control characters, and those that `encoding` lacks, are escaped; long texts
+    are shortened in their middle.
     """
     own = ", with a system message of its own" if row.messages[0]["role"] == "system" else ""
     tokens = len(processor.tokenizer(prompt, add_special_tokens=False)["input_ids"])
@@ -112,7 +113,7 @@ def introduce(prompt: str, row: Row, processor: Any) -> str:
     lines += [_indented(prompt)] if prompt else []
     lines += [f"first prompt (row {printable(row.id)}{own}), as the model sees it:",
               _indented(chat_text(row, processor, prompt).rstrip("\n"))]
-    return "\n".join(lines)
+    return "\n".join(lines).encode(encoding, "backslashreplace").decode(encoding)
 
 
 def printable(text: str, most: int = SHOWN) -> str:

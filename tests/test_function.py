@@ -481,12 +481,12 @@ def test_the_dry_run_tries_it_on_one_row(write, rows, capsys):
     general = ("--reward.function-tasks", "general")
     assert dry("good", *general) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "note: --reward.function gives 0.5 of general-" in out and "<think>This is a dry run.</think>" in out
-    assert dry("later") == 0 and "gives 0.25 of" in capsys.readouterr().out
-    assert dry("skips") == 0 and "gives None of" in capsys.readouterr().out
+    assert "note: --reward.function gives 0.5 on row general-" in out and "<think>This is a dry run.</think>" in out
+    assert dry("later") == 0 and "gives 0.25 on row" in capsys.readouterr().out
+    assert dry("skips") == 0 and "gives None on row" in capsys.readouterr().out
     assert dry("bad") == 1
     out = " ".join(capsys.readouterr().out.split())
-    assert "problem: --reward.function failed of " in out and "type numpy.float32; return float" in out
+    assert "problem: --reward.function failed on row " in out and "type numpy.float32; return float" in out
     assert dry("none") == 1
     assert "has no none; its functions are good, later" in " ".join(capsys.readouterr().out.split())
 

@@ -241,7 +241,8 @@ def test_the_prompts_are_shown_as_the_model_sees_them(processor):
     assert introduce("", row(), processor).startswith("system prompt (--data.system-prompt): none\nfirst prompt (row ")
 
 
-def test_what_is_shown_is_safe_and_short():
+def test_what_is_shown_is_safe_and_short(processor):
+    assert "\n  caf\\xe9\n" in introduce("caf\xe9", row(), processor, "ascii")
     assert printable("a\x1b[2J\r\u202eb\tc\u200b\u2028\n\udce9") == "a\\x1b[2J\\r\\u202eb\\tc\\u200b\\u2028\n\\udce9"
     assert printable("\u8bf7 caf\xe9 \U0001f600") == "\u8bf7 caf\xe9 \U0001f600"
     long = printable("a" * 1000 + "b" * 5000 + "c" * 500)
@@ -292,8 +293,8 @@ def test_a_run_shows_records_and_exports_it(tmp_path):
     done.check()
     stage = tmp_path / "run" / "stage2"
     assert json.loads((stage / "config.json").read_text())["data"]["system_prompt"] == "Think in <think>...</think>."
-    assert done.err[0].count("system prompt (--data.system-prompt): ") == 1 and not done.err[1]
-    assert "<|im_start|>system\n  Think in <think>...</think>.<|im_end|>" in done.err[0]
+    assert done.out[0].count("system prompt (--data.system-prompt): ") == 1 and "system prompt" not in done.out[1]
+    assert "<|im_start|>system\n  Think in <think>...</think>.<|im_end|>" in done.out[0]
     assert "Think in <think>...</think>." in (stage / "hf" / "README.md").read_text()
     assert load_processor(stage / "hf").tokenizer.chat_template
     (tmp_path / "think.txt").write_text("Think twice.\n")
