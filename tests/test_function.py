@@ -314,20 +314,21 @@ def test_a_weight_is_a_number_of_at_least_0(weight):
         Config(reward=RewardConfig(function="a:b", function_weight=weight))
 
 
-def test_siblings_are_imported_and_installed_packages_come_first(write):
+def test_siblings_are_imported_and_installed_packages_come_first(write, monkeypatch):
     """Also from within a function, and dataclasses find their module."""
     write("VALUE = 0.25\n", "sibling_one.py")
     write("VALUE = 0.5\n", "sibling_two.py")
-    write("raise RuntimeError('shadowed')\n", "json.py")
+    write("raise RuntimeError('shadowed')\n", "colorsys.py")
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
     path = write("""
         from __future__ import annotations
-        import json
+        import colorsys
         from dataclasses import dataclass
         from sibling_one import VALUE
 
         @dataclass
         class Part:
-            value: float = json.loads("0.125")
+            value: float = colorsys.rgb_to_hsv(0.125, 0.125, 0.125)[2]
 
         def score(row, response):
             import sibling_two
