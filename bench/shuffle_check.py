@@ -50,7 +50,8 @@ def main() -> None:
 
     def encode(row: Row):
         return encode_prompt(row, processor, max_prompt_tokens=config.data.max_prompt_tokens,
-                             max_image_pixels=config.data.max_image_pixels)
+                             max_image_pixels=config.data.max_image_pixels,
+                             system_prompt=config.data.system_prompt)
 
     suite = {name: rows for name, rows in mini_suite("heldout").items() if name in ("unsafe", "benign", "general")}
     result = {}

@@ -128,7 +128,7 @@ def judges_took(judging: Judging | None) -> dict[str, Any]:
     Returns:
         {"judging": {judges of an endpoint: sums over the ranks of `Judging.taken`}}; {} without judges.
     """
-    if judging is None:
+    if judging is None or not judging.seats:  # none: an async function of the user's alone
         return {}
     ranks = together(judging.taken)
     return {"judging": {

@@ -13,6 +13,7 @@ from typing import Literal
 
 from cosmo_rl.data.endpoint_spec import ACTIVATION, GRADED, Option, Server, check_shared, parse_server
 from cosmo_rl.data.errors import UserError
+from cosmo_rl.data.schema import TASKS
 
 FREE = ("run_dir", "resume", "eval.guard", "eval.guard_drop", "reward.judge_cache")
 """Fields that a resumed run may change: its place, how it resumes, what a measurement stops, where verdicts lie."""
@@ -59,6 +60,8 @@ class DataConfig:
     """Largest image accepted, in pixels (width x height), against decompression bombs."""
     resize_pixels: int = 1_003_520
     """Images are resized to at most this many pixels (Qwen's 28 x 28 x 1280)."""
+    system_prompt: str = ""
+    """Text, or a file that holds it, before each row without a system message; empty: the chat template's own."""
 
     def __post_init__(self) -> None:
         self.shares()
@@ -188,11 +191,24 @@ class RewardConfig:
     """Folder of verdicts, shared by runs; empty: none is kept."""
     refusal_value: float = 1.0
     """Task-Aware value of a plain refusal on an unsafe row (SafeWork-R1's code 0.1, with a warning worth 1)."""
+    function: str = ""
+    """FILE:NAME of a function of your own, (row, response) -> float in [0, 1]; see cpgd/rewards/function.py."""
+    function_weight: float = 1.0
+    """Weight of its term."""
+    function_tasks: tuple[str, ...] = ()
+    """Tasks of the rows that it scores; empty: all."""
     failure_budget: float = 0.1
     """Largest share of responses of one rollout whose reward may fail before the run stops."""
 
     def __post_init__(self) -> None:
         self.places()
+        file, _, name = self.function.rpartition(":")
+        _require(not self.function or bool(file and name.isidentifier()),
+                 f"--reward.function is {self.function!r}; write FILE:NAME, as my_reward.py:score")
+        _require(not self.function_tasks or bool(self.function),
+                 "--reward.function-tasks is given without --reward.function; give it FILE:NAME")
+        for task in self.function_tasks:
+            _require(task in TASKS, f"--reward.function-tasks holds {task!r}; give some of {', '.join(TASKS)}")
 
     def places(self) -> list[Place]:
         """`judges`, read.
@@ -344,9 +360,10 @@ class Config:
         _require(e.guard == "off" or e.every > 0,
                  f"--eval.guard {e.guard} needs measurements, and --eval.every is 0; give it a number of steps")
         _require(0 <= e.guard_drop < 1, f"--eval.guard-drop is {e.guard_drop}; give a share of at least 0, below 1")
-        _require(min(w.format, w.visual_focus, w.helpful, w.task_aware) >= 0,
-                 f"reward weights must not be negative: format {w.format}, visual_focus {w.visual_focus}, "
-                 f"helpful {w.helpful}, task_aware {w.task_aware}")
+        weights = (w.format, w.visual_focus, w.helpful, w.task_aware, w.function_weight)
+        _require(all(0 <= weight < float("inf") for weight in weights),
+                 f"reward weights must be finite and must not be negative: format {w.format}, visual_focus "
+                 f"{w.visual_focus}, helpful {w.helpful}, task_aware {w.task_aware}, function {w.function_weight}")
         _require(0 <= w.failure_budget <= 1, f"--reward.failure-budget is {w.failure_budget}; give a share in [0, 1]")
 
     def to_dict(self) -> dict:
@@ -366,11 +383,13 @@ def identity(settings: dict) -> dict:
     """Of `Config.to_dict()`, which is changed, the fields that a resumed run must share.
 
     All but those of FREE; of its judges what the verdicts depend on, by name: servers may move, and be asked in another
-    way.
+    way. Of a reward function its name: the file may move, and checkpoints know its content.
     """
     for name in FREE:
         *groups, last = name.split(".")
         reduce(getitem, groups, settings).pop(last, None)
     reward = settings["reward"]
+    if "function" in reward:
+        reward["function"] = reward["function"].rpartition(":")[2]
     reward["judges"] = {place.judge: place.identity() for place in map(parse_place, reward["judges"])}
     return settings

@@ -1,16 +1,18 @@
 """`train.py --dry-run`: all that a run would stumble over, and what it will take, without loading weights or training.
 
-Read are the rows, the tokenizer, the image processor and config.json; written is nothing; judges are not asked. Rank 0
-does it alone, for as many ranks as the launcher started. Shown are, by domain: rows, shares, tasks and lengths; the
+Read are the rows, the tokenizer, the image processor and config.json; written is nothing; judges are not asked, and a
+reward function of the user's is called once. Rank 0 does it alone, for as many ranks as the launcher started. Shown
+are, by domain: rows, shares, tasks and lengths; the system prompt and the first row, as the model sees them; the
 fullest micro-batch of the first rollouts, by the sampler and the planner of training, and the memory that it will take
 (footprint.py); every row that is rejected, by reason. The exit status is 1 if anything is.
 """
 
+import asyncio
 import os
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +26,7 @@ from cosmo_rl.data.collate import check_prompt, plan_microbatches
 from cosmo_rl.data.contamination import DROPPED, Match, find_contaminated
 from cosmo_rl.data.dataset import load_rows
 from cosmo_rl.data.errors import UserError
+from cosmo_rl.data.prompts import check_system_prompt, introduce, printable
 from cosmo_rl.data.sampler import PromptSampler
 from cosmo_rl.data.schema import Row, RowError
 from cosmo_rl.data.store import StoredRows, select
@@ -34,7 +37,9 @@ from .evaluation import MEASURES, eval_suite
 from .footprint import Calls, Load, Term, count_parameters, footprint, peak
 from .guard import WATCHED, no_rows
 from .recipes import mixture
+from .rewards.base import Failed, NotApplicable, Score
 from .rewards.build import build_rewards
+from .rewards.function import UserFunction
 from .rewards.task_aware import judge
 from .rewards.word_rules import CAUTION, by_words
 from .sources import RowSize, embedded_rows, given_path, row_size
@@ -69,6 +74,8 @@ class Findings:
     rejected: list[Rejected] = field(default_factory=list)
     settings: list[str] = field(default_factory=list)
     """What is wrong beside the rows."""
+    prompts: str = ""
+    """The system prompt and the first row, as the model sees them."""
     notes: list[str] = field(default_factory=list)
     shares: dict[str, float] = field(default_factory=dict)
     load: Load | None = None
@@ -100,9 +107,10 @@ def inspect(config: Config, processor: Processor, world_size: int) -> Findings:
     """All that `show` prints.
 
     Raises:
-        UserError: the preset has no data of its own and none was given.
+        UserError: the preset has no data of its own and none was given, or the system prompt cannot be used.
     """
     found = Findings()
+    check_system_prompt(config.data.system_prompt, processor, max_prompt_tokens=config.data.max_prompt_tokens)
     rows = _good_rows(config, processor, found)
     _check_evaluation(config, processor, found)
     if config.stage > 0:
@@ -113,6 +121,7 @@ def inspect(config: Config, processor: Processor, world_size: int) -> Findings:
     if not found.sizes:
         found.settings.append("no row is left to train on")
         return found
+    found.prompts = introduce(config.data.system_prompt, rows[0], processor, sys.stdout.encoding)
     try:
         found.shares = mixture(config, found.domains)
         sampler = PromptSampler(found.domains, found.shares, config.seed)
@@ -148,6 +157,7 @@ def _good_rows(config: Config, processor: Processor, found: Findings) -> Sequenc
             matches = find_contaminated(rows, sets, max_image_pixels=config.data.max_image_pixels).matches
     dropped = {match.row_id: match for match in matches if match.kind in DROPPED}
     good: list[int] = []
+    own = 0
     for i, row in enumerate(rows):
         match = dropped.get(row.id)
         if match:
@@ -160,8 +170,12 @@ def _good_rows(config: Config, processor: Processor, found: Findings) -> Sequenc
         try:
             found.sizes.append(row_size(row, config, processor))
             good.append(i)
+            own += row.messages[0]["role"] == "system"
         except UserError as error:
             found.rejected.append(_told(_where(rows, i, row), str(error).removeprefix(f"row {row.id}: ")))
+    if own and config.data.system_prompt:
+        found.notes.append(f"{own:,} rows have a system message of their own, which stands in place of "
+                           "--data.system-prompt")
     return rows if len(good) == len(rows) else select(rows, good)
 
 
@@ -176,7 +190,8 @@ def _check_evaluation(config: Config, processor: Processor, found: Findings) -> 
         for rows in suite.values():
             for i, row in enumerate(rows):
                 try:
-                    check_prompt(row, processor, max_prompt_tokens=config.data.max_prompt_tokens)
+                    check_prompt(row, processor, max_prompt_tokens=config.data.max_prompt_tokens,
+                                 system_prompt=config.data.system_prompt)
                 except UserError as error:
                     found.rejected.append(_told(_where(rows, i, row), str(error).removeprefix(f"row {row.id}: ")))
     with judge() as rules:
@@ -194,7 +209,7 @@ def _rewarded(rows: Sequence[Row], config: Config, found: Findings) -> Sequence[
     """The rows that have a reward rule or judge; the sizes of the others go too."""
     without: list[tuple[int, str]] = []
     try:
-        _, judging, _ = build_rewards(replace(config.reward, judge_cache=""), rows, without)
+        rewards, judging, _ = build_rewards(replace(config.reward, judge_cache=""), rows, without)
     except UserError as error:
         found.settings.append(str(error))
         return rows
@@ -203,8 +218,27 @@ def _rewarded(rows: Sequence[Row], config: Config, found: Findings) -> Sequence[
     found.rejected += [_told(_where(rows, i, rows[i]), problem) for i, problem in without]
     gone = {i for i, _ in without}
     kept = [i for i in range(len(rows)) if i not in gone]
+    function = rewards.get("function")
+    if isinstance(function, UserFunction):
+        _try_function(function, (rows[i] for i in kept), found)
     found.sizes = [found.sizes[i] for i in kept]
     return select(rows, kept) if gone else rows
+
+
+def _try_function(function: UserFunction, rows: Iterable[Row], found: Findings) -> None:
+    """Call the user's function once, with the first row that is one of its own and a well-formed response."""
+    row = next(filter(function.scores, rows), None)
+    if row is None:
+        return
+    response = f"<think>This is a dry run.</think> {row.answer or 'An answer.'}"
+    told = f"on row {printable(row.id)} with the response {printable(response, 120)!r}"
+    match asyncio.run(function.ask(row, response)):
+        case Failed(reason):
+            found.settings.append(f"--reward.function failed {told}: {reason}")
+        case Score(value):
+            found.notes.append(f"--reward.function gives {value:g} {told}")
+        case NotApplicable():
+            found.notes.append(f"--reward.function gives None {told}: it does not apply")
 
 
 def _micro_batches(sizes: Sequence[RowSize], sampler: PromptSampler, config: Config, patches: int,
@@ -262,6 +296,8 @@ def show(found: Findings, config: Config, path: Path, world_size: int, console: 
     if found.sizes:
         console.print(_rows_table(found), "")
         console.print(_lengths_table(found, "utf" in console.encoding.lower(), config.stage == 0))
+    if found.prompts:
+        console.print("", found.prompts, sep="\n")
     if found.load is not None:
         console.print()
         load, steps = found.load, "steps" if config.stage == 0 else "rollouts"

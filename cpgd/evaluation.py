@@ -151,6 +151,8 @@ def evaluate(engine: Engine, suite: Mapping[str, Sequence[Row]], encode: Encode,
             rows = [suite[group][i] for group, i in batch]
             requests = [Request(encode(row), 0, request_seed(config.seed, config.stage, EVAL_STEP, row.id, 0))
                         for row in rows]
+            sizes = [len(request.prompt.input_ids) for request in requests]
+            assert sizes == [lengths[place] for place in batch], "headers and pixels disagree on a prompt's length"
             passes: list[list[Answered]] = []
             for greedy in (False, True):
                 responses = engine.generate(requests, greedy=greedy, batch_size=len(batch))
@@ -208,7 +210,8 @@ def _lengths(suite: Mapping[str, Sequence[Row]], processor: Processor, config: C
 
     def tokens(row: Row) -> int:
         try:
-            return check_prompt(row, processor, max_prompt_tokens=config.data.max_prompt_tokens)[0]
+            return check_prompt(row, processor, max_prompt_tokens=config.data.max_prompt_tokens,
+                                system_prompt=config.data.system_prompt)[0]
         except OSError as error:  # it could be read when the rows were loaded
             raise UserError(f"row {row.id}: an image can no longer be read ({error}); put it back, and repeat the "
                             "command") from error

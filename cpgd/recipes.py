@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from cosmo_rl.data.errors import UserError
+from cosmo_rl.data.prompts import read_prompt
 
 from .config import (
     BatchConfig,
@@ -30,10 +31,24 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 PRESETS = ("tiny", "3b", "7b", "72b")
+THINK = (
+    "A conversation between the User and Assistant. The User asks a question, and the Assistant provides a solution. "
+    "The Assistant first thinks through the reasoning process internally with self-reflection and consistency check "
+    "and then gives the final analysis and answer. The reasoning process should be enclosed within <think></think>, "
+    "followed directly by the final thought and answer, like this: <think> reasoning process here </think> final "
+    "thought and answer here."
+)
+"""System prompt of SafeWork-R1's two stages, word for word (opendilab/LightRFT, run_kg_ and run_svkng_fsdp_qwenvl.sh).
+
+It asks for what the Format term pays, and no more. CPGD's own (arXiv 2505.12504, Table 3) is for mathematics alone: it
+wants every answer as LaTeX in \\boxed{} within <answer>, which would spoil the other tasks of our mixtures."""
 
 
 def tiny(stage: int) -> Config:
-    """About 1.5 M parameters on the embedded data: minutes on two CPU cores, the same code path as 72B."""
+    """About 1.5 M parameters on the embedded data: minutes on two CPU cores, the same code path as 72B.
+
+    No system prompt: stage 0 teaches the format, and one would be a good part of each short prompt.
+    """
     rollout = RolloutConfig(prompts=48, group_size=8, max_new_tokens=24, batch_size=192, canary_limit=0.05)
     common = {
         "stage": stage, "preset": "tiny", "rollout": rollout,
@@ -75,21 +90,22 @@ def full(preset: str, stage: int) -> Config:
     }
     requests = {"3b": 128, "7b": 64, "72b": 32}[preset]  # [O] of one generate call: the KV cache of 72B is the largest
     if stage == 0:  # [O] all of it: size, data and settings of the cold start are not published
-        return Config(steps=1000, optim=OptimConfig(learning_rate=1e-5, warmup_steps=30, sft_batch=128), **common)
+        return Config(steps=1000, optim=OptimConfig(learning_rate=1e-5, warmup_steps=30, sft_batch=128),
+                      data=DataConfig(system_prompt=THINK), **common)  # the one that stages 1 and 2 go on with
     optim = OptimConfig(learning_rate=1e-6, updates_per_rollout=8)  # [P]
     # [P] format to task 0.5 to 1 and Helpful 0.5 beside the task; [O] Visual-Focus, for which no weight is known
     reward = RewardConfig(format=0.5, helpful=0.5, visual_focus=0.2, task_aware=1.0, refusal_value=0.1)  # [P] 0.1
     if stage == 1:
         return Config(
             steps=4880, optim=optim, reward=reward, **common,  # [P] 5 episodes of 15,616 problems
-            data=DataConfig(max_prompt_tokens=4096, mix=(  # [P] length; [O] shares
+            data=DataConfig(max_prompt_tokens=4096, system_prompt=THINK, mix=(  # [P] length and prompt; [O] shares
                 "general=0.35", "math=0.3", "knowledge=0.15", "mcq=0.1", "ifeval=0.1")),
             rollout=RolloutConfig(prompts=128, group_size=8, max_new_tokens=4096, batch_size=requests),  # [P] but batch
         )
     return Config(
         steps=2400, optim=optim, reward=reward, **common,  # [O]
         # [O] Half is what Stage 1 was taught, against forgetting: the paper's own IF-Eval fell from 86.3 to 74.9.
-        data=DataConfig(max_prompt_tokens=8192, mix=(  # [P] length
+        data=DataConfig(max_prompt_tokens=8192, system_prompt=THINK, mix=(  # [P] length and prompt
             "safety=0.2", "jailbreak=0.1", "value=0.1", "helpful=0.1",
             "general=0.15", "math=0.1", "knowledge=0.1", "mcq=0.05", "ifeval=0.1")),
         rollout=RolloutConfig(prompts=128, group_size=8, max_new_tokens=8192, batch_size=requests),  # [P] but batch
@@ -142,14 +158,23 @@ class Command:
 
 def parse_command(args: Sequence[str]) -> Command:
     """The Command of `train.py ARGS`; see `parse_command_line`."""
-    return _parse(args, "train.py", lambda config, options: tyro.cli(
-        Command, default=Command(config=config), **options))
+
+    def parse(config: Config, options: dict[str, Any]) -> Command:
+        command = tyro.cli(Command, default=Command(config=config), **options)
+        return replace(command, config=_resolved(command.config))
+
+    return _parse(args, "train.py", parse)
 
 
 def parse_command_line(args: Sequence[str], prog: str = "train.py") -> Config:
     """The Config of `train.py ARGS`: --stage and --preset choose the recipe, every other option overrides one field."""
-    return _parse(args, prog, lambda config, options: tyro.cli(
-        Config, default=config, config=(tyro.conf.FlagConversionOff,), **options))
+    return _parse(args, prog, lambda config, options: _resolved(tyro.cli(
+        Config, default=config, config=(tyro.conf.FlagConversionOff,), **options)))
+
+
+def _resolved(config: Config) -> Config:
+    """With the words of the system prompt in place of its file: they are recorded, and a resume compares them."""
+    return replace(config, data=replace(config.data, system_prompt=read_prompt(config.data.system_prompt)))
 
 
 def _parse(args: Sequence[str], prog: str, parse: Callable[[Config, dict[str, Any]], T]) -> T:

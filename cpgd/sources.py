@@ -79,7 +79,8 @@ def row_size(row: Row, config: Config, processor: Processor) -> RowSize:
         UserError: its prompt is over --data.max-prompt-tokens, or with the response over --batch.max-tokens; or stage
             0 cannot imitate its `chosen`.
     """
-    prompt, image = check_prompt(row, processor, max_prompt_tokens=config.data.max_prompt_tokens)
+    prompt, image = check_prompt(row, processor, max_prompt_tokens=config.data.max_prompt_tokens,
+                                 system_prompt=config.data.system_prompt)
     response = len(chosen_ids(row, processor)) if config.stage == 0 else config.rollout.max_new_tokens
     if prompt + response > config.batch.max_tokens:
         raise UserError(f"row {row.id}: a prompt of {prompt} tokens and up to {response} of response do not fit into "

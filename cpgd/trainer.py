@@ -7,6 +7,7 @@
 import logging
 import math
 import os
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from cosmo_rl.data.collate import EncodedPrompt, encode_prompt
 from cosmo_rl.data.dataset import fingerprint, load_rows
 from cosmo_rl.data.errors import UserError
+from cosmo_rl.data.prompts import check_system_prompt, introduce
 from cosmo_rl.data.sampler import PromptSampler
 from cosmo_rl.data.schema import Row
 from cosmo_rl.data.store import domains
@@ -33,6 +35,7 @@ from cosmo_rl.model.policy import Policy
 from cosmo_rl.model.weights import full_state_dict, save_pretrained
 
 from .batch import Sample
+from .card import write_card
 from .checkpoint import load_latest, save
 from .collect import Verdicts, fill_advantages, gather_evidence, judges_took, sample_groups, score, split_updates
 from .config import Config
@@ -42,6 +45,7 @@ from .metrics import MetricsWriter, ProgressView, reward_stats
 from .recipes import mixture
 from .report import finish_report, read_measured, write_measured
 from .rewards.build import build_rewards
+from .rewards.function import function_digest
 from .rewards.task_aware import TaskAware
 from .rewards.word_rules import CAUTION, by_words
 from .rollout.hf import HFEngine
@@ -76,6 +80,7 @@ class Trainer:
         path = self.start = start_path(config, run)
         self.processor = load_processor(path, config.data.resize_pixels)
         together(self._load)
+        self._agree()
         names = domains(self.rows)
         self.sampler = PromptSampler(names, mixture(config, names), config.seed, config.data.curriculum)
         self.guard = Guard(config.eval)
@@ -102,10 +107,25 @@ class Trainer:
 
     def _load(self) -> None:
         """Rows and their rewards, which may fail on one host only; nothing is returned that would go to other ranks."""
+        data = self.config.data
+        check_system_prompt(data.system_prompt, self.processor, max_prompt_tokens=data.max_prompt_tokens)
         self.rows: Sequence[Row] = load_training_rows(self.config, self.processor)
-        self.judging = None
+        self.judging, self.function_digest = None, ""
         if self.config.stage > 0:
             self.rewards, self.judging, self.reward_weights = build_rewards(self.config.reward, self.rows)
+            self.function_digest = function_digest(self.rewards)
+
+    def _agree(self) -> None:
+        """What each rank has read of its host's files is the same on all.
+
+        Raises:
+            UserError: it is not, as where one host lacks the file, whose name is then taken for the prompt.
+        """
+        if len(set(together(lambda: self.config.data.system_prompt))) > 1:
+            raise UserError("--data.system-prompt is not the same on all ranks; put its file on every host")
+        if len(set(together(lambda: self.function_digest))) > 1:
+            raise UserError("the file of --reward.function, or a module beside it, is not the same on all ranks; copy "
+                            "one version to every host")
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
@@ -126,6 +146,8 @@ class Trainer:
                 together(lambda: self.watched.update(eval_suite(config, "validation", load)))
         ruled = self._by_words()
         self._resume()
+        if rank() == 0:
+            print(introduce(config.data.system_prompt, self.rows[0], self.processor, sys.stdout.encoding), flush=True)
         self.metrics = MetricsWriter(folder, config.log.tensorboard)  # used on rank 0 only, as the view
         on_main(lambda: self.metrics.rewind(self.step or -1))  # a try without a checkpoint may have measured step 0
         if suite and config.stage > 0:
@@ -141,6 +163,7 @@ class Trainer:
             save_pretrained(self.policy, self.processor, self.run_dir.hf)
         except OSError as error:  # raised on all ranks
             raise UserError(f"{self.run_dir.hf}: {error.strerror}") from error
+        on_main(lambda: write_card(self.run_dir.hf, config, self.start))
         if suite:
             self._measure(suite, "after")
         self.engine.close()
@@ -183,6 +206,10 @@ class Trainer:
             raise UserError(f"the model folder changed: {saved} {state['model_fingerprint']}, tokenizer.json, "
                              f"preprocessor_config.json and config.json of {self.start} now have "
                              f"{self.model_fingerprint}; restore them or give another --run-dir")
+        if state.get("function_digest", "") != self.function_digest:
+            raise UserError(f"the reward changed: the checkpoint in {self.run_dir.checkpoints} was made with another "
+                            f"content of {self.config.reward.function}, or of a module beside it; restore it or give "
+                            "another --run-dir")
         self.step, self.iteration = state["step"], state["iteration"]
         self.skipped_in_row, self.trained_s = state["skipped_in_row"], state["trained_s"]
         self.sampler.load_state_dict(state["sampler"])
@@ -195,6 +222,7 @@ class Trainer:
         state = {"iteration": self.iteration, "skipped_in_row": self.skipped_in_row, "trained_s": self.trained_s,
                  "sampler": self.sampler.state_dict(), "guard": self.guard.state_dict(),
                  "fingerprint": self.fingerprint, "model_fingerprint": self.model_fingerprint,
+                 "function_digest": self.function_digest,
                  "config": self.config.to_dict(), "config_hash": self.config.hash()}
         save(self.run_dir.checkpoints, self.step, self.policy, self.optimizer, state, self.config.checkpoint.keep)
 
@@ -238,7 +266,7 @@ class Trainer:
     def _encode(self, row: Row) -> EncodedPrompt:
         data = self.config.data
         return encode_prompt(row, self.processor, max_prompt_tokens=data.max_prompt_tokens,
-                             max_image_pixels=data.max_image_pixels)
+                             max_image_pixels=data.max_image_pixels, system_prompt=data.system_prompt)
 
     def _encoded(self, numbers: Sequence[int]) -> tuple[list[Row], list[EncodedPrompt]]:
         found: list[tuple[Row, EncodedPrompt]] = []

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from .errors import UserError
-from .schema import Row, image_size, open_image
+from .schema import Message, Row, image_size, open_image
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,7 +110,8 @@ def mrope_positions(mm_token_type_ids: np.ndarray, image_grid_thw: np.ndarray | 
     return positions
 
 
-def encode_prompt(row: Row, processor: Any, *, max_prompt_tokens: int, max_image_pixels: int) -> EncodedPrompt:
+def encode_prompt(row: Row, processor: Any, *, max_prompt_tokens: int, max_image_pixels: int,
+                  system_prompt: str = "") -> EncodedPrompt:
     """Chat template with generation prompt, images processed, each image placeholder widened to its token count.
 
     Args:
@@ -118,11 +119,12 @@ def encode_prompt(row: Row, processor: Any, *, max_prompt_tokens: int, max_image
         processor: a `cosmo_rl.model.load.Processor`.
         max_prompt_tokens: budget in tokens, image tokens included.
         max_image_pixels: largest image accepted, in pixels.
+        system_prompt: see `with_system`.
     Raises:
         UserError: the prompt is longer than the budget, the chat template does not give one placeholder per image, or
             an image cannot be read. Nothing is ever truncated.
     """
-    ids, is_image = _chat_ids(row, processor)
+    ids, is_image = _chat_ids(row, processor, system_prompt)
     pixels, grid = None, None
     repeats = np.ones(len(ids), dtype=np.int64)
     if row.images:
@@ -137,13 +139,13 @@ def encode_prompt(row: Row, processor: Any, *, max_prompt_tokens: int, max_image
                          pixels, grid)
 
 
-def check_prompt(row: Row, processor: Any, *, max_prompt_tokens: int) -> tuple[int, int]:
+def check_prompt(row: Row, processor: Any, *, max_prompt_tokens: int, system_prompt: str = "") -> tuple[int, int]:
     """The prompt's tokens, and how many of them are image tokens, from the images' headers alone.
 
     Args: as `encode_prompt`; the images are known to be readable.
     Raises: what `encode_prompt` would of the prompt's length.
     """
-    ids, _ = _chat_ids(row, processor)
+    ids, _ = _chat_ids(row, processor, system_prompt)
     patches = [processor.image_processor.get_number_of_image_patches(height, width)
                for width, height in map(image_size, row.images)]
     image_tokens = sum(patches) // processor.merge_size**2
@@ -152,9 +154,22 @@ def check_prompt(row: Row, processor: Any, *, max_prompt_tokens: int) -> tuple[i
     return tokens, image_tokens
 
 
-def _chat_ids(row: Row, processor: Any) -> tuple[np.ndarray, np.ndarray]:
+def with_system(messages: Seq[Message], system_prompt: str) -> list[Message]:
+    """The messages behind the system prompt; as they are where it is "" or they bring a system message themselves."""
+    if not system_prompt or messages[0]["role"] == "system":
+        return list(messages)
+    return [{"role": "system", "content": system_prompt}, *messages]
+
+
+def chat_text(row: Row, processor: Any, system_prompt: str) -> str:
+    """What the chat template makes of the row, with the generation prompt; one placeholder per image."""
+    return processor.tokenizer.apply_chat_template(with_system(row.messages, system_prompt), tokenize=False,
+                                                   add_generation_prompt=True)
+
+
+def _chat_ids(row: Row, processor: Any, system_prompt: str) -> tuple[np.ndarray, np.ndarray]:
     """(tokens,) int64 of the chat, one placeholder per image, and which of them are placeholders."""
-    text = processor.tokenizer.apply_chat_template(list(row.messages), tokenize=False, add_generation_prompt=True)
+    text = chat_text(row, processor, system_prompt)
     ids = np.array(processor.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
     is_image = ids == processor.image_token_id
     if is_image.sum() != len(row.images):

@@ -9,6 +9,7 @@ from ..config import RewardConfig
 from . import task_aware
 from .base import RewardFn
 from .format import Format
+from .function import load_function
 from .helpful import Helpful
 from .judged import BY_TASK, JudgedFn, Judging, judged_terms, open_seats
 from .visual_focus import Contrast, Elements
@@ -30,22 +31,24 @@ def build_rewards(
     Raises:
         UserError: no term has a weight; refusal_value is outside [0, 1]; Task-Aware has neither rule nor judge for a
             row, or its rule cannot use the row's answer, options or constraints, before any sampling is spent on it; or
-            a judge is named wrongly, missing or of no use.
+            a judge is named wrongly, missing or of no use; or the user's function cannot be loaded, or scores no row.
     """
     if not 0 <= config.refusal_value <= 1:
         raise UserError(f"--reward.refusal-value is {config.refusal_value}; give a value in [0, 1]")
     weights = {"format": config.format, "visual_focus": config.visual_focus, "helpful": config.helpful,
-               "task_aware": config.task_aware}
+               "task_aware": config.task_aware, "function": config.function_weight if config.function else 0.0}
     weights = {name: weight for name, weight in weights.items() if weight > 0}
     if not weights:
         raise UserError("every reward weight is 0; give one of --reward.format, --reward.visual-focus, "
-                         "--reward.helpful, --reward.task-aware a value above 0")
+                         "--reward.helpful, --reward.task-aware a value above 0, or name a --reward.function")
+    function = load_function(config.function, config.function_tasks) if "function" in weights else None
     seats = open_seats(config)
     judged = judged_terms(seats, safety=config.safety, both=config.judge_thinking)
     if "visual_focus" in judged and config.visual_focus_mode == "contrast":
         raise UserError("--reward.visual-focus-mode contrast and judge visual_focus both score Visual-Focus; drop one")
-    elements, rules = set[str](), task_aware.TaskAware(config.refusal_value)
+    tasks, elements, rules = set[str](), set[str](), task_aware.TaskAware(config.refusal_value)
     for i, row in enumerate(rows):
+        tasks.add(row.task)
         elements.update(row.key_elements)
         problem = _task_problem(row, rules, judged.get("task_aware")) if "task_aware" in weights else ""
         if problem and rejected is None:
@@ -59,6 +62,13 @@ def build_rewards(
         "helpful": Helpful(),
         "task_aware": rules,
     }
+    if function:
+        terms["function"] = function
+        if tasks and function.tasks and not function.tasks & tasks:
+            raise UserError(f"--reward.function-tasks names {', '.join(sorted(function.tasks))}, and the rows have "
+                            f"{', '.join(sorted(tasks))}; name one of these")
+        if function.waits:
+            judged["function"] = function
     judged = {name: term for name, term in judged.items() if name in weights}
     judging = Judging(seats, judged) if judged else None
     return {name: terms[name] for name in weights}, judging, weights

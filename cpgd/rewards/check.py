@@ -103,7 +103,8 @@ async def check_all(seats: Sequence[Seat], console: Console) -> bool:
 def main(reward: RewardConfig) -> int:
     """Run the check; returns the exit status."""
     console = Console()
-    complaint = "no judge is named; give --reward.judges NAME=URL,MODEL"
+    complaint = "no judge is named; give --reward.judges NAME=URL,MODEL" + (
+        " (train.py --dry-run tries --reward.function)" if reward.function else "")
     seats: dict[str, Seat] = {}
     try:
         seats = open_seats(replace(reward, judge_cache=""))
