@@ -154,7 +154,10 @@ def check_prompt(row: Row, processor: Any, *, max_prompt_tokens: int) -> tuple[i
 
 def _chat_ids(row: Row, processor: Any) -> tuple[np.ndarray, np.ndarray]:
     """(tokens,) int64 of the chat, one placeholder per image, and which of them are placeholders."""
-    text = processor.tokenizer.apply_chat_template(list(row.messages), tokenize=False, add_generation_prompt=True)
+    try:
+        text = processor.chat_text(row.messages)
+    except UserError as error:
+        raise UserError(f"row {row.id}: {error}; change its `messages`, or the template") from error
     ids = np.array(processor.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
     is_image = ids == processor.image_token_id
     if is_image.sum() != len(row.images):
