@@ -12,7 +12,6 @@ from cosmo_rl.data.dataset import load_rows
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.mini import mini_rows, mini_texts
 from cosmo_rl.data.schema import Row
-from cosmo_rl.model.folder import NEEDED
 from cosmo_rl.model.load import Processor
 from cosmo_rl.model.tiny import TINY_PATH, build_tiny
 
@@ -58,8 +57,8 @@ def given_path(config: Config, run: Path) -> Path | None:
 def model_fingerprint(path: Path) -> str:
     """16 hex digits over all of the model folder `path` that decides a prompt's tokens and where a response ends."""
     digest = hashlib.blake2b(digest_size=8)
-    for name in (*NEEDED, "tokenizer_config.json", "chat_template.jinja", "chat_template.json",
-                 "generation_config.json"):
+    for name in ("tokenizer.json", "preprocessor_config.json", "config.json",  # a folder of these alone: as ever
+                 "tokenizer_config.json", "chat_template.jinja", "chat_template.json", "generation_config.json"):
         if (path / name).is_file():
             digest.update(hashlib.blake2b((path / name).read_bytes()).digest())
     return digest.hexdigest()

@@ -4,7 +4,8 @@ The processor is composed here from the tokenizer and transformers' PIL image pr
 demands torchvision, whose wheel does not load beside a CPU build of torch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 from torch import nn
 from transformers import (
@@ -193,17 +195,19 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, attentio
         # Left to itself, transformers takes a kernel from the hub where the `kernels` package is installed.
         raise UserError(f"--model.attention {attention} is not installed (or sees no GPU); install it with "
                         "`pip install flash-attn --no-build-isolation`, or give --model.attention sdpa")
-    with reading(folder, "its weights cannot be loaded", "copy config.json and *.safetensors again"):
+    with reading(folder, "its weights cannot be loaded", "copy config.json and *.safetensors again"), _told_below():
         loaded: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             folder, config=config, dtype=dtype, attn_implementation=attention, use_safetensors=True,
-            local_files_only=True, output_loading_info=True,
+            local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True,
             generation_config=GenerationConfig())  # the folder's own is not for us, and may be one that cannot be saved
         model, info = loaded
     for names, problem in ((info["missing_keys"], "are missing"),
-                           (info["unexpected_keys"], "have no place in the model that config.json describes")):
+                           (info["unexpected_keys"], "have no place in the model that config.json describes"),
+                           (info["mismatched_keys"], "have another shape than config.json gives them")):
         if names:
-            raise UserError(f"model folder {folder}: {len(names)} tensors {problem}, the first is {min(names)[:80]}; "
-                            "the copy is incomplete or mixed: copy config.json and *.safetensors again")
+            first = str(min(names))[:200]
+            raise UserError(f"model folder {folder}: {len(names)} tensors {problem}, the first is {first}; the "
+                            "copy is incomplete or mixed: copy config.json and *.safetensors again")
     if config.tie_word_embeddings and model.lm_head.weight is not model.get_input_embeddings().weight:
         raise UserError(f"model folder {folder}: tie_word_embeddings is true in config.json, and lm_head.weight is not "
                         "the embedding; set it to false if the head is its own, or remove that tensor")
@@ -215,6 +219,17 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, attentio
     patches = model.model.visual.patch_embed
     patches.forward = partial(embed_patches, patches)
     return model
+
+
+@contextmanager
+def _told_below() -> Iterator[None]:
+    """Without transformers' table of tensors: what is in it is an error of ours, in one line."""
+    before = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(before)
 
 
 def embed_patches(module: Any, pixels: torch.Tensor) -> torch.Tensor:
