@@ -54,8 +54,9 @@ def reading(folder: Path, what: str, mend: str) -> Iterator[None]:
 
 
 def told(error: BaseException) -> str:
-    """The error in at most 300 characters of one line."""
+    """The error in one line of about 300 characters, control characters escaped: the words may be the file's."""
     words = " ".join(str(error).split())
+    words = "".join(c if c.isprintable() else repr(c)[1:-1] for c in words)
     if not words or isinstance(error, LookupError):  # a KeyError is the bare key
         words = f"{type(error).__name__} {words}".strip()
     return words if len(words) <= 300 else f"{words[:300]}..."

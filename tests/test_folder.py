@@ -209,5 +209,6 @@ def test_only_a_library_s_error_is_taken_for_the_user_s():
         raise UserError("as it is")
     with pytest.raises(KeyboardInterrupt), module.reading(Path("f"), "x", "mend"):
         raise KeyboardInterrupt
+    assert module.told(ValueError("\x1b[2Jgone")) == "\\x1b[2Jgone"
     long = module.told(ValueError("a\n b" * 1000))
     assert len(long) == 303 and "\n" not in long and long.startswith("a ba b")
