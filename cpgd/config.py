@@ -15,7 +15,7 @@ from cosmo_rl.data.endpoint_spec import ACTIVATION, GRADED, Option, Server, chec
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.schema import TASKS
 
-FREE = ("run_dir", "resume", "eval.guard", "eval.guard_drop", "reward.judge_cache")
+FREE = ("run_dir", "resume", "model.export_dtype", "eval.guard", "eval.guard_drop", "reward.judge_cache")
 """Fields that a resumed run may change: its place, how it resumes, what a measurement stops, where verdicts lie."""
 
 
@@ -38,6 +38,8 @@ class ModelConfig:
     """Attention implementation of transformers."""
     liger: Literal["auto", "on", "off"] = "auto"
     """Liger's RMSNorm, SwiGLU and M-RoPE kernels; auto: on CUDA, where liger-kernel is installed."""
+    export_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the weights in hf/; float32: the masters, from which the next stage should start."""
 
 
 @dataclass(frozen=True, kw_only=True)

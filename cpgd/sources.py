@@ -55,10 +55,12 @@ def given_path(config: Config, run: Path) -> Path | None:
 
 
 def model_fingerprint(path: Path) -> str:
-    """16 hex digits over the tokenizer, the image processor's settings and the config of the model folder `path`."""
+    """16 hex digits over all of the model folder `path` that decides a prompt's tokens and where a response ends."""
     digest = hashlib.blake2b(digest_size=8)
-    for name in ("tokenizer.json", "preprocessor_config.json", "config.json"):
-        digest.update(hashlib.blake2b((path / name).read_bytes()).digest())
+    for name in ("tokenizer.json", "preprocessor_config.json", "config.json",  # a folder of these alone: as ever
+                 "tokenizer_config.json", "chat_template.jinja", "chat_template.json", "generation_config.json"):
+        if (path / name).is_file():
+            digest.update(hashlib.blake2b((path / name).read_bytes()).digest())
     return digest.hexdigest()
 
 

@@ -160,10 +160,11 @@ class Trainer:
             self._watch()
         self._train()
         try:
-            save_pretrained(self.policy, self.processor, self.run_dir.hf)
+            save_pretrained(self.policy, self.processor, self.run_dir.hf, getattr(torch, config.model.export_dtype))
         except OSError as error:  # raised on all ranks
             raise UserError(f"{self.run_dir.hf}: {error.strerror}") from error
         on_main(lambda: write_card(self.run_dir.hf, config, self.start))
+        logger.info("saved to %s", self.run_dir.hf)
         if suite:
             self._measure(suite, "after")
         self.engine.close()
@@ -203,8 +204,8 @@ class Trainer:
             raise UserError(f"the data changed: {saved} {state['fingerprint']}, the rows now have {self.fingerprint}; "
                              "restore the data or give another --run-dir")
         if state["model_fingerprint"] != self.model_fingerprint:
-            raise UserError(f"the model folder changed: {saved} {state['model_fingerprint']}, tokenizer.json, "
-                             f"preprocessor_config.json and config.json of {self.start} now have "
+            raise UserError(f"the model folder changed: {saved} {state['model_fingerprint']}, tokenizer, "
+                             f"chat template, preprocessor and config files of {self.start} now have "
                              f"{self.model_fingerprint}; restore them or give another --run-dir")
         if state.get("function_digest", "") != self.function_digest:
             raise UserError(f"the reward changed: the checkpoint in {self.run_dir.checkpoints} was made with another "

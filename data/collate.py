@@ -162,9 +162,15 @@ def with_system(messages: Seq[Message], system_prompt: str) -> list[Message]:
 
 
 def chat_text(row: Row, processor: Any, system_prompt: str) -> str:
-    """What the chat template makes of the row, with the generation prompt; one placeholder per image."""
-    return processor.tokenizer.apply_chat_template(with_system(row.messages, system_prompt), tokenize=False,
-                                                   add_generation_prompt=True)
+    """What the chat template makes of the row, with the generation prompt; one placeholder per image.
+
+    Raises:
+        UserError: the template cannot render it; names the row.
+    """
+    try:
+        return processor.chat_text(with_system(row.messages, system_prompt))
+    except UserError as error:
+        raise UserError(f"row {row.id}: {error}; change its `messages`, or the template") from error
 
 
 def _chat_ids(row: Row, processor: Any, system_prompt: str) -> tuple[np.ndarray, np.ndarray]:

@@ -4,27 +4,34 @@ The processor is composed here from the tokenizer and transformers' PIL image pr
 demands torchvision, whose wheel does not load beside a CPU build of torch.
 """
 
-import json
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+import transformers
+from PIL import Image
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    Qwen2_5_VLForConditionalGeneration,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import import_utils
 
 from cosmo_rl.data.errors import UserError
 
+from .folder import BROKEN, check_folder, load_config, read_object, reading, side_files, told
+from .folder import empty_model as empty_model
 from .liger import use_liger
+from .template import check_template, choose_template
 from .tiny import TINY_PATH as TINY_PATH
-
-_FILES = ("config.json", "tokenizer.json", "preprocessor_config.json")
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,10 @@ class Processor:
     """The model's Qwen2_5_VLConfig."""
     eos_ids: tuple[int, ...]
     """Tokens that end a response."""
+    template: str = "its chat template"
+    """Name of the file that the chat template is from."""
+    files: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    """All files of the model folder but its weights, as they came: an export holds the same."""
 
     @property
     def image_token_id(self) -> int:
@@ -70,6 +81,18 @@ class Processor:
                     self.config.vision_end_token_id, *range(len(self.tokenizer), self.vocab_size)}
         return np.array(sorted(special - set(self.eos_ids)), dtype=np.int64)
 
+    def chat_text(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The chat as text, up to where the answer begins; pictures are placeholders.
+
+        Raises:
+            UserError: the template fails on it.
+        """
+        try:
+            return cast(str, self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True))  # pyright: ignore[reportArgumentType]
+        except BROKEN as error:
+            raise UserError(f"{self.template} fails: {told(error)}") from error
+
     def dummy_image(self) -> tuple[np.ndarray, np.ndarray]:
         """Pixel values (merge_size**2, patch_dim) float32 and grid (1, 3) int64 of a grey image of one token."""
         vision, side = self.config.vision_config, self.merge_size
@@ -84,26 +107,74 @@ def load_processor(path: str | Path, resize_pixels: int | None = None, *, with_w
         resize_pixels: images are resized to at most this many pixels; None: as the folder says.
         with_weights: the folder must hold the weights too, though they are not read here.
     Raises:
-        UserError: the folder or one of its files is missing or broken.
+        UserError: the folder or one of its files is missing or broken, they do not fit together, or the chat template
+            does not write pictures and words as they are (see `template.check_template`).
     """
-    folder = _check_folder(path, with_weights)
-    config = _load_config(folder)
-    try:
+    folder = check_folder(path, with_weights)
+    config = load_config(folder)
+    with reading(folder, "its tokenizer is broken", "copy tokenizer.json and tokenizer_config.json again"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with reading(folder, "preprocessor_config.json cannot be used", "copy it again"):
         limit: dict[str, Any] = {} if resize_pixels is None else {"max_pixels": resize_pixels}
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True, **limit)
-        generation = folder / "generation_config.json"
-        eos = json.loads(generation.read_text()).get("eos_token_id") if generation.exists() else None
-    except (OSError, ValueError) as error:  # a JSON error is a ValueError
-        raise UserError(f"model folder {folder}: tokenizer or image processor is broken ({error}); "
-                         "copy it again") from error
-    if not tokenizer.chat_template:
-        raise UserError(f"model folder {folder}: the tokenizer has no chat template; add chat_template.jinja")
+    eos_ids = _eos_ids(folder, tokenizer)
+    _check_tokens(folder, tokenizer, config)
+    template, tokenizer.chat_template = choose_template(folder, tokenizer)
+    processor = Processor(tokenizer, image_processor, config, eos_ids, template, side_files(folder))
+    check_template(folder, template, processor)
+    _check_pictures(folder, processor)
+    return processor
+
+
+def _eos_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Those of tokenizer and generation_config.json, sorted."""
     if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
         raise UserError(f"model folder {folder}: eos token {tokenizer.eos_token}, pad token {tokenizer.pad_token}; "
-                         "set both in tokenizer_config.json")
-    eos_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [] if eos is None else [eos])}
-    return Processor(tokenizer, image_processor, config, tuple(sorted(eos_ids)))
+                        "set both in tokenizer_config.json")
+    name = "generation_config.json"
+    given = read_object(folder, name).get("eos_token_id") if (folder / name).exists() else None
+    eos = given if isinstance(given, list) else [] if given is None else [given]
+    for one in eos:
+        if type(one) is not int or not 0 <= one < len(tokenizer):
+            known = tokenizer.get_vocab().get(one) if isinstance(one, str) else None
+            raise UserError(f"model folder {folder}: {name} has eos_token_id {str(given)[:80]!r}; give the numbers of "
+                            f"tokens, below {len(tokenizer)}" + f" ({known} for {one})" * (known is not None))
+    return tuple(sorted({cast(int, tokenizer.eos_token_id), *eos}))
+
+
+def _check_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
+    """Tokenizer and config.json are of one model."""
+    if len(tokenizer) > config.text_config.vocab_size:
+        raise UserError(f"model folder {folder}: tokenizer.json has {len(tokenizer)} tokens, and config.json a "
+                        f"vocab_size of {config.text_config.vocab_size}; copy both again, from one model")
+    for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
+        token = getattr(config, name)
+        if not 0 <= token < len(tokenizer):
+            raise UserError(f"model folder {folder}: config.json has {name} {token}, and tokenizer.json "
+                            f"{len(tokenizer)} tokens; copy both again, from one model")
+
+
+def _check_pictures(folder: Path, processor: Processor) -> None:
+    """The image processor makes the patches that the tower takes."""
+    vision, made = processor.config.vision_config, processor.image_processor
+    wrong, mend = f"model folder {folder}: preprocessor_config.json", "copy it and config.json again, from one model"
+    for name in ("patch_size", "temporal_patch_size", "merge_size"):
+        wanted = getattr(vision, "spatial_merge_size" if name == "merge_size" else name)
+        if getattr(made, name) != wanted:
+            raise UserError(f"{wrong} has {name} {getattr(made, name)}, and config.json {wanted}; {mend}")
+    with reading(folder, "preprocessor_config.json cannot be used for a picture", mend):
+        picture = Image.new("RGB", (96, 64))
+        features = made(images=[picture], return_tensors="np")
+        patches, grid = np.asarray(features["pixel_values"]), features["image_grid_thw"][0]
+        count = made.get_number_of_image_patches(picture.height, picture.width)
+    size: Any = made.size
+    if not (type(size.shortest_edge) is type(size.longest_edge) is int and size.shortest_edge > 0):
+        raise UserError(f"{wrong} has {dict(size)} for the pixels of a picture; give two whole numbers above 0 as "
+                        "min_pixels and max_pixels")
+    wanted = int(grid.prod()), processor.dummy_image()[0].shape[1]
+    if patches.shape != wanted or count != wanted[0] or not np.isfinite(patches.astype(np.float64)).all():
+        raise UserError(f"{wrong} makes {patches.shape} numbers of a picture, where the model takes {wanted}, all "
+                        f"finite; {mend}")
 
 
 def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, attention: str = "sdpa",
@@ -118,28 +189,28 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, attentio
     Raises:
         UserError: the folder, a file or a tensor is missing or broken, or the folder holds another kind of model.
     """
-    folder = _check_folder(path, with_weights=True)
-    config = _load_config(folder)
+    folder = check_folder(path, with_weights=True)
+    config = load_config(folder)
     if attention == "flash_attention_2" and not import_utils.is_flash_attn_2_available():
         # Left to itself, transformers takes a kernel from the hub where the `kernels` package is installed.
         raise UserError(f"--model.attention {attention} is not installed (or sees no GPU); install it with "
-                         "`pip install flash-attn --no-build-isolation`, or give --model.attention sdpa")
-    dropout = config.text_config.attention_dropout
-    if dropout:
-        raise UserError(f"model folder {folder}: attention_dropout is {dropout}; set it to 0 in config.json "
-                         "(sampling and training must agree on every probability)")
-    try:
+                        "`pip install flash-attn --no-build-isolation`, or give --model.attention sdpa")
+    with reading(folder, "its weights cannot be loaded", "copy config.json and *.safetensors again"), _told_below():
         loaded: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             folder, config=config, dtype=dtype, attn_implementation=attention, use_safetensors=True,
-            local_files_only=True, output_loading_info=True)
+            local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True,
+            generation_config=GenerationConfig())  # the folder's own is not for us, and may be one that cannot be saved
         model, info = loaded
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise UserError(f"model folder {folder}: its weights cannot be loaded ({error}); "
-                         "copy *.safetensors again") from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise UserError(f"model folder {folder}: {len(missing)} tensors are missing, the first is {missing[0]}; "
-                         "the copy is incomplete: copy *.safetensors again")
+    for names, problem in ((info["missing_keys"], "are missing"),
+                           (info["unexpected_keys"], "have no place in the model that config.json describes"),
+                           (info["mismatched_keys"], "have another shape than config.json gives them")):
+        if names:
+            first = str(min(names))[:200]
+            raise UserError(f"model folder {folder}: {len(names)} tensors {problem}, the first is {first}; the "
+                            "copy is incomplete or mixed: copy config.json and *.safetensors again")
+    if config.tie_word_embeddings and model.lm_head.weight is not model.get_input_embeddings().weight:
+        raise UserError(f"model folder {folder}: tie_word_embeddings is true in config.json, and lm_head.weight is not "
+                        "the embedding; set it to false if the head is its own, or remove that tensor")
     if freeze_vision:
         model.model.visual.requires_grad_(False)
         model.model.visual.merger.requires_grad_(True)
@@ -148,6 +219,17 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, attentio
     patches = model.model.visual.patch_embed
     patches.forward = partial(embed_patches, patches)
     return model
+
+
+@contextmanager
+def _told_below() -> Iterator[None]:
+    """Without transformers' table of tensors: what is in it is an error of ours, in one line."""
+    before = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(before)
 
 
 def embed_patches(module: Any, pixels: torch.Tensor) -> torch.Tensor:
@@ -160,32 +242,3 @@ def embed_patches(module: Any, pixels: torch.Tensor) -> torch.Tensor:
         return type(module).forward(module, pixels)
     weight = module.proj.weight.flatten(1)
     return nn.functional.linear(pixels.view(-1, weight.shape[1]).to(weight.dtype), weight)
-
-
-def empty_model(config: Any) -> Qwen2_5_VLForConditionalGeneration:
-    """The model of a Qwen2_5_VLConfig without any weights (on the meta device): its parameters have shapes only."""
-    with torch.device("meta"):
-        return Qwen2_5_VLForConditionalGeneration(config)
-
-
-def _check_folder(path: str | Path, with_weights: bool) -> Path:
-    folder = Path(path)
-    if not folder.is_dir():
-        raise UserError(f"model folder {folder} does not exist; give a local Hugging Face folder with --model.path")
-    missing = [name for name in _FILES if not (folder / name).is_file()]
-    if with_weights and not list(folder.glob("*.safetensors")):
-        missing.append("*.safetensors")
-    if missing:
-        raise UserError(f"model folder {folder} lacks {', '.join(missing)}; copy or download the whole model again")
-    return folder
-
-
-def _load_config(folder: Path) -> Any:
-    try:
-        kind = json.loads((folder / "config.json").read_text()).get("model_type")
-        if kind != "qwen2_5_vl":
-            raise UserError(f"model_type is {kind}, and only qwen2_5_vl can be trained here")
-        return Qwen2_5_VLConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, StrictDataclassError) as error:
-        raise UserError(f"model folder {folder}: config.json cannot be used ({error}); "
-                         "give a Qwen2.5-VL folder") from error

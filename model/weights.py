@@ -51,12 +51,15 @@ def load_into(model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> 
     assert not parameters, f"no weights for {sorted(parameters)[:3]}"
 
 
-def save_pretrained(policy: Policy, processor: Processor, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+def save_pretrained(policy: Policy, processor: Processor, folder: str | Path,
+                    dtype: torch.dtype = torch.float32) -> None:
     """Write a folder that transformers loads, beside `folder`, then rename; all ranks must call it together.
+
+    It is the folder that the stage started from, file by file, with new weights and their dtype in config.json.
 
     Args:
         folder: replaced if it exists; its parent is created.
-        dtype: of the weights on disk; None: the masters' dtype.
+        dtype: of all weights on disk; float32 is that of the masters (a frozen tower is held in the compute dtype).
     Raises:
         OSError: on every rank, when rank 0 cannot write; an earlier `folder` is then still whole.
     """
@@ -67,7 +70,7 @@ def save_pretrained(policy: Policy, processor: Processor, folder: str | Path, dt
     error = ""
     if rank() == 0:
         try:
-            _write(policy, processor, Path(folder), state)
+            _write(policy, processor, Path(folder), state, dtype)
         except (OSError, SafetensorError) as failure:
             error = str(failure)
     error = all_gather(error)[0]
@@ -76,7 +79,8 @@ def save_pretrained(policy: Policy, processor: Processor, folder: str | Path, dt
                       str(folder))
 
 
-def _write(policy: Policy, processor: Processor, folder: Path, state: dict[str, torch.Tensor]) -> None:
+def _write(policy: Policy, processor: Processor, folder: Path, state: dict[str, torch.Tensor],
+           dtype: torch.dtype) -> None:
     new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
     if old.exists() and not folder.exists():  # killed between the two renames below: the only whole copy
         old.rename(folder)
@@ -85,10 +89,13 @@ def _write(policy: Policy, processor: Processor, folder: Path, state: dict[str, 
     try:
         new.mkdir(parents=True)
         policy.model.save_pretrained(new, state_dict=state)
-        _set_dtype(new / "config.json", next(iter(state.values())).dtype)
-        processor.tokenizer.save_pretrained(new)
-        processor.image_processor.save_pretrained(new)
+        (new / "generation_config.json").unlink(missing_ok=True)  # made up; the folder's own, if any, comes below
+        for name, content in processor.files.items():
+            (new / name).write_bytes(content)
+        (new / "config.json").write_bytes(_with_dtype(processor.files["config.json"], dtype))
+        mode = (new / "config.json").stat().st_mode  # as the umask has it; safetensors writes for the owner alone
         for path in new.iterdir():
+            path.chmod(mode)
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         if folder.exists():
@@ -102,9 +109,12 @@ def _write(policy: Policy, processor: Processor, folder: Path, state: dict[str, 
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _set_dtype(path: Path, dtype: torch.dtype) -> None:
-    """transformers writes the dtype of the module, not of the tensors it was given."""
-    config = json.loads(path.read_text())
-    for part in (config, *(config[name] for name in ("text_config", "vision_config"))):
-        part["dtype"] = str(dtype).removeprefix("torch.")
-    path.write_text(json.dumps(config, indent=2) + "\n")
+def _with_dtype(config: bytes, dtype: torch.dtype) -> bytes:
+    """config.json with another dtype, under the name that it has there."""
+    content = json.loads(config)
+    content.setdefault("dtype" if "torch_dtype" not in content else "torch_dtype")
+    for part in (content, content.get("text_config"), content.get("vision_config")):
+        for name in ("dtype", "torch_dtype"):
+            if isinstance(part, dict) and name in part:
+                part[name] = str(dtype).removeprefix("torch.")
+    return json.dumps(content, indent=2).encode() + b"\n"

@@ -3,13 +3,15 @@
 # pyright: reportOptionalSubscript=false, reportOptionalMemberAccess=false, reportArgumentType=false
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportAttributeAccessIssue=false
 
+import hashlib
+import shutil
 from dataclasses import replace
 
 import pytest
 import runs
 
 from cosmo_rl.cpgd.config import DataConfig
-from cosmo_rl.cpgd.sources import load_training_rows
+from cosmo_rl.cpgd.sources import load_training_rows, model_fingerprint
 from cosmo_rl.data.mini import safety_rows
 
 
@@ -51,3 +53,25 @@ def test_lengths_are_checked_at_load(files):
         load(train, batch_tokens=40)  # each alone fits
     with pytest.raises(ValueError, match=r"stage 0 imitates `chosen`, which is missing"):
         load(train, stage=0)
+
+
+def test_the_fingerprint_is_of_all_that_decides_a_prompt(tmp_path):
+    folder = shutil.copytree(runs.MODEL, tmp_path / "model")
+    seen = {model_fingerprint(folder)}
+    for count, name in enumerate(("tokenizer.json", "preprocessor_config.json", "config.json", "chat_template.jinja",
+                                  "generation_config.json", "tokenizer_config.json"), start=2):
+        (folder / name).write_bytes((folder / name).read_bytes() + b" ")
+        seen.add(model_fingerprint(folder))
+        assert len(seen) == count, name
+    (folder / "chat_template.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"")  # its values are in the checkpoint
+    assert model_fingerprint(folder) not in seen
+
+
+def test_the_fingerprint_of_a_folder_without_templates_is_the_old_one(tmp_path):
+    """So that its runs can be resumed."""
+    expected = hashlib.blake2b(digest_size=8)
+    for name in ("tokenizer.json", "preprocessor_config.json", "config.json"):
+        (tmp_path / name).write_text(name)
+        expected.update(hashlib.blake2b(name.encode()).digest())
+    assert model_fingerprint(tmp_path) == expected.hexdigest()

@@ -257,7 +257,11 @@ def test_gradients_that_are_not_finite(folder, data):
     assert [entry["step"] for entry in named] == [4, 5, 6]
     assert all(len(entry["samples"]) == 8 and all("#" in name for name in entry["samples"]) for entry in named)
     # The same command goes on from the checkpoint before (step 4, itself skipped), and cuts what came after it.
-    runs.train(args, folder / "logs", ranks=2).check()
+    # (hf/ may be in another dtype than it was asked for at first)
+    done = runs.train([*args, "--model.export-dtype", "bfloat16"], folder / "logs", ranks=2).check()
+    assert {tensor.dtype for tensor in load_file(run / "stage2" / "hf" / "model.safetensors").values()} == {
+        torch.bfloat16}
+    assert [err.count(f"saved to {run / 'stage2' / 'hf'}\n") for err in done.err] == [1, 0]
     assert [entry["step"] for entry in read_metrics(run / "stage2" / "nonfinite.jsonl")] == [4]
     assert [line["skipped"] for line in runs.lines_of(run)] == [False] * 3 + [True] + [False] * 4
 

@@ -1,16 +1,25 @@
 """Weights out and in again: the engine's copy, and the folder on disk. Sharded policies are in test_parallel.py."""
 
 import json
+import os
 import shutil
+from typing import Any
 
+import published_folder
 import pytest
 import tiny_case
 import torch
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    Qwen2_5_VLForConditionalGeneration,
+)
 
 from cosmo_rl.model import weights
 from cosmo_rl.model.load import load_model, load_processor
+from cosmo_rl.model.policy import Policy
 from cosmo_rl.model.weights import full_state_dict, load_into, save_pretrained
 
 
@@ -59,14 +68,14 @@ def test_cast_before_it_leaves():
     assert {t.dtype for _, t in full_state_dict(tiny_case.policy(), torch.bfloat16)} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_saved_folder_is_whole(tmp_path, dtype):
     policy, folder = moved_policy(), tmp_path / "stage" / "hf"
     save_pretrained(policy, tiny_case.processor(), folder, dtype)
     assert [p.name for p in folder.parent.iterdir()] == ["hf"]
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
-    assert json.loads((folder / "config.json").read_text())["dtype"] == str(dtype or torch.float32).split(".")[1]
-    assert_equal_weights(model, policy if dtype is None else policy.to(dtype))
+    assert_dtype(folder, dtype)
+    assert_equal_weights(model, policy.to(dtype))
 
     # Tokenizer and image processor as transformers itself finds them, and through ours.
     ours, prompt = load_processor(folder), "here what is this?"
@@ -78,18 +87,76 @@ def test_saved_folder_is_whole(tmp_path, dtype):
     assert (folder / "generation_config.json").is_file()
 
 
-def test_untied_head_is_saved(tmp_path):
-    source = shutil.copytree(tiny_case.folder(), tmp_path / "untied")
-    config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(source)
-    model.save_pretrained(source)
-    policy = tiny_case.Policy(load_model(source), suppressed_ids=tiny_case.processor().suppressed_ids)
+def assert_dtype(folder, dtype):
+    """config.json says of every part what the tensors are."""
+    name = str(dtype).removeprefix("torch.")
+    config = json.loads((folder / "config.json").read_text())
+    said = [part[key] for part in (config, config.get("text_config", {}), config["vision_config"])
+            for key in ("dtype", "torch_dtype") if key in part]
+    assert set(said) == {name}
+    assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {dtype}
+
+
+def test_a_frozen_tower_in_another_dtype_leaves_one_dtype(tmp_path):
+    """As `shard` holds it: the tower in bfloat16, its merger and the language model as float32 masters."""
+    policy = tiny_case.policy(freeze_vision=True)
+    for parameter in policy.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    assert {p.dtype for p in policy.parameters()} == {torch.float32, torch.bfloat16}
+    for dtype in (torch.float32, torch.bfloat16):
+        save_pretrained(policy, tiny_case.processor(), tmp_path / "hf", dtype)
+        assert_dtype(tmp_path / "hf", dtype)
+        assert Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "hf", dtype="auto").dtype == dtype
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_files_have_the_mode_of_other_files(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        save_pretrained(tiny_case.policy(), tiny_case.processor(), tmp_path / "hf")
+    finally:
+        os.umask(before)
+    found = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "hf").iterdir()}
+    assert len(found) > 5 and set(found.values()) == {mode}, found
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_export_is_the_published_folder_with_new_weights(tmp_path, tied):
+    source, folder = published_folder.write(tmp_path / "hub", tied=tied), tmp_path / "hf"
+    processor = load_processor(source, 56 * 56)  # --data.resize-pixels
+    policy = Policy(load_model(source), suppressed_ids=processor.suppressed_ids)
     with torch.no_grad():
-        policy.model.lm_head.weight.add_(1.0)
-    save_pretrained(policy, tiny_case.processor(), tmp_path / "hf")
-    assert "lm_head.weight" in load_file(tmp_path / "hf" / "model.safetensors")
-    assert_equal_weights(load_model(tmp_path / "hf"), policy)
+        policy.model.lm_head.weight[7] += 1.0
+    came = {path.name: path.read_bytes() for path in source.iterdir() if "safetensors" not in path.name}
+    shutil.rmtree(source)  # a run may outlive it
+    save_pretrained(policy, processor, folder)
+
+    config = json.loads(came.pop("config.json"))
+    assert json.loads((folder / "config.json").read_text()) == {**config, "torch_dtype": "float32"}
+    assert {path.name for path in folder.iterdir()} == {*came, "config.json", "model.safetensors"}
+    assert [name for name, content in came.items() if (folder / name).read_bytes() != content] == []
+    names = load_file(folder / "model.safetensors").keys()
+    assert "visual.merger.mlp.0.weight" in names and "model.layers.0.mlp.up_proj.weight" in names, "the old names"
+    assert ("lm_head.weight" in names) is not tied
+
+    theirs: Any = AutoModelForImageTextToText.from_pretrained(folder)
+    assert theirs.dtype == torch.float32
+    assert_equal_weights(theirs, policy)
+    assert_equal_weights(load_model(folder), policy)
+    assert len(AutoTokenizer.from_pretrained(folder)) == published_folder.TOKENS
+    again = load_processor(folder)
+    assert again.eos_ids == processor.eos_ids and again.tokenizer.chat_template == processor.tokenizer.chat_template
+    assert again.image_processor.size["longest_edge"] == 12_845_056
+    assert again.files == {**processor.files, "config.json": again.files["config.json"]}
+
+
+def test_a_folder_without_generation_config_stays_one(tmp_path):
+    source = shutil.copytree(tiny_case.folder(), tmp_path / "source")
+    (source / "generation_config.json").unlink()
+    save_pretrained(tiny_case.policy(), load_processor(source), tmp_path / "hf")
+    assert not (tmp_path / "hf" / "generation_config.json").exists()
+    assert load_processor(tmp_path / "hf").eos_ids == load_processor(source).eos_ids
 
 
 def test_a_save_replaces_the_folder_or_leaves_it(tmp_path, monkeypatch):
