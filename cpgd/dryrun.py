@@ -30,6 +30,7 @@ from cosmo_rl.data.store import StoredRows, select
 from cosmo_rl.model.load import TINY_PATH, Processor, load_processor
 
 from .config import Config
+from .ending import fail, leave
 from .evaluation import MEASURES, eval_suite
 from .footprint import Calls, Load, Term, count_parameters, footprint, peak
 from .guard import WATCHED, no_rows
@@ -87,11 +88,14 @@ def dry_run(config: Config) -> int:
         processor = load_processor(path, config.data.resize_pixels, with_weights=False)
         found = inspect(config, processor, world_size)
     except (UserError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 1
+        return fail(error)
     show(found, config, path, world_size,
          Console(width=None if sys.stdout.isatty() else _WIDTH, markup=False, highlight=False, emoji=False))
-    return int(bool(found.rejected or found.settings))
+    if not (found.rejected or found.settings):
+        return 0
+    leave(f"train.py: the dry run has rejected {len(found.rejected):,} rows or files"
+          + "".join(f"; problem: {problem}" for problem in found.settings))
+    return 1
 
 
 def inspect(config: Config, processor: Processor, world_size: int) -> Findings:

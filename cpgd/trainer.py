@@ -35,6 +35,7 @@ from .batch import Sample
 from .checkpoint import load_latest, save
 from .collect import Verdicts, fill_advantages, gather_evidence, judges_took, sample_groups, score, split_updates
 from .config import Config
+from .ending import fail
 from .evaluation import Answered, eval_suite, evaluate
 from .guard import Guard
 from .metrics import MetricsWriter, ProgressView, reward_stats
@@ -58,8 +59,6 @@ from .update import (
 )
 
 logger = logging.getLogger(__name__)
-QUIET_S = 3.0
-"""How long a rank above 0 waits before it tells of an error, in seconds: torchrun ends it first if rank 0 told it."""
 
 
 class Trainer:
@@ -392,9 +391,8 @@ def main(config: Config) -> int:
                 if trainer.judging:
                     trainer.judging.close()
     except (UserError, OSError) as error:
-        if rank():  # rank 0 speaks for all; where it has not failed too, its launcher lets this one live to speak
-            time.sleep(QUIET_S)
-        logger.error("train.py: %s", error)
-        return 1
+        return fail(error)
+    except KeyboardInterrupt:
+        return fail("interrupted; repeat the command to go on from the last checkpoint", status=130)
     close_distributed()
     return 0

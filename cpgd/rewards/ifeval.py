@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from functools import cache, lru_cache
 from typing import Any
 
-from cosmo_rl.data.errors import UserError
+from cosmo_rl.data.errors import MissingPackage, UserError
 
 UNSUPPORTED = {"length_constraints:number_sentences", "change_case:capital_word_frequency"}
 """They split sentences and words with data of NLTK that no package holds, and nothing is downloaded here."""
@@ -43,7 +43,7 @@ def check(constraints: Sequence[Mapping[str, Any]]) -> list[Any]:
     Raises:
         UserError: there are none, an unknown or unsupported id, or kwargs that are missing, unknown or of no use;
             names the constraint and the mend.
-        ImportError: if-verifiable is not installed; names the pip line.
+        MissingPackage: if-verifiable is not installed; names the pip line.
     """
     if not constraints:
         raise UserError('task ifeval has no `constraints`; give [{"id": ..., "kwargs": {...}}]')
@@ -121,6 +121,7 @@ def _registry() -> dict[str, Any]:
         from if_verifiable.ifeval.instructions_registry import INSTRUCTION_DICT
         from langdetect import DetectorFactory
     except ImportError as error:
-        raise ImportError("task ifeval needs the checkers of if-verifiable: pip install 'cosmo-rl[ifeval]'") from error
+        raise MissingPackage("task ifeval needs the checkers of if-verifiable: "
+                             "pip install 'cosmo-rl[ifeval]'") from error
     DetectorFactory.seed = 0  # it guesses languages with random draws
     return {name: checker for name, checker in INSTRUCTION_DICT.items() if name not in UNSUPPORTED}

@@ -14,7 +14,7 @@ All read the answer alone, what follows the thinking.
 
 from collections.abc import Sequence
 
-from cosmo_rl.data.errors import UserError
+from cosmo_rl.data.errors import MissingPackage, UserError
 from cosmo_rl.data.schema import Row
 
 from ..batch import Sample
@@ -62,7 +62,7 @@ class TaskAware:
         """Why the row could never be scored, and the mend; "" if it can.
 
         Raises:
-            ImportError: an ifeval row, and the package with its checkers is not installed; names the pip line.
+            MissingPackage: an ifeval row, and the package with its checkers is not installed; names the pip line.
         """
         if row.task in ("safety", "jailbreak", "helpful"):
             return ""
@@ -70,6 +70,8 @@ class TaskAware:
             return self.math.problem(row.answer)
         try:
             _rate(row, "")
+        except MissingPackage:  # no row's fault
+            raise
         except UserError as error:
             return str(error)
         return ""
