@@ -13,7 +13,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from cosmo_rl.data.errors import printable
+from cosmo_rl.data.terminal import printable
 
 QUIET_S = 3.0
 """How long a rank above 0 waits before it ends, in seconds: torchrun ends all others as soon as one has ended."""

@@ -1,4 +1,4 @@
-"""The one error that a user can mend, and what a terminal may be shown of a text that a user gave."""
+"""The one error that a user can mend."""
 
 
 class UserError(ValueError):
@@ -11,11 +11,3 @@ class UserError(ValueError):
 
 class MissingPackage(UserError, ImportError):
     """An optional package is not installed; names the pip line."""
-
-
-def printable(text: str) -> str:
-    """The text with control characters, half characters and marks that turn the direction written as escapes.
-
-    A domain may be named "\\x1b[2J", which would clear the screen, or hold a line break.
-    """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

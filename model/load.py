@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLConfi
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import import_utils
 
-from cosmo_rl.data.errors import UserError
+from cosmo_rl.data.errors import MissingPackage, UserError
 
 from .liger import use_liger
 from .tiny import TINY_PATH as TINY_PATH
@@ -117,13 +117,11 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, attentio
         liger: see `cosmo_rl.model.liger.use_liger`.
     Raises:
         UserError: the folder, a file or a tensor is missing or broken, or the folder holds another kind of model.
+        MissingPackage: see `check_attention`.
     """
     folder = _check_folder(path, with_weights=True)
     config = _load_config(folder)
-    if attention == "flash_attention_2" and not import_utils.is_flash_attn_2_available():
-        # Left to itself, transformers takes a kernel from the hub where the `kernels` package is installed.
-        raise UserError(f"--model.attention {attention} is not installed (or sees no GPU); install it with "
-                         "`pip install flash-attn --no-build-isolation`, or give --model.attention sdpa")
+    check_attention(attention)
     dropout = config.text_config.attention_dropout
     if dropout:
         raise UserError(f"model folder {folder}: attention_dropout is {dropout}; set it to 0 in config.json "
@@ -148,6 +146,14 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, attentio
     patches = model.model.visual.patch_embed
     patches.forward = partial(embed_patches, patches)
     return model
+
+
+def check_attention(attention: str) -> None:
+    """Raise MissingPackage unless this machine has it: "sdpa" or "flash_attention_2"."""
+    if attention == "flash_attention_2" and not import_utils.is_flash_attn_2_available():
+        # Left to itself, transformers takes a kernel from the hub where the `kernels` package is installed.
+        raise MissingPackage(f"--model.attention {attention} is not installed (or sees no GPU); install it with "
+                             "`pip install flash-attn --no-build-isolation`, or give --model.attention sdpa")
 
 
 def embed_patches(module: Any, pixels: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,8 @@ def settings(**model) -> Config:
 def terms_of(config: Config, world_size: int = 1, load: Load = LOAD, calls: Calls = CALLS) -> dict[str, int]:
     model_config = runs.policy_processor().config
     parameters = count_parameters(model_config, config.model.freeze_vision)
-    return {term.name: term.num_bytes for term in footprint(model_config, parameters, config, load, calls, world_size)}
+    terms = footprint(model_config, parameters, config, load, {"rollout": calls} if calls.requests else {}, world_size)
+    return {term.name: term.num_bytes for term in terms}
 
 
 @pytest.mark.parametrize("freeze_vision", [False, True])
