@@ -35,7 +35,7 @@ from cosmo_rl.model.load import TINY_PATH, Processor, check_attention, load_proc
 from .config import Config
 from .ending import fail, leave
 from .evaluation import MEASURES, eval_suite
-from .footprint import Calls, Load, Term, by_phase, count_parameters, footprint, peak
+from .footprint import NOTHING, Calls, Load, Parameters, Term, by_phase, count_parameters, footprint, peak
 from .guard import WATCHED, no_rows
 from .recipes import mixture
 from .rewards.build import build_rewards
@@ -143,7 +143,8 @@ def inspect(config: Config, processor: Processor, world_size: int) -> Findings:
         found.settings.append(str(error))
         return found
     patches = processor.merge_size**2
-    parameters, calls = count_parameters(processor.config, config.model.freeze_vision), _calls(found, config, patches)
+    parameters = count_parameters(processor.config, config.model.freeze_vision)
+    calls = _calls(found, config, processor, parameters)
     # not the one with the most tokens: with a few less, and images, another may take more
     for load in set(_micro_batches(found.sizes, sampler, config, patches, world_size)):
         terms = footprint(processor.config, parameters, config, load, calls, world_size)
@@ -279,20 +280,22 @@ def _micro_batches(sizes: Sequence[RowSize], sampler: PromptSampler, config: Con
                            sum(drawn[i].image for i in {owners[i] for i in members}) * patches, len(members))
 
 
-def _calls(found: Findings, config: Config, patches: int) -> dict[str, Calls]:
-    """The largest generate call of a rollout, and of the evaluation, whose requests all have prompts of their own."""
-    rollout, calls = config.rollout, {}
+def _calls(found: Findings, config: Config, processor: Processor, parameters: Parameters) -> dict[str, Calls]:
+    """The generate call of a rollout, and of the evaluation, that takes the most memory."""
+    rollout, calls, patches = config.rollout, {}, processor.merge_size**2
     if config.stage:
         requests = min(rollout.batch_size, rollout.prompts * rollout.group_size)
         prompts = -(-requests // rollout.group_size)
         calls["rollout"] = Calls(requests, prompts, max(size.prompt for size in found.sizes),
                                  prompts * max(size.image for size in found.sizes) * patches)
+    # all requests of an evaluation have prompts of their own
     asked = [Calls(len(batch), len(batch), max(prompts[i].tokens for i in batch),
                    sum(prompts[i].image for i in batch) * patches)
              for prompts in found.asked.values()
              for batch in form_batches([prompt.tokens for prompt in prompts], config.eval.batch_size)]
     if asked:
-        calls["evaluation"] = max(asked, key=lambda call: call.requests * (call.prompt_tokens + rollout.max_new_tokens))
+        takes = lambda call: by_phase(footprint(processor.config, parameters, config, NOTHING, {"evaluation": call}, 1))
+        calls["evaluation"] = max(asked, key=lambda call: takes(call).get("evaluation", 0))
     return calls
 
 

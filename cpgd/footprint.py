@@ -64,6 +64,9 @@ class Load(NamedTuple):
     sequences: int
 
 
+NOTHING = Load(0, 0, 0, 0)
+
+
 class Calls(NamedTuple):
     """The largest generate call of a phase."""
 

@@ -170,6 +170,7 @@ class RunDir:
             self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
             self._take_lock(wait_s)
             self._claim(config, resume)
+            return self._finished(config.steps)
         except OSError as error:
             self.close()
             raise UserError(
@@ -179,7 +180,6 @@ class RunDir:
         except UserError:
             self.close()
             raise
-        return self._finished(config.steps)
 
     def _finished(self, steps: int) -> bool:
         report = self.stage_dir / "report.json"
