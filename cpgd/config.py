@@ -241,7 +241,8 @@ class BatchConfig:
     layout: Literal["packed", "padded"] = free("packed")
     """Micro-batches as one packed row, or as right-padded rows (faster where attention has no varlen kernel)."""
     max_tokens: int = free(16_384)
-    """Token budget of a micro-batch per rank, prompt and padding included."""
+    """Token budget of a micro-batch per rank, prompt and padding included. Another split of an update into
+    micro-batches changes its sums in their last bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,7 +262,7 @@ class EvalConfig:
     max_rows: int = 0
     """At most this many rows per group in the report; 0: all."""
     batch_size: int = free(256)
-    """Requests per generate call in evaluation."""
+    """Requests per generate call in evaluation; of another size, answers differ as those of rollout.batch_size do."""
     guard: Literal["off", "warn", "stop"] = free("off")
     """What a fall of general accuracy or benign acceptance, measured every `every` steps, leads to (see guard.py)."""
     guard_drop: float = free(0.05)

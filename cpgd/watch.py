@@ -7,7 +7,7 @@
     entropy       it has fallen by half from one iteration to the next
     cut off       most responses of a rollout have reached the longest length
 
-Each is said once, and again only after it was not so for a while: a term at 1 for the second half of a run is one line.
+Each is said once, and again only after it was not so; of a term that all responses of a domain earn, once a run.
 The state is part of a checkpoint, so that a resumed run says what an uninterrupted one does.
 """
 
@@ -24,8 +24,8 @@ CONSTANT_ROLLOUTS = 5
 CONSTANT_RESPONSES = 32
 """Of these rollouts together, at least."""
 NO_GRADIENT_STEPS = 4
-LEAST_ENTROPY = 0.05
-"""In nats a token: below it, half of it is noise."""
+LEAST_ENTROPY = 0.1
+"""In nats a token: below it a policy is sure already, and half of it is noise."""
 SPAN = 1e-6
 """Largest difference of values that count as one, as of the rewards of a group."""
 
@@ -120,7 +120,9 @@ class Watch:
                     rollouts, responses = rollouts + 1, responses + len(found)
                 known[domain] = [value, rollouts, responses]
                 lasting = rollouts >= CONSTANT_ROLLOUTS and responses >= CONSTANT_RESPONSES
-                if self._once(f"constant {term} {domain}", lasting, term):
+                earned = lasting and value == 1  # nearly so from then on: once a run
+                if self._once(f"constant {term} {domain}", lasting and not earned, term) or (
+                        earned and self._once(f"earned {term} {domain}", True, term)):
                     new[value].append(domain)
             said += [f"reward term {term} has been {value:g} for every response of {self._where(term, domains)} in "
                      f"{CONSTANT_ROLLOUTS} rollouts or more: it tells no response from another{_meaning(value)}"

@@ -53,7 +53,7 @@ def test_what_is_trained_on_decides_and_what_was_drawn_first_is_described():
 
 
 def term(value: float, *, domain: str = "safety", count: int = 8, name: str = "task_aware") -> list[Any]:
-    return [sample(i // 2, 0.5, 0.1 * i, domain, **{name: value}) for i in range(count)]
+    return [sample(i // 2, 0.5, 0.1 * i, domain, "stop", **{name: value}) for i in range(count)]
 
 
 def mixed(domain: str = "safety") -> list[Any]:
@@ -78,7 +78,15 @@ def test_a_term_that_never_changes(value, words):
     assert rollout(watch, mixed()) == []
     for _ in range(CONSTANT_ROLLOUTS - 1):
         assert rollout(watch, term(value)) == []
-    assert rollout(watch, term(value)) == [said], "again, after it has changed"
+    again = rollout(watch, term(value))
+    assert again == ([] if value == 1 else [said]), "again, after it has changed; of what all earn once a run"
+
+
+def test_what_all_earned_and_nobody_does_any_more_is_said():
+    watch = Watch()
+    course = [1.0] * 5 + [0.0] * 5 + [1.0] * 9 + [0.0] * 5
+    said = [rollout(watch, term(value)) for value in course]
+    assert [i for i, texts in enumerate(said) if texts] == [4, 9, 23]
 
 
 def test_a_term_that_differs_between_rollouts_is_not_constant():
@@ -145,7 +153,7 @@ def test_the_entropy_falls_by_half():
     (said,) = watch.updated([step(entropy=0.45), step(entropy=0.45)])
     assert "from 0.9 to 0.45 nats a token in one iteration" in said
     assert watch.updated([step(entropy=0.2)]) == [], "the same fall goes on"
-    assert watch.updated([step(entropy=0.11)]) == [] and len(watch.updated([step(entropy=0.05)])) == 1
+    assert watch.updated([step(entropy=0.15)]) == [] and len(watch.updated([step(entropy=0.05)])) == 1
     assert watch.updated([step(entropy=0.01)]) == watch.updated([step(entropy=0.001)]) == [], "little is left to fall"
 
 
