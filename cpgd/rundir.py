@@ -2,7 +2,7 @@
 
     RUN/.lock               flock of the run that works here; pid and host inside
     RUN/stage2/             config.json, metrics.jsonl, samples.jsonl, tensorboard/, checkpoints/, hf/,
-                            report.html, report.json
+                            report.html, report.json; warnings.jsonl, where there was a warning
 
 `report.json` is written last of all: a stage that has one is finished.
 """

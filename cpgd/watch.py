@@ -11,6 +11,7 @@ Each is said once, and again only after it was not so; of a term that all respon
 The state is part of a checkpoint, so that a resumed run says what an uninterrupted one does.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -61,7 +62,7 @@ class Watch:
                         "nothing; samples.jsonl shows responses and terms"),
             *self._once("lost", bare > 0 and 2 * bare >= len(groups),
                         f"{bare} of {len(groups)} groups of the rollout have fewer than two scored responses, so they "
-                        "have no advantage; samples.jsonl names the failures"),
+                        "have no advantage; samples.jsonl shows some of the failures"),
             *self._once("cut off", 2 * cut > len(first),
                         f"{cut} of {len(first)} responses of the rollout were cut off at --rollout.max-new-tokens "
                         f"{max_new_tokens}"),
@@ -82,7 +83,7 @@ class Watch:
             return said
         tokens = sum(result.response_tokens for result in results)
         before, now = self.entropy, sum(r.entropy * r.response_tokens for r in results) / max(tokens, 1)
-        self.entropy = now
+        self.entropy = now if math.isfinite(now) else None  # of a step that was skipped
         fell = before is not None and before >= LEAST_ENTROPY and now <= before / 2
         return said + self._once("entropy", fell, f"the entropy has fallen from {before or 0:.3g} to {now:.3g} nats a "
                                  "token in one iteration: the policy may be collapsing")

@@ -164,6 +164,13 @@ def test_the_entropy_of_an_iteration_is_that_of_its_tokens():
     assert len(watch.updated([step(entropy=0.1, tokens=990), step(entropy=0.9, tokens=10)])) == 1
 
 
+def test_an_entropy_that_is_no_number_is_not_compared_or_kept():
+    watch = Watch()
+    assert [watch.updated([step(float("nan"), entropy=value)]) for value in (1.0, float("nan"), 0.1)] == [[], [], []]
+    watch.updated([step(entropy=float("inf"))])
+    assert watch.state_dict()["entropy"] is None, "a checkpoint is JSON"
+
+
 def test_stage_0_says_nothing_of_entropy():
     watch = Watch()
     assert not any(watch.updated([step(entropy=value)], entropy=False) for value in (6.0, 1.0, 0.1))
