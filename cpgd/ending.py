@@ -23,17 +23,17 @@ _FRAMES = re.compile("\x1b\\[[0-9;]*m|[\u2500-\u257f]|-{9,}")
 """Colours and what boxes are drawn with."""
 
 
-def fail(error: object, prog: str = "train.py", status: int = 1) -> int:
+def fail(error: object, prog: str = "train.py", status: int = 1, alike: bool = False) -> int:
     """Say `PROG: error` on stderr, once for all ranks, and leave it to torchrun; returns the exit status.
 
     Rank 0 speaks for all. Another rank waits for it to, and speaks itself only where no torchrun will show its line:
-    it may be the one that has failed.
+    it may be the one that has failed, unless all ranks fail `alike`.
     """
     line = f"{prog}: {printable(str(error))}"
     left = leave(line)
     if above := int(os.environ.get("RANK", "0")) > 0:
         time.sleep(QUIET_S)
-    if not (above and left):
+    if not (above and (left or alike)):
         print(line, file=sys.stderr, flush=True)
     return status
 

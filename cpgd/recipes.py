@@ -167,7 +167,7 @@ def _parse(args: Sequence[str], prog: str, parse: Callable[[Config, dict[str, An
             chosen, _ = first.parse_known_args(args)
             return parse(recipe(chosen.preset, chosen.stage), {"args": list(args), "prog": prog})
     except UserError as error:
-        sys.exit(fail(error, prog))
+        sys.exit(fail(error, prog, alike=True))
     except SystemExit as error:  # of tyro, with a frame around the reason, or after --help
         if error.code:
             leave(f"{prog}: {said.getvalue()}")
