@@ -46,6 +46,8 @@ TIMING_FIELDS = ("seconds", "tokens_per_second", "judging")
 """What a step took, not what it did: a verdict is the same from the cache and after three attempts."""
 NO_BREAK = "\u00a0"
 WIDEST = len("-1.23e-06")
+NAME_WIDTH = 14
+"""Columns of the console that a domain's name has at least."""
 LONGEST_NAME = 32
 """Characters of a domain's name on the console."""
 SCALARS = ("reward", "loss", "grad_norm", "lr", "clip_fraction", "drift", "entropy", "response_length")
@@ -310,14 +312,19 @@ def _tables(line: dict, width: int) -> list[Text | Table]:
     if not rewards:
         return [numbers]
     terms = list(dict.fromkeys(term for by_term in rewards.values() for term in by_term))
+    each = max(1, (width - NAME_WIDTH) // (WIDEST + 2))  # the terms of one table: more would cut their numbers
+    return [numbers, *(_terms(rewards, terms[i:i + each]) for i in range(0, len(terms), each))]
+
+
+def _terms(rewards: Mapping[str, Mapping[str, Mapping[str, float]]], terms: Sequence[str]) -> Table:
     table = Table(box=None, header_style="dim")
-    table.add_column("domain", overflow="fold")
+    table.add_column("domain", overflow="fold", min_width=6)
     for term in terms:
-        table.add_column(Text(term), justify="right", min_width=WIDEST)
+        table.add_column(Text(term), justify="right", min_width=WIDEST, overflow="fold")
     for domain, by_term in rewards.items():
         table.add_row(Text(_name(domain)), *(_number(by_term[term]["mean"]) if term in by_term else "-"
                                              for term in terms))
-    return [numbers, table]
+    return table
 
 
 def _name(domain: str) -> str:

@@ -204,7 +204,6 @@ class RunDir:
         falls = any(text.startswith("steps ") for text in self.changed)
         logger.info("settings changed since the last start: %s%s", ", ".join(self.changed),
                     f"; the learning rate now falls to step {config.steps}" if falls else "")
-        self.changed.clear()
 
     def _take_lock(self, wait_s: float) -> None:
         assert self._lock is not None

@@ -196,16 +196,16 @@ def test_numbers_are_whole_at_any_width(width):
         assert whole in text, whole
 
 
-def test_reward_terms_are_whole_at_80_columns():
-    """Six terms, and a long name, which is folded."""
+@pytest.mark.parametrize("width", [80, 79, 60, 40])
+@pytest.mark.parametrize("count", [1, 5, 6, 7, 12])
+def test_reward_terms_are_whole_at_any_width(width, count):
+    """More terms than fit side by side are shown below each other; a long name is folded."""
     out = io.StringIO()
-    view = ProgressView(8, console=Console(file=out, force_terminal=True, width=80, color_system=None))
-    terms = {"reward": 1.23e-06, "format": -1.23e-06, "visual_focus": 4.56e-07, "helpful": 7.89e-08, "own": 0.5,
-             "task_aware": 1e-06}
+    view = ProgressView(8, console=Console(file=out, force_terminal=True, width=width, color_system=None))
+    terms = {f"a_term_of_mine_{i}": -1.23e-06 - i * 1e-08 for i in range(count)}
     view.update(line(3, rewards={"a long name of a domain": {k: {"mean": v} for k, v in terms.items()}}))
     view.close()
-    (row,) = [row for row in out.getvalue().splitlines() if "-1.23e-06" in row]
-    assert row.split()[-6:] == ["1.23e-06", "-1.23e-06", "4.56e-07", "7.89e-08", "0.5", "1e-06"]
+    assert [text for text in out.getvalue().split() if text.startswith("-1.")] == [f"{v:.3g}" for v in terms.values()]
 
 
 def test_warnings_have_a_file_that_is_cut_back_too(tmp_path):

@@ -154,7 +154,8 @@ def test_the_entropy_falls_by_half():
     assert "from 0.9 to 0.45 nats a token in one iteration" in said
     assert watch.updated([step(entropy=0.2)]) == [], "the same fall goes on"
     assert watch.updated([step(entropy=0.15)]) == [] and len(watch.updated([step(entropy=0.05)])) == 1
-    assert watch.updated([step(entropy=0.01)]) == watch.updated([step(entropy=0.001)]) == [], "little is left to fall"
+    assert watch.updated([step(entropy=0.01)]) == watch.updated([step(entropy=0.09)]) == []
+    assert watch.updated([step(entropy=0.09)]) == watch.updated([step(entropy=0.001)]) == [], "little is left to fall"
 
 
 def test_the_entropy_of_an_iteration_is_that_of_its_tokens():
