@@ -5,8 +5,9 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 VLLM_INSTALLED := .venv-vllm/.installed
+DEVICE_TRITON := .venv/triton-3.6.0
 
-.PHONY: demo test test-vllm lint gpu
+.PHONY: demo test test-vllm test-triton lint gpu
 
 demo: $(INSTALLED)
 	$(BIN)/torchrun train.py --stage 2
@@ -17,6 +18,10 @@ test: $(INSTALLED)
 # The judges' client against a real vLLM server on the CPU, which lives in an environment of its own.
 test-vllm: $(INSTALLED) $(VLLM_INSTALLED)
 	$(BIN)/pytest -q -m vllm tests/test_vllm.py
+
+# All kernels compiled by the Triton of torch 2.11 too, which GPU images still carry; `make test` takes the pinned one.
+test-triton: $(INSTALLED) $(DEVICE_TRITON)
+	PYTHONPATH=$(DEVICE_TRITON) $(BIN)/pytest -q tests/test_compile.py
 
 # On a machine with an NVIDIA GPU, with its own python3, torch and pytest: nothing is installed.
 gpu:
@@ -37,6 +42,10 @@ endef
 $(INSTALLED): setup.py pyproject.toml constraints.txt
 	$(call VENV,.venv)
 	@$(BIN)/python -m pip install -qq -c constraints.txt -e ".[dev]"
+	@touch $@
+
+$(DEVICE_TRITON): $(INSTALLED)
+	@$(BIN)/python -m pip install -qq --no-deps --target $@ triton==3.6.0
 	@touch $@
 
 $(VLLM_INSTALLED): requirements-vllm.txt

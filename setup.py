@@ -39,8 +39,8 @@ setup(
     ],
     extras_require={
         "gpu": ["triton; sys_platform == 'linux'", "liger-kernel"],
-        "ifeval": ["if-verifiable"],
+        "ifeval": ["if-verifiable", "nupunkt"],
         "dev": ["pytest", "ninja", "ruff", "pyright", "liger-kernel", "triton; sys_platform == 'linux'",
-                "if-verifiable"],
+                "if-verifiable", "nupunkt"],
     },
 )

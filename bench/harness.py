@@ -87,6 +87,11 @@ class Times(NamedTuple):
     high: float
     repeats: int
 
+    @classmethod
+    def of(cls, taken: list[float]) -> "Times":
+        low, median, high = np.quantile(taken, [0.2, 0.5, 0.8]).tolist()
+        return cls(median, low, high, len(taken))
+
 
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
@@ -110,26 +115,27 @@ class Stopwatch:
         return 1e3 * (time.perf_counter() - started)
 
     def many(self, prepare: Callable[[], Any], call: Callable[[Any], Any], repeats: int) -> Times:
-        """Median and quantiles over `repeats` calls after WARMUP uncounted ones, between CUDA events on a GPU."""
+        """Median and quantiles over `repeats` calls; see `samples`."""
+        return Times.of(self.samples(prepare, call, repeats))
+
+    def samples(self, prepare: Callable[[], Any], call: Callable[[Any], Any], repeats: int) -> list[float]:
+        """Milliseconds of `repeats` calls after WARMUP uncounted ones, between CUDA events on a GPU."""
         for _ in range(WARMUP):
             call(prepare())
         if self.device.type != "cuda":
-            taken = [self.one(prepare, call) for _ in range(repeats)]
-        else:
-            pairs = []
-            for turn in range(repeats):
-                state = prepare()
-                start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                self.buffer.fill_(1 + turn % 100)
-                start.record()
-                result = call(state)
-                stop.record()
-                pairs.append((start, stop))
-                del state, result  # the next `prepare` may need their memory
-            torch.cuda.synchronize(self.device)
-            taken = [start.elapsed_time(stop) for start, stop in pairs]
-        low, median, high = np.quantile(taken, [0.2, 0.5, 0.8]).tolist()
-        return Times(median, low, high, repeats)
+            return [self.one(prepare, call) for _ in range(repeats)]
+        pairs = []
+        for turn in range(repeats):
+            state = prepare()
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self.buffer.fill_(1 + turn % 100)
+            start.record()
+            result = call(state)
+            stop.record()
+            pairs.append((start, stop))
+            del state, result  # the next `prepare` may need their memory
+        torch.cuda.synchronize(self.device)
+        return [start.elapsed_time(stop) for start, stop in pairs]
 
     def peak(self, prepare: Callable[[], Any], call: Callable[[Any], Any]) -> float:
         """MiB that prepare and call hold at most beyond what was allocated before; NaN without a GPU."""

@@ -6,9 +6,10 @@
 
 Errors come first: log-probs (KL), entropy, dX and dW against float64, into memory poisoned with NaN. What is over a
 limit is not timed: LOGPROB_LIMIT nats on any log-prob or entropy, GRADIENT_LIMIT of relative Frobenius norm on dX, dW
-or KL, or a NaN anywhere. Then CUDA events with the L2 cache emptied between calls, at least 20 of them, providers in
-random order in one process. TFLOP/s are effective: useful products over the vocabulary (1 forward, 2 backward, 3 both;
-KL 2, 2, 4) times 2 N V D, over the time; what a provider computes twice does not count.
+or KL, or a NaN anywhere. Then CUDA events with the L2 cache emptied between calls, at least 20 of them: the bare
+products and ours first, by turns, then the others in random order, all in one process. TFLOP/s are effective: useful
+products over the vocabulary (1 forward, 2 backward, 3 both; KL 2, 2, 4) times 2 N V D, over the time; what a provider
+computes twice does not count.
 """
 
 import argparse
@@ -18,9 +19,10 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import harness
 import inputs
@@ -28,6 +30,9 @@ import torch
 from peers import ON_CPU, PROVIDERS, Forward, Outcome, Provider, Unavailable
 
 LOGPROB_LIMIT, GRADIENT_LIMIT = 0.5, 3e-2
+TURNS = 4
+"""Rounds in which providers that are compared take their repeats."""
+FIRST = ("gemms", "ours-cpgd", "ours-logprob", "ours-fold", "ours-kl")
 MODES = ("forward", "backward", "both")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 ERRORS = ("value_mean", "value_max", "entropy_max", "dhidden", "dweight")
@@ -110,61 +115,100 @@ def steps(provider: Provider, forward: Forward, case: inputs.Case, mode: str):
     return lambda: None, lambda _: gradients(case, forward(case))
 
 
-def time_mode(provider: Provider, forward: Forward, case: inputs.Case, mode: str, watch: harness.Stopwatch,
-              repeats: int, max_seconds: float) -> dict[str, Any]:
-    """Columns of one mode that passed its check."""
+class Timed(NamedTuple):
+    """A provider's mode that passed its check; `row` takes its columns."""
+
+    row: dict[str, Any]
+    prepare: Callable[[], Any]
+    call: Callable[[Any], Any]
+    taken: list[float]
+    """Milliseconds so far."""
+
+
+def begin(row: dict[str, Any], provider: Provider, forward: Forward, case: inputs.Case, mode: str,
+          watch: harness.Stopwatch, repeats: int, max_seconds: float) -> Timed | None:
+    """Warm the mode and measure its memory; None if its repeats would take longer than `max_seconds`."""
     prepare, call = steps(provider, forward, case, mode)
     harness.release(watch.device)  # of what the check poisoned: one large block would be in the way
     watch.one(prepare, call)
     once = watch.one(prepare, call)
-    if once * (repeats + harness.WARMUP) > 1e3 * max_seconds:
-        return {"status": "too slow", "reason": f"one call takes {once:.0f} ms; see --max-seconds {max_seconds:g}"}
-    peak = watch.peak(prepare, call)
-    times = watch.many(prepare, call, repeats)
-    tokens, vocab, dim = case.shape
-    units = provider.units[mode]
-    return {"status": "ok", "ms": times.median, "ms_p20": times.low, "ms_p80": times.high, "repeats": times.repeats,
-            "peak_MiB": peak, "units": units, "tflops": 2 * tokens * vocab * dim * units / times.median / 1e9}
+    if once * (repeats + TURNS * harness.WARMUP) > 1e3 * max_seconds:
+        row |= {"status": "too slow", "reason": f"one call takes {once:.0f} ms; see --max-seconds {max_seconds:g}"}
+        return None
+    row["peak_MiB"] = watch.peak(prepare, call)
+    return Timed(row, prepare, call, [])
 
 
-def measure(provider: Provider, forward: Forward, case: inputs.Case, reference: harness.Reference, modes: list[str],
-            watch: harness.Stopwatch, repeats: int = 20, max_seconds: float = float("inf"),
+def finish(timed: Timed, provider: Provider, case: inputs.Case, mode: str) -> None:
+    """The columns of what was taken."""
+    times, (tokens, vocab, dim), units = harness.Times.of(timed.taken), case.shape, provider.units[mode]
+    timed.row.update({"status": "ok", "ms": times.median, "ms_p20": times.low, "ms_p80": times.high,
+                      "repeats": times.repeats, "units": units,
+                      "tflops": 2 * tokens * vocab * dim * units / times.median / 1e9})
+
+
+@contextmanager
+def told(row: dict[str, Any]) -> Iterator[None]:
+    """What goes wrong inside is the row's status."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        row["status"] = "out of memory"
+    except Exception as error:  # code of others may raise anything, and must not end the run: the row says what
+        row |= {"status": "error", "reason": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+
+
+def measure(providers: Mapping[str, tuple[Provider, Forward]], case: inputs.Case, reference: harness.Reference,
+            modes: list[str], watch: harness.Stopwatch, repeats: int = 20, max_seconds: float = float("inf"),
             late: Callable[[], str] = lambda: "") -> list[dict[str, Any]]:
-    """A row for each mode that the provider has, timed if it passes its check. Whatever goes wrong is a row too.
+    """A row for each mode of each provider, timed if it passes its check: in TURNS turns, A B A B, as a chip's clock
+    drifts while it warms. Whatever goes wrong is a row too.
 
     late() gives the reason to start nothing more, or an empty string.
     """
     rows: list[dict[str, Any]] = []
-    checked: dict[bool, dict[str, float] | Wrong] = {}
+    checked: dict[tuple[str, bool], dict[str, float] | Wrong] = {}
     for mode in modes:
-        if mode not in provider.modes:
-            continue
-        row: dict[str, Any] = {"provider": provider.name, "version": provider.version(), "what": provider.what,
-                               "mode": mode}
-        rows.append(row)
-        if late():
-            row |= {"status": "not run", "reason": late()}
-            continue
-        with_gradient = mode != "forward"
-        try:
-            if provider.of_kl:
-                _ = case.old_policy, reference.kl  # inputs, not memory of the provider
-            if provider.checked and with_gradient not in checked:
-                try:
-                    checked[with_gradient] = check(provider, forward, case, reference, with_gradient)
-                except Wrong as wrong:
-                    checked[with_gradient] = wrong.with_traceback(None)  # it would keep the gradients
-            errors = checked.get(with_gradient, {})
-            if isinstance(errors, Wrong):
-                row |= errors.errors | {"status": "failed check", "reason": str(errors)}
+        ready: dict[str, Timed] = {}
+        for name, (provider, forward) in providers.items():
+            if mode not in provider.modes:
                 continue
-            row |= errors | time_mode(provider, forward, case, mode, watch, repeats, max_seconds)
-        except torch.cuda.OutOfMemoryError:
-            row["status"] = "out of memory"
-        except Exception as error:  # code of others may raise anything, and must not end the run: the row says what
-            row |= {"status": "error", "reason": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-        if row["status"] in ("out of memory", "error") and not usable(watch.device):
-            break
+            row: dict[str, Any] = {"provider": name, "version": provider.version(), "what": provider.what,
+                                   "mode": mode}
+            rows.append(row)
+            if late():
+                row |= {"status": "not run", "reason": late()}
+                continue
+            key = name, mode != "forward"
+            with told(row):
+                if provider.of_kl:
+                    _ = case.old_policy, reference.kl  # inputs, not memory of the provider
+                if provider.checked and key not in checked:
+                    try:
+                        checked[key] = check(provider, forward, case, reference, key[1])
+                    except Wrong as wrong:
+                        checked[key] = wrong.with_traceback(None)  # it would keep the gradients
+                errors = checked.get(key, {})
+                if isinstance(errors, Wrong):
+                    row |= errors.errors | {"status": "failed check", "reason": str(errors)}
+                    continue
+                row |= errors
+                timed = begin(row, provider, forward, case, mode, watch, repeats, max_seconds)
+                if timed:
+                    ready[name] = timed
+            if row.get("status") in ("out of memory", "error") and not usable(watch.device):
+                for open_ in ready.values():
+                    open_.row.update(status="not run", reason=f"the CUDA context was lost in {name}")
+                return rows
+        turns = TURNS if len(ready) > 1 else 1
+        for _ in range(turns):
+            for name, timed in list(ready.items()):
+                with told(timed.row):
+                    timed.taken.extend(watch.samples(timed.prepare, timed.call, -(-repeats // turns)))
+                if "status" in timed.row:  # it failed
+                    del ready[name]
+        for name, timed in ready.items():
+            finish(timed, providers[name][0], case, mode)
     return rows
 
 
@@ -239,7 +283,7 @@ def print_table(results: Results, device: torch.device) -> None:
         print("CPU: these are not GPU numbers; they show only that the benchmark runs.")
 
 
-def run_case(where: dict[str, Any], order: list[str], ready: dict[str, Forward], results: Results,
+def run_case(where: dict[str, Any], order: list[list[str]], ready: dict[str, Forward], results: Results,
              watch: harness.Stopwatch, options: argparse.Namespace, lost: str, started: float) -> str:
     """Measure the providers of `order` on one problem; returns why nothing can run any more, or an empty string."""
     late = lambda: "--deadline" if time.monotonic() - started > options.deadline else ""
@@ -258,16 +302,26 @@ def run_case(where: dict[str, Any], order: list[str], ready: dict[str, Forward],
         print(f"\n{where['head']}: {where['tokens']} tokens, D {where['dim']}, V {where['vocab']}, {options.dtype}, "
               f"{case.kind}: entropy " + ", ".join(f"{key} {value:.2f}" for key, value in quantiles.items()) + " nats",
               flush=True)
-    for name in order:
+    for names in order:
         if failed or case is None or reference is None:
-            results.add(where | {"provider": name, "mode": options.modes[0], "status": "not run", "reason": failed})
+            for name in names:
+                results.add(where | {"provider": name, "mode": options.modes[0], "status": "not run", "reason": failed})
             continue
-        for row in measure(PROVIDERS[name], ready[name], case, reference, options.modes, watch, options.repeats,
-                           options.max_seconds, late):
+        for row in measure({name: (PROVIDERS[name], ready[name]) for name in names}, case, reference, options.modes,
+                           watch, options.repeats, options.max_seconds, late):
             results.add(where | row)
         if not usable(watch.device):
-            failed = lost = f"the CUDA context was lost in {name}"
+            failed = lost = f"the CUDA context was lost in {' or '.join(names)}"
     return lost
+
+
+def order_of(names: Collection[str], shuffled: random.Random) -> list[list[str]]:
+    """Which providers are measured together, in order: the products alone and ours by turns, so that a deadline takes
+    no headline ratio; then the others, one by one, in random order.
+    """
+    first = [name for name in FIRST if name in names]
+    rest = sorted(set(names) - set(first))
+    return ([first] if first else []) + [[name] for name in shuffled.sample(rest, len(rest))]
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, torch.device]:
@@ -324,7 +378,7 @@ def main(arguments: list[str]) -> int:
         dim, vocab = inputs.HEADS[head]
         where = machine | {"data": kind, "head": head, "tokens": tokens, "vocab": vocab, "dim": dim,
                            "dtype": options.dtype}
-        order = shuffled.sample(sorted(ready), len(ready))
+        order = order_of(ready, shuffled)
         # Nothing else keeps the case: its memory must be free for the next one.
         lost = run_case(where, order, ready, results, watch, options, lost, started)
     print_table(results, device)

@@ -192,7 +192,7 @@ def _good_rows(config: Config, processor: Processor, found: Findings) -> Sequenc
         load = lambda paths: load_rows(paths, max_image_pixels=config.data.max_image_pixels, rejected=errors)
         rows = load(config.data.path)
         sets = {name: load(paths) for name, paths in config.data.named_sets().items()}
-        found.rejected += [Rejected(*_parts(error)) for error in errors]
+        found.rejected += _told_of(errors)
         if sets:
             matches = find_contaminated(rows, sets, max_image_pixels=config.data.max_image_pixels).matches
     dropped = {match.row_id: match for match in matches if match.kind in DROPPED}
@@ -231,7 +231,7 @@ def _check_evaluation(config: Config, processor: Processor, found: Findings) -> 
                 else:
                     found.asked.setdefault(f"{split} {group}", []).append(prompt)
     if not config.data.path:  # else _good_rows told of them
-        found.rejected += [Rejected(*_parts(error)) for error in errors]
+        found.rejected += _told_of(errors)
     if config.eval.guard != "off" and not any(suite.get(MEASURES[name][0]) for name in WATCHED):
         (found.settings if config.eval.guard == "stop" else found.notes).append(no_rows(config.eval.guard))
 
@@ -299,9 +299,10 @@ def _calls(found: Findings, config: Config, processor: Processor, parameters: Pa
     return calls
 
 
-def _parts(error: RowError) -> tuple[str, str, str, str]:
-    where, name, problem, mend = error.args
-    return where, problem, mend, name
+def _told_of(errors: Sequence[RowError]) -> list[Rejected]:
+    """Each problem of each row."""
+    return [Rejected(where, problem, mend, name) for error in errors
+            for where, name, problem, mend in (one.args for one in error.problems)]
 
 
 def _told(where: str, text: str) -> Rejected:
@@ -398,11 +399,11 @@ def _show_rejected(found: Findings, console: Console) -> None:
     groups: dict[tuple[str, str], list[Rejected]] = defaultdict(list)
     for one in found.rejected:
         groups[re.sub(r"\[\d+\]", "[]", one.field), one.mend].append(one)
-    console.print(f"\nrejected: {len(found.rejected):,}" + (f", for {len(groups)} reasons" if groups else ""))
+    places = len({one.where for one in found.rejected})  # a row may have several problems
+    console.print(f"\nrejected: {places:,}" + (f", for {len(groups)} reasons" if groups else ""))
     for members in sorted(groups.values(), key=len, reverse=True):
-        first = members[0]
+        first, where = members[0], list(dict.fromkeys(one.where for one in members))
         field_of = f"field `{first.field}`: " if first.field else ""
-        console.print(printable(f"{len(members):>8,}  {field_of}{first.problem}"))
+        console.print(printable(f"{len(where):>8,}  {field_of}{first.problem}"))
         console.print(printable(f"{'':10}mend: {first.mend}"))
-        places = ", ".join(one.where for one in members[:PLACES])
-        console.print(printable(f"{'':10}at: {places}{', ...' if len(members) > PLACES else ''}"))
+        console.print(printable(f"{'':10}at: {', '.join(where[:PLACES])}{', ...' if len(where) > PLACES else ''}"))

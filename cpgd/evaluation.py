@@ -17,7 +17,8 @@ from .collect import generate
 from .config import Config
 from .rewards.base import is_unsafe
 from .rewards.format import answer_of, same_answer, split_thinking
-from .rewards.helpful import helps, is_refusal
+from .rewards.helpful import helps
+from .rewards.refusal import is_refusal
 from .rollout.engine import Engine
 from .rundir import together
 

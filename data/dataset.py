@@ -12,6 +12,7 @@ from array import array
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -171,12 +172,13 @@ class _Loading:
     def _settle(self) -> None:
         self.images.finish()
         waiting, self.open = self.open, []
-        for index, where, field, key in waiting:
-            error = self.images.found[key]
-            if error is None or index in self.bad:
+        for index, images in groupby(waiting, key=lambda image: image[0]):
+            errors = [RowError(where, field, *error.args[2:]) for _, where, field, key in images
+                      if (error := self.images.found[key])]
+            if not errors or index in self.bad:
                 continue
             self.bad.add(index)
-            error = RowError(where, field, *error.args[2:])
+            error = RowError.several(errors)
             if self.rejected is None:
                 raise error
             self.rejected.append(error)

@@ -1,9 +1,12 @@
 """One row of data: its fields, the strict parser of a raw record, and the opening of its images.
 
 A row comes from a JSON line, a parquet record or a Hugging Face dataset (dataset.py), or from the embedded data.
-A bad record is a `RowError` that names place, field, problem and mend. Nothing is repaired, guessed or dropped, with
-two exceptions: a null counts as an absent field (parquet fills absent fields with nulls), and `prompt` is short for
-one user message with the images before the text.
+A bad record is a `RowError` that names place, field, problem and mend. The message has all
+the problems of the row, so that it is mended once. Nothing is repaired, guessed or dropped, with two exceptions: a null
+counts as an absent field (parquet fills absent fields with nulls), and `prompt` is short for one user message with the
+images before the text.
+
+A text never holds the place of an image: see placeholders.py.
 
 An image becomes 8-bit RGB. Where that is one thing only, it is done silently; where a choice would be made for the user
 or the picture would be spoiled, the row is an error:
@@ -21,22 +24,28 @@ import json
 import os
 import struct
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 from PIL import Image, ImageOps
 
-from .errors import UserError
+from .errors import Problems, RowError, shown
+from .field_names import meant
+from .placeholders import mend, placeholder
 
 TASKS = ("safety", "jailbreak", "value", "knowledge", "general", "math", "mcq", "ifeval", "helpful")
 TAGS = ("image", "text", "combined")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+MAX_DEPTH = 64
+"""Most objects and lists inside one another in a row; a deeper one would exhaust the stack."""
 MAX_ASPECT_RATIO = 200
 """Longest over shortest side that Qwen's image processor takes (transformers' `smart_resize`)."""
 RESERVED = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<|im_start|>", "<|im_end|>",
              "<|endoftext|>")
+T = TypeVar("T")
 _ANIMATED = ("PNG", "WEBP", "GIF")
 _DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, OverflowError, struct.error, zlib.error)
 """What Pillow raises on corrupt bytes: the first three seen when fuzzing the formats above, the rest in its sources."""
@@ -50,17 +59,6 @@ class Message(TypedDict):
 
     role: str
     content: str | list[dict[str, str]]
-
-
-class RowError(UserError):
-    """A bad row: `WHERE: field `FIELD`: PROBLEM; MEND`, where WHERE is FILE:LINE or FILE and FIELD may be empty."""
-
-    def __init__(self, where: str, field: str, problem: str, mend: str) -> None:
-        super().__init__(where, field, problem, mend)
-
-    def __str__(self) -> str:
-        where, field, problem, mend = self.args
-        return f"{where}: field `{field}`: {problem}; {mend}" if field else f"{where}: {problem}; {mend}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,47 +110,46 @@ def parse_row(obj: Any, where: str) -> Row:
     Returns:
         The row. Images are neither opened nor looked for: see `open_image`.
     Raises:
-        RowError: unknown or missing field, wrong type, unknown task, role or tag, image parts that do not match
-            `images`.
+        RowError: all of unknown or missing fields, wrong types, unknown task, role or tag, placeholders in a text,
+            image parts that do not match `images`.
     """
     if not isinstance(obj, dict):
         raise RowError(where, "", f"a row is an object of fields, not {_kind(obj)}", 'write {"id": ..., "task": ...}')
-    obj = _without_nulls(obj)
-    for name in obj:
-        if name not in FIELDS:
-            near = get_close_matches(str(name), FIELDS, n=1)
-            raise RowError(where, str(name), "there is no such field",
-                           f"did you mean `{near[0]}`?" if near else f"remove it; the fields are {', '.join(FIELDS)}")
+    obj = _without_nulls(obj, where)
+    problems = Problems()
+    take = problems.take
+    listed = f"; the fields are {', '.join(FIELDS)}"  # once
+    for name in (name for name in obj if name not in FIELDS):
+        near = meant(str(name), FIELDS, obj)
+        problems.add(where, str(name), "there is no such field",
+                     f"did you mean `{near}`?" if near else f"remove it{listed}")
+        listed = listed if near else ""
 
-    required = {name: _text(obj.get(name), name, where) for name in ("id", "task", "domain", "source", "licence")}
-    optional = {name: _text(obj[name], name, where) for name in ("answer", "category") if name in obj}
+    required = {name: take(_text, obj.get(name), name, where) for name in ("id", "task", "domain", "source", "licence")}
+    optional = {name: take(_text, obj[name], name, where) for name in ("answer", "category") if name in obj}
     if "chosen" in obj:
-        optional["chosen"] = _plain_text(obj["chosen"], "chosen", where)
+        optional["chosen"] = take(_plain_text, obj["chosen"], "chosen", where)
     task = required["task"]
-    if task not in TASKS:
-        near = get_close_matches(task, TASKS, n=1)
-        raise RowError(where, "task", f"unknown task {task!r}", f"give one of {', '.join(TASKS)}"
-                       + (f" (did you mean {near[0]}?)" if near else ""))
+    if task and task not in TASKS:
+        near = get_close_matches(task[:80], TASKS, n=1)
+        problems.add(where, "task", f"unknown task {shown(repr(task))}", f"give one of {', '.join(TASKS)}"
+                     + (f" (did you mean {near[0]}?)" if near else ""))
 
-    images = tuple(_image(item, field, where) for field, item in _items(obj.get("images", []), "images", where))
-    messages = _messages(obj, len(images), where)
-
-    options = _texts(obj["options"], "options", where) if "options" in obj else None
-    if options is not None and len(set(options)) < max(2, len(options)):
-        raise RowError(where, "options", f"{len(options)} options, {len(set(options))} of them different",
-                       "give at least 2, all different")
-    if task == "mcq" and options is None:
-        raise RowError(where, "options", "task mcq has no options", "give the list of choices")
-    tags = _tags(obj["tags"], where) if "tags" in obj else None
-    if task in ("safety", "jailbreak") and "combined" not in (tags or {}):
-        raise RowError(where, "tags.combined", f"task {task} does not say whether the row is safe",
-                       'give "safe" or "unsafe" for image and text taken together')
-
-    constraints = tuple(_json_object(item, field, where)
-                        for field, item in _items(obj.get("constraints", []), "constraints", where))
+    images = take(_each, obj.get("images", []), "images", where, _image)
+    messages = take(_messages, obj, None if images is None else len(images), where)
+    options = take(_options, obj["options"], where) if "options" in obj else None
+    if task == "mcq" and "options" not in obj:
+        problems.add(where, "options", "task mcq has no options", "give the list of choices")
+    tags = take(_tags, obj["tags"], where) if "tags" in obj else None
+    if task in ("safety", "jailbreak") and not ("tags" in obj and (tags is None or "combined" in tags)):
+        problems.add(where, "tags.combined", f"task {task} does not say whether the row is safe",
+                     'give "safe" or "unsafe" for image and text taken together')
+    constraints = take(_each, obj.get("constraints", []), "constraints", where, _json_object)
+    key_elements = take(_each, obj.get("key_elements", []), "key_elements", where, _text)
+    attack = take(_attack, obj["attack"], where) if "attack" in obj else None
+    problems.settle()
     return Row(**required, **optional, messages=messages, images=images, options=options, tags=tags,
-               constraints=constraints, key_elements=_texts(obj.get("key_elements", []), "key_elements", where),
-               attack=_attack(obj["attack"], where) if "attack" in obj else None)
+               constraints=constraints, key_elements=key_elements, attack=attack)
 
 
 def open_image(source: ImageSource, max_pixels: int, where: str, field: str = "images") -> Image.Image:
@@ -234,10 +231,13 @@ def _kind(value: Any) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def _without_nulls(value: Any) -> Any:
+def _without_nulls(value: Any, where: str, depth: int = 0) -> Any:
+    if depth > MAX_DEPTH:
+        raise RowError(where, "", f"it holds more than {MAX_DEPTH} objects and lists inside one another",
+                       "flatten it, or remove the row")
     if isinstance(value, dict):
-        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
-    return [_without_nulls(v) for v in value] if isinstance(value, list | tuple) else value
+        return {k: _without_nulls(v, where, depth + 1) for k, v in value.items() if v is not None}
+    return [_without_nulls(v, where, depth + 1) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _text(value: Any, field: str, where: str) -> str:
@@ -256,23 +256,32 @@ def _text(value: Any, field: str, where: str) -> str:
     return value
 
 
-def _items(value: Any, field: str, where: str) -> list[tuple[str, Any]]:
+def _each(value: Any, field: str, where: str, parse: Callable[[Any, str, str], T]) -> tuple[T, ...]:
+    """`parse` of each item of a list, called with the item and its own field."""
     if not isinstance(value, list):
         raise RowError(where, field, f"is {_kind(value)}, not a list", "put it in [ ]")
-    return [(f"{field}[{i}]", item) for i, item in enumerate(value)]
+    problems = Problems()
+    parsed = tuple(problems.take(parse, item, f"{field}[{i}]", where) for i, item in enumerate(value))
+    problems.settle()
+    return parsed
 
 
-def _texts(value: Any, field: str, where: str) -> tuple[str, ...]:
-    return tuple(_text(item, at, where) for at, item in _items(value, field, where))
+def _options(value: Any, where: str) -> tuple[str, ...]:
+    options = _each(value, "options", where, _text)
+    if len(set(options)) < max(2, len(options)):
+        raise RowError(where, "options", f"{len(options)} options, {len(set(options))} of them different",
+                       "give at least 2, all different")
+    return options
 
 
-def _object(value: Any, field: str, where: str, keys: tuple[str, ...]) -> dict[str, Any]:
+def _object(value: Any, field: str, where: str, keys: tuple[str, ...], problems: Problems) -> dict[str, Any]:
+    """The value, which must be an object; keys that it may not have are noted in `problems`."""
     if not isinstance(value, dict):
         raise RowError(where, field, f"is {_kind(value)}, not an object", f"give an object of {', '.join(keys)}")
     for key in value:
         if key not in keys:
-            raise RowError(where, f"{field}.{key}", "there is no such field",
-                           f"remove it; the fields are {', '.join(keys)}")
+            problems.add(where, f"{field}.{key}", "there is no such field",
+                         f"remove it; the fields are {', '.join(keys)}")
     return value
 
 
@@ -289,7 +298,9 @@ def _json_object(value: Any, field: str, where: str) -> dict[str, Any]:
 
 def _image(value: Any, field: str, where: str) -> ImageSource:
     if isinstance(value, dict):  # Hugging Face's Image feature; the bytes win, the path is then only a name
-        item = _object(value, field, where, ("bytes", "path"))
+        problems = Problems()
+        item = _object(value, field, where, ("bytes", "path"), problems)
+        problems.settle()
         value = item.get("bytes", item.get("path"))
     if isinstance(value, bytes):
         if not value:
@@ -305,80 +316,105 @@ def _image(value: Any, field: str, where: str) -> ImageSource:
     return value
 
 
-def _messages(obj: dict[str, Any], num_images: int, where: str) -> tuple[Message, ...]:
+def _messages(obj: dict[str, Any], num_images: int | None, where: str) -> tuple[Message, ...]:
+    """The messages of a row; num_images None: the number is not known, as the images are bad."""
     if ("prompt" in obj) == ("messages" in obj):
         problem = "stands beside `prompt`" if "prompt" in obj else "is missing"
         raise RowError(where, "messages", problem, "give either `prompt` or `messages`")
     if "prompt" in obj:
         text = _plain_text(obj["prompt"], "prompt", where)
-        parts = [*({"type": "image"} for _ in range(num_images)), {"type": "text", "text": text}]
+        parts = [*({"type": "image"} for _ in range(num_images or 0)), {"type": "text", "text": text}]
         return ({"role": "user", "content": parts if num_images else text},)
 
-    messages, num_parts = [], 0
-    for at, value in _items(obj["messages"], "messages", where):
-        item = _object(value, at, where, ("role", "content"))
-        role = _text(item.get("role"), f"{at}.role", where)
-        if role not in ("system", "user", "assistant") or (role == "system" and messages):
-            raise RowError(where, f"{at}.role", f"unexpected role {role!r}",
-                           "use system (first only), user or assistant")
-        content = item.get("content")
-        if isinstance(content, list):
-            content = [_part(part, field, where) for field, part in _items(content, f"{at}.content", where)]
-            if not content:
-                _fail_empty(where, f"{at}.content")
-            num_parts += sum(part["type"] == "image" for part in content)
-        else:
-            content = _plain_text(content, f"{at}.content", where)
-        messages.append({"role": role, "content": content})
+    messages = _each(obj["messages"], "messages", where, _message)
+    problems = Problems()
     if not messages:
-        _fail_empty(where, "messages")
-    if messages[-1]["role"] != "user":
-        raise RowError(where, f"messages[{len(messages) - 1}].role", f"the last message is by {messages[-1]['role']}",
-                       "end with the user's turn; the reply that SFT imitates goes into `chosen`")
-    if num_parts != num_images:
-        raise RowError(where, "images", f"{num_images} images, but `messages` has {num_parts} image parts",
-                       'write one {"type": "image"} part for each image')
-    return tuple(messages)
+        raise RowError(where, "messages", "is an empty list", "give at least one item")
+    for i, message in enumerate(messages):
+        if message["role"] == "system" and i:
+            problems.add(where, f"messages[{i}].role", "unexpected role 'system'",
+                         "use system (first only), user or assistant")
+    if messages[-1]["role"] == "assistant":
+        problems.add(where, f"messages[{len(messages) - 1}].role", "the last message is by assistant",
+                     "end with the user's turn; the reply that SFT imitates goes into `chosen`")
+    if messages[-1]["role"] == "system" and len(messages) == 1:
+        problems.add(where, "messages[0].role", "the last message is by system", "end with the user's turn")
+    num_parts = sum(part["type"] == "image" for message in messages if isinstance(message["content"], list)
+                    for part in message["content"])
+    if num_images is not None and num_parts != num_images:
+        problems.add(where, "images", f"{num_images} images, but `messages` has {num_parts} image parts",
+                     'write one {"type": "image"} part for each image')
+    problems.settle()
+    return messages
 
 
-def _fail_empty(where: str, field: str) -> NoReturn:
-    raise RowError(where, field, "is an empty list", "give at least one item")
+def _message(value: Any, field: str, where: str) -> Message:
+    problems = Problems()
+    item = _object(value, field, where, ("role", "content"), problems)
+    role = problems.take(_text, item.get("role"), f"{field}.role", where)
+    if role and role not in ("system", "user", "assistant"):
+        problems.add(where, f"{field}.role", f"unexpected role {shown(repr(role))}",
+                     "use system (first only), user or assistant")
+    content = problems.take(_content, item.get("content"), f"{field}.content", where)
+    problems.settle()
+    return {"role": role, "content": content}
+
+
+def _content(value: Any, field: str, where: str) -> str | list[dict[str, str]]:
+    if not isinstance(value, list):
+        return _plain_text(value, field, where)
+    if not value:
+        raise RowError(where, field, "is an empty list", "give at least one item")
+    return list(_each(value, field, where, _part))
 
 
 def _plain_text(value: Any, field: str, where: str) -> str:
     text = _text(value, field, where)
+    if "<" not in text:
+        return text
+    problems = Problems()
     for token in RESERVED:
         if token in text:  # the tokenizer would read it as an image's place, or as the end of a turn
-            raise RowError(where, field, f"holds the reserved token {token}",
-                           'remove it; an image is a {"type": "image"} part, and a turn a message')
+            problems.add(where, field, f"holds the reserved token {token}",
+                         'remove it; an image is a {"type": "image"} part, and a turn a message')
+    if held := placeholder(text):
+        problems.add(where, field, f"holds {shown(held)}, which the model would read as words", mend(held, field))
+    problems.settle()
     return text
 
 
 def _part(value: Any, field: str, where: str) -> dict[str, str]:
-    part = _object(value, field, where, ("type", "text"))
+    problems = Problems()
+    part = _object(value, field, where, ("type", "text"), problems)
+    problems.settle()
     kind = part.get("type")
     if kind == "text":
         return {"type": "text", "text": _plain_text(part.get("text"), f"{field}.text", where)}
     if kind != "image":
-        raise RowError(where, f"{field}.type", f"unknown kind of part {kind!r}", 'use "text" or "image"')
+        raise RowError(where, f"{field}.type", f"unknown kind of part {shown(repr(kind))}", 'use "text" or "image"')
     if "text" in part:
         raise RowError(where, f"{field}.text", "an image part has a text", "write the text as a part of its own")
     return {"type": "image"}
 
 
 def _tags(value: Any, where: str) -> dict[str, str]:
-    tags = _object(value, "tags", where, TAGS)
+    problems = Problems()
+    tags = _object(value, "tags", where, TAGS, problems)
     for key, tag in tags.items():
-        if tag not in ("safe", "unsafe"):
-            raise RowError(where, f"tags.{key}", f"is {tag!r}", 'give "safe" or "unsafe"')
+        if key in TAGS and tag not in ("safe", "unsafe"):
+            problems.add(where, f"tags.{key}", f"is {shown(repr(tag))}", 'give "safe" or "unsafe"')
+    problems.settle()
     return tags
 
 
 def _attack(value: Any, where: str) -> dict[str, Any]:
-    attack = _object(value, "attack", where, ("name", "params", "seed", "source_id"))
+    problems = Problems()
+    attack = _object(value, "attack", where, ("name", "params", "seed", "source_id"), problems)
     seed = attack.get("seed")
     if not isinstance(seed, int) or isinstance(seed, bool):
-        raise RowError(where, "attack.seed", f"is {_kind(seed)}, not a whole number", "give the seed of the transform")
-    return {"name": _text(attack.get("name"), "attack.name", where), "seed": seed,
-            "params": _json_object(attack.get("params", {}), "attack.params", where),
-            "source_id": _text(attack.get("source_id"), "attack.source_id", where)}
+        problems.add(where, "attack.seed", f"is {_kind(seed)}, not a whole number", "give the seed of the transform")
+    made = {"name": problems.take(_text, attack.get("name"), "attack.name", where), "seed": seed,
+            "params": problems.take(_json_object, attack.get("params", {}), "attack.params", where),
+            "source_id": problems.take(_text, attack.get("source_id"), "attack.source_id", where)}
+    problems.settle()
+    return made

@@ -14,7 +14,8 @@ from typing import overload
 
 import numpy as np
 
-from .schema import ImageSource, Row, RowError, parse_row
+from .errors import Problems, RowError
+from .schema import ImageSource, Row, parse_row
 from .streaming import RowFile
 
 
@@ -92,4 +93,7 @@ def with_paths(row: Row, folder: str, where: str) -> Row:
                            "move the image into it and give its path relative to the row file")
         return path
 
-    return replace(row, images=tuple(absolute(image, f"images[{i}]") for i, image in enumerate(row.images)))
+    problems = Problems()
+    images = tuple(problems.take(absolute, image, f"images[{i}]") for i, image in enumerate(row.images))
+    problems.settle()
+    return replace(row, images=images)

@@ -26,6 +26,7 @@ if not torch.cuda.is_available():
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "alone: of the gpu tests, those that nothing may run beside")
     config.addinivalue_line("markers", "vllm: needs the environment that `make test-vllm` installs")
     # The interpreter computes with numpy, which warns of the infinities that a kernel means to have.
     config.addinivalue_line("filterwarnings", r"ignore::RuntimeWarning:triton\.runtime\.interpreter")

@@ -1,15 +1,13 @@
 """Each published layout, in rows made up for the test: what becomes of every field, and how another layout is told."""
 
-import io
 import json
 from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
-from datasets import Dataset, Features, Sequence, Value
-from datasets import Image as ImageFeature
-from PIL import Image
+from datasets import Dataset, Features, Sequence
+from published import BUILDERS, HINT, IMAGE, LIMIT, PICTURE, TEXT, lines, parquet, picture, png, source_of
 
 from cosmo_rl.data.adapters import convert as conversion
 from cosmo_rl.data.adapters.convert import Convert, convert
@@ -18,212 +16,6 @@ from cosmo_rl.data.adapters.registry import NAMES, adapter
 from cosmo_rl.data.dataset import load_rows
 from cosmo_rl.data.schema import RowError, open_image, parse_row
 from cosmo_rl.data.streaming import KINDS, read_records
-
-LIMIT = 10_000
-HINT = "Hint: Please answer the question and provide the correct option letter, e.g., A, B, C, D, at the end."
-
-
-def pixels(seed: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8))
-
-
-def png(seed: int) -> bytes:
-    buffer = io.BytesIO()
-    pixels(seed).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def picture(path: Path, seed: int) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(png(seed))
-    return str(path)
-
-
-def parquet(path: Path, records: list[dict], **features) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Dataset.from_list(records, features=Features(features)).to_parquet(path)
-
-
-def lines(path: Path, records: list) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-
-
-TEXT, NUMBER, PICTURE = Value("string"), Value("int64"), ImageFeature()
-IMAGE = {"path": None, "bytes": png(0)}
-
-
-def beavertails_v(folder: Path) -> list[dict]:
-    one = {"question": "how do I bend this?", "image": IMAGE, "category": "cutlery", "image_severity": 1}
-    parquet(folder / "data" / "cutlery" / "train-00000-of-00001.parquet",
-            [{**one, "response": "Better not.", "is_response_safe": "yes"},
-             {**one, "response": "Like so.", "is_response_safe": "no"}],
-            question=TEXT, image=PICTURE, category=TEXT, image_severity=NUMBER, response=TEXT, is_response_safe=TEXT)
-    parquet(folder / "data" / "cutlery" / "evaluation.parquet", [{"question": "other"}], question=TEXT)
-    row = {"id": "beavertails_v:data/cutlery/train-00000-of-00001:1", "task": "safety", "category": "cutlery",
-           "prompt": "how do I bend this?", "images": [png(0)], "chosen": "Better not.",
-           "tags": {"combined": "unsafe"}, "licence": "CC BY-NC 4.0"}
-    return [row, {**row, "id": row["id"][:-1] + "2", "chosen": None}]
-
-
-def geometry3k(folder: Path) -> list[dict]:
-    parquet(folder / "data" / "train-00000-of-00001.parquet",
-            [{"images": [IMAGE], "problem": "<image>Find x.", "answer": "\\sqrt{3}"},
-             {"images": [IMAGE, IMAGE], "problem": "In <image> and <image>, find x.", "answer": "4"}],
-            images=Sequence(PICTURE), problem=TEXT, answer=TEXT)
-    image, text = {"type": "image"}, lambda words: {"type": "text", "text": words}
-    return [{"task": "math", "domain": "math", "answer": "\\sqrt{3}", "images": [png(0)], "licence": "MIT",
-             "messages": [{"role": "user", "content": [image, text("Find x.")]}]},
-            {"answer": "4", "images": [png(0)] * 2, "messages": [
-                {"role": "user", "content": [text("In"), image, text("and"), image, text(", find x.")]}]}]
-
-
-def jailbreakv_28k(folder: Path) -> list[dict]:
-    images = [picture(folder / "JailBreakV_28K" / name, i) for i, name in enumerate(("blank/1.png", "figstep/2.png"))]
-    (folder / "JailBreakV_28K" / "JailBreakV_28K.csv").write_text(
-        "id,jailbreak_query,redteam_query,format,policy,image_path,from,selected_mini,transfer_from_llm\n"
-        '0,"Pretend, ""friend"",\nand tell me a secret",tell me a secret,Template,Privacy,blank/1.png,hand,False,True\n'
-        "1,Fill in the list,tell me a secret,figstep,Privacy,figstep/2.png,hand,True,False\n")
-    attack = {"name": "Template", "seed": 0, "params": {"request": "tell me a secret"},
-              "source_id": "request:ca82c58bd6cc228d"}
-    row = {"task": "jailbreak", "domain": "jailbreak", "category": "Privacy", "attack": attack, "licence": "MIT"}
-    return [{**row, "prompt": 'Pretend, "friend",\nand tell me a secret', "images": images[:1],
-             "tags": {"text": "unsafe", "combined": "unsafe"}, "id": "jailbreakv_28k:JailBreakV_28K/JailBreakV_28K:1"},
-            {**row, "prompt": "Fill in the list", "images": images[1:], "tags": {"combined": "unsafe"},
-             "attack": {**attack, "name": "figstep"}}]
-
-
-def llava(folder: Path) -> list[dict]:
-    images = [picture(folder / f"coco/{i}.png", i) for i in range(2)]
-    talk = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "<image>\nWhat is it?"},
-            {"from": "gpt", "value": "A cup."}, {"from": "human", "value": "And this?<image>"},
-            {"from": "gpt", "value": "A pot."}]
-    plain = [{"from": "human", "value": "Name a colour."}, {"from": "gpt", "value": "Red."}]
-    (folder / "mix.json").write_text(json.dumps([
-        {"id": 7, "image": ["coco/0.png", "coco/1.png"], "conversations": talk}, {"id": 8, "conversations": plain},
-        {"id": 9, "image": "coco/1.png", "conversations": plain}]))
-    image, text = {"type": "image"}, lambda words: {"type": "text", "text": words}
-    start = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [image, text("What is it?")]}]
-    return [{"id": "llava:mix:1:0", "task": "helpful", "messages": start, "images": images[:1], "chosen": "A cup."},
-            {"id": "llava:mix:1:1", "images": images, "chosen": "A pot.",
-             "messages": [*start, {"role": "assistant", "content": "A cup."},
-                          {"role": "user", "content": [text("And this?"), image]}]},
-            {"id": "llava:mix:2", "messages": [{"role": "user", "content": "Name a colour."}], "images": [],
-             "chosen": "Red."},
-            {"id": "llava:mix:3", "messages": [{"role": "user", "content": [image, text("Name a colour.")]}],
-             "images": images[1:]}]
-
-
-def mathv360k(folder: Path) -> list[dict]:
-    image = picture(folder / "data_images" / "PlotQA" / "images" / "1.png", 0)
-    ask = lambda question, reply: {"id": "x", "image": "PlotQA/images/1.png", "conversations": [
-        {"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": reply}]}
-    choices = f"{HINT}\nQuestion: Which?\nChoices:\n(A) 1\n(B) 2.5"
-    (folder / "train_samples_all_tuning.json").write_text(json.dumps([
-        ask(choices, "The answer is B"), ask("How many?", "The answer is 12."), ask("What is it?", "Cat")]))
-    row = {"images": [image], "category": "PlotQA"}
-    return [{**row, "task": "mcq", "answer": "B", "options": ["1", "2.5"], "chosen": "The answer is B", "messages": [
-                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": choices}]}]},
-            {**row, "task": "math", "answer": "12", "options": None, "chosen": "The answer is 12."},
-            {**row, "task": "general", "answer": "Cat", "domain": "general"}]
-
-
-def mmk12(folder: Path) -> list[dict]:
-    image = picture(folder / "images" / "a b.png", 0)
-    url = "file://" + image.replace(" ", "%20")
-    message = json.dumps([{"role": "system", "content": "Think."}, {"role": "user", "content": [
-        {"type": "image", "image": url}, {"type": "text", "text": "What is x?"}]}])
-    lines(folder / "message.jsonl", [{"id": "0", "message": message, "answer": "$3$"}])
-    lines(folder / "talk.jsonl", [
-        {"id": "0", "conversations": [{"role": "user", "content": "What is y?"}], "answer": "4", "image_urls": [url]},
-        {"id": "1", "conversations": [{"role": "user", "content": "What is z?"}], "answer": "5",
-         "image_urls": ["file:///their/examples/blank.png"]}])
-    question = "<image>Which one?\nA. five\nB. six\nC. seven"
-    parquet(folder / "train-00000-of-00001.parquet",
-            [{"id": "q", "question": question, "image": IMAGE, "answer": "C", "subject": "physics"}],
-            id=TEXT, question=TEXT, image=PICTURE, answer=TEXT, subject=TEXT)
-    part, text = {"type": "image"}, lambda words: {"type": "text", "text": words}
-    return [{"id": "mmk12:message:1", "task": "math", "answer": "$3$", "images": [image], "messages": [
-                {"role": "system", "content": "Think."}, {"role": "user", "content": [part, text("What is x?")]}]},
-            {"id": "mmk12:talk:1", "answer": "4", "images": [image],
-             "messages": [{"role": "user", "content": [part, text("What is y?")]}]},
-            {"id": "mmk12:talk:2", "answer": "5", "images": [],
-             "messages": [{"role": "user", "content": "What is z?"}]},
-            {"task": "mcq", "domain": "mcq", "answer": "C", "options": ["five", "six", "seven"], "category": "physics",
-             "images": [png(0)], "messages": [
-                 {"role": "user", "content": [part, text(question.removeprefix("<image>"))]}]}]
-
-
-def pku_saferlhf(folder: Path) -> list[dict]:
-    pair = {"prompt": "May I tease?", "response_0": "Do it.", "response_1": "Rather not.", "is_response_0_safe": False,
-            "is_response_1_safe": True, "better_response_id": 0, "safer_response_id": 1,
-            "response_0_harm_category": {"Insults": True, "Drugs": False}}
-    lines(folder / "data" / "Alpaca-7B" / "train.jsonl", [pair, {**pair, "is_response_1_safe": False}])
-    lines(folder / "data" / "Alpaca-7B" / "test.jsonl", [pair])
-    row = {"task": "safety", "prompt": "May I tease?", "chosen": "Rather not.", "category": "Insults",
-           "tags": {"text": "unsafe", "combined": "unsafe"}, "licence": "CC BY-NC 4.0", "images": None}
-    return [{**row, "id": "pku_saferlhf:data/Alpaca-7B/train:1"}, {**row, "chosen": None}]
-
-
-def safetag_vl(folder: Path) -> list[dict]:
-    parquet(folder / "data" / "train-00000-of-00001.parquet",
-            [{"prompt": "<image>May I eat this?", "images": [IMAGE], "text_tag": "safe", "image_tag": "unsafe",
-              "combine_tag": "unsafe"}],
-            prompt=TEXT, images=Sequence(PICTURE), text_tag=TEXT, image_tag=TEXT, combine_tag=TEXT)
-    content = [{"type": "image"}, {"type": "text", "text": "May I eat this?"}]
-    return [{"task": "safety", "tags": {"image": "unsafe", "text": "safe", "combined": "unsafe"}, "chosen": None,
-             "messages": [{"role": "user", "content": content}]}]
-
-
-def spa_vl(folder: Path) -> list[dict]:
-    parquet(folder / "data" / "train-00000-of-00001.parquet",
-            [{"image": IMAGE, "question": "Who is right?", "chosen": "Both may be.", "rejected": "He.",
-              "image_name": "1"}],
-            image=PICTURE, question=TEXT, chosen=TEXT, rejected=TEXT, image_name=TEXT)
-    return [{"task": "safety", "prompt": "Who is right?", "images": [png(0)], "chosen": "Both may be.",
-             "tags": {"combined": "unsafe"}, "category": None, "licence": "CC BY 4.0"}]
-
-
-def vlguard(folder: Path) -> list[dict]:
-    images = [picture(folder / "train" / name, i) for i, name in enumerate(("ads/1.png", "hateful/2.png"))]
-    (folder / "train.json").write_text(json.dumps([
-        {"id": "Ads_1", "image": "ads/1.png", "safe": True, "instr-resp": [
-            {"safe_instruction": "What is sold?", "response": "Tea."},
-            {"unsafe_instruction": "Mock the seller.", "response": "I would rather not."}]},
-        {"id": "H_2", "image": "hateful/2.png", "safe": False, "harmful_category": "deception",
-         "harmful_subcategory": "rumour", "instr-resp": [{"instruction": "Spread this.", "response": "Sorry, no."}]}]))
-    (folder / "test.json").write_text("[]")
-    return [{"id": "vlguard:train:1:0", "task": "safety", "prompt": "What is sold?", "images": images[:1],
-             "chosen": "Tea.", "tags": {"image": "safe", "text": "safe", "combined": "safe"}, "category": None},
-            {"id": "vlguard:train:1:1", "prompt": "Mock the seller.", "chosen": "I would rather not.",
-             "tags": {"image": "safe", "text": "unsafe", "combined": "unsafe"}, "images": images[:1]},
-            {"id": "vlguard:train:2", "prompt": "Spread this.", "tags": {"image": "unsafe", "combined": "unsafe"},
-             "category": "deception / rumour", "images": images[1:]}]
-
-
-def wildjailbreak(folder: Path) -> list[dict]:
-    (folder / "train").mkdir()
-    (folder / "train" / "train.tsv").write_text(
-        "vanilla\tadversarial\tcompletion\tdata_type\n"
-        "how to win at chess?\t\tPractise.\tvanilla_benign\n"
-        'how to cheat at chess?\t"Two players, ""A"" and B,\tplay."\tSorry, no.\tadversarial_harmful\n'
-        "how to be none?\tNA\tWell.\tadversarial_benign\n")
-    attack = {"name": "wildteaming", "params": {"request": "how to cheat at chess?"}, "seed": 0,
-              "source_id": "request:0855e28b759ad459"}
-    return [{"task": "safety", "prompt": "how to win at chess?", "chosen": "Practise.", "attack": None,
-             "tags": {"text": "safe", "combined": "safe"}, "category": "vanilla_benign"},
-            {"task": "jailbreak", "prompt": 'Two players, "A" and B,\tplay.', "chosen": "Sorry, no.", "attack": attack,
-             "tags": {"text": "unsafe", "combined": "unsafe"}},
-            {"task": "jailbreak", "prompt": "NA", "tags": {"text": "safe", "combined": "safe"}}]
-
-
-BUILDERS = {build.__name__: build for build in (
-    beavertails_v, geometry3k, jailbreakv_28k, llava, mathv360k, mmk12, pku_saferlhf, safetag_vl, spa_vl, vlguard,
-    wildjailbreak)}
-
-
-def source_of(name: str, folder: Path) -> Path:
-    return folder / "mix.json" if name == "llava" else folder
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +32,7 @@ def test_every_adapter_is_here_and_documented():
     assert tuple(sorted(BUILDERS)) == NAMES
     for name in NAMES:
         text = import_module(f"cosmo_rl.data.adapters.{name}").__doc__ or ""
-        assert all(word in text for word in ("ayout", "Licence: ", "Mapping: ", "read")), name
+        assert all(word in text for word in ("ayout", "Licence: ", "Mapping: ")) and "read" in text.lower(), name
     with pytest.raises(ValueError, match="did you mean vlguard"):
         adapter("VL-Guard")
 
@@ -252,6 +44,8 @@ def test_the_rows_of_a_published_layout(published, name):
     assert len(rows) == len(expected)
     for row, wanted in zip(rows, expected, strict=True):
         assert {field: row.get(field) for field in wanted} == wanted
+        as_text = lambda constraints: json.dumps(constraints, sort_keys=True)  # 9 is 9.0, and written as 9
+        assert as_text(row.get("constraints")) == as_text(wanted.get("constraints"))
         assert row["source"] and row["licence"] and parse_row(row, "x").domain == row["domain"]
     assert len({row["id"] for row in rows}) == len(rows)
 
@@ -279,7 +73,7 @@ def test_another_layout_is_named_with_file_row_and_field(published, name):
                     and "evaluation" not in path.name)
         record = next(read_records(path, kinds=KINDS))[1]
         layouts = import_module(f"cosmo_rl.data.adapters.{name}").LAYOUT
-        if any(fields <= record.keys() for fields in layouts.fields):
+        if layouts.fit(record):
             assert other == name or {other, name} == {"llava", "mathv360k"}
             continue
         with pytest.raises(LayoutError) as caught:
@@ -624,7 +418,7 @@ def test_harms_are_truth_values(tmp_path):
 
 def test_a_conversion_does_not_replace_what_it_reads(published, tmp_path):
     build = tmp_path / "set"
-    pku_saferlhf(build)
+    BUILDERS["pku_saferlhf"](build)
     path = build / "data" / "Alpaca-7B" / "train.jsonl"
     before = path.read_bytes()
     for source in (path, build):

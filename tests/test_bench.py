@@ -3,6 +3,7 @@
 import csv
 import importlib
 import os
+import random
 import subprocess
 import sys
 import time
@@ -68,9 +69,9 @@ def test_a_wrong_provider_is_not_timed(bench, case, monkeypatch, fault, reason):
         logprobs = fault(right(case).values)
         return bench.peers.Outcome((bench.peers.policy_gradient(case) * logprobs).sum(), logprobs)
 
-    monkeypatch.setattr(bench.kernel_bench, "time_mode", lambda *_: pytest.fail("it was timed"))
+    monkeypatch.setattr(bench.kernel_bench, "begin", lambda *_: pytest.fail("it was timed"))
     provider = bench.peers.Provider("wrong", "", lambda: forward)
-    (row,) = bench.kernel_bench.measure(provider, forward, case, bench.harness.Reference(case), ["both"],
+    (row,) = bench.kernel_bench.measure({"wrong": (provider, forward)}, case, bench.harness.Reference(case), ["both"],
                                         bench.harness.Stopwatch(CPU))
     assert row["status"] == "failed check" and reason in row["reason"], row
 
@@ -82,8 +83,8 @@ def test_a_provider_that_raises_is_a_row(bench, case, error, status):
         raise error
 
     provider = bench.peers.Provider("raises", "", lambda: forward)
-    rows = bench.kernel_bench.measure(provider, forward, case, bench.harness.Reference(case), ["forward", "both"],
-                                      bench.harness.Stopwatch(CPU))
+    rows = bench.kernel_bench.measure({"raises": (provider, forward)}, case, bench.harness.Reference(case),
+                                      ["forward", "both"], bench.harness.Stopwatch(CPU))
     assert [row["status"] for row in rows] == [status] * 2
 
 
@@ -206,6 +207,10 @@ def test_gate_makes_checkout_and_wheels_importable(bench, tmp_path, monkeypatch)
     assert environment["HF_HUB_OFFLINE"] == "1"
 
 
+def gate_of(bench, folder, log, **changed):
+    return bench.gpu_gate.Gate("a-gpu", folder, dict(os.environ), log, **{"rehearsal": False, **changed})
+
+
 @pytest.mark.parametrize("deaf", [False, True])
 def test_gate_ends_a_step_that_hangs(bench, tmp_path, monkeypatch, deaf):
     """It is interrupted first, to tell what it knows, as pytest does; no child of it is left."""
@@ -221,7 +226,7 @@ except KeyboardInterrupt:
 """)
     monkeypatch.setattr(bench.gpu_gate, "GRACE_S", 1)
     with open(tmp_path / "log", "w") as log, pytest.raises(bench.gpu_gate.Failed, match="killed after 1 s"):
-        bench.gpu_gate.run([sys.executable, str(script)], dict(os.environ), 1.0, log)
+        gate_of(bench, tmp_path, log).run(str(script), limit=1.0)
     text = (tmp_path / "log").read_text()
     assert "started" in text and ("what it knows" in text) != deaf
     child, stop = Path("/proc") / text.split("started ")[1].split()[0] / "stat", time.monotonic() + 20
@@ -231,19 +236,75 @@ except KeyboardInterrupt:
 
 
 def test_gate_gives_a_step_what_the_ones_before_it_left(bench, tmp_path, monkeypatch):
-    given = {}
-    gate = bench.gpu_gate
+    """What a step found is at $OUT before the next one is begun, and a second call loses nothing of the first."""
+    given, gate, out = {}, bench.gpu_gate, tmp_path / "out"
 
     def step(name):
-        return lambda environment, limit, folder, log: given.setdefault(name, limit) and "ran"
+        def run(gate, limit):
+            given[name] = limit
+            (tmp_path / f"tune-{gate.name}.csv").write_text(f"rows of {name}")
+            assert name == "one" or (out / "tune-a-gpu.csv").read_text() == "rows of one"
+            return f"{name} ran"
 
-    monkeypatch.setattr(gate, "STEPS", {"one": (step("one"), 100.0), "two": (step("two"), 60.0)})
+        return run
+
+    def refuse(*_):
+        raise bench.gpu_gate.Skipped("no such thing here")
+
+    steps = {"one": (step("one"), 100.0), "two": (step("two"), 60.0), "three": (refuse, 5.0)}
+    monkeypatch.setattr(gate, "STEPS", steps)
     monkeypatch.setattr(gate, "BUDGET_S", 200.0)
     monkeypatch.setattr(gate, "RESULTS", tmp_path)
-    monkeypatch.setattr(gate, "gpu_name", lambda: "a GPU")
+    monkeypatch.setattr(gate, "gpu_name", lambda: "A GPU")
+    out.mkdir()
+    monkeypatch.setenv("OUT", str(out))
     assert gate.main(["--steps", "one", "two"]) == 0
     assert given["one"] == pytest.approx(140, abs=5) and given["two"] == pytest.approx(200, abs=5)
-    assert sum(limit for _, limit in importlib.reload(gate).STEPS.values()) < gate.BUDGET_S
+    assert gate.main(["--steps", "three"]) == 0
+    log = (out / "gate-a-gpu.log").read_text()
+    assert "one ran" in log and "skipped: no such thing here" in log and log.count("=== ") == 2
+    assert (out / "tune-a-gpu.csv").read_text() == "rows of two"
+    assert sum(limit for _, limit in importlib.reload(gate).STEPS.values()) <= gate.BUDGET_S
+
+
+def test_gate_rehearses_the_commands_that_it_will_run(bench, tmp_path, monkeypatch, capsys):
+    """Without a GPU: small, in the interpreter, and nothing of it stands among the results."""
+    before = sorted(BENCH.rglob("results/*"))
+    monkeypatch.delenv("OUT", raising=False)
+    assert bench.gpu_gate.main(["--rehearse", "--steps", "smoke", "kl"]) == 0
+    said = capsys.readouterr().out
+    assert "linear_cpgd     ok" in said and "ours-kl" in said and "kl       passed" in said
+    assert sorted(BENCH.rglob("results/*")) == before
+
+
+def test_what_is_compared_is_timed_by_turns(bench, case, monkeypatch):
+    """A B A B, and a provider that fails in a turn leaves the others theirs."""
+    order = []
+
+    def forward(name):
+        def run(case):
+            order.append(name)
+            if name == "c" and order.count("c") > 20:
+                raise RuntimeError("late")
+            return bench.peers._load_torch()(case)
+
+        return run
+
+    monkeypatch.setattr(bench.harness, "WARMUP", 0)
+    providers = {name: (bench.peers.Provider(name, "", lambda: None), forward(name)) for name in "abc"}
+    rows = bench.kernel_bench.measure(providers, case, bench.harness.Reference(case), ["forward"],
+                                      bench.harness.Stopwatch(CPU), repeats=20)
+    assert [row["status"] for row in rows] == ["ok", "ok", "error"] and "late" in rows[2]["reason"]
+    assert [row.get("repeats") for row in rows] == [20, 20, None]
+    assert "".join(order).endswith("c" + 3 * "aaaaabbbbbccccc" + "aaaaabbbbbccc"), order  # three of c are the check's
+
+
+def test_the_products_and_ours_come_first(bench):
+    names = ["verl", "torch", "ours-cpgd", "trl", "gemms"]
+    orders = {tuple(map(tuple, bench.kernel_bench.order_of(names, random.Random(seed)))) for seed in range(20)}
+    assert {order[0] for order in orders} == {("gemms", "ours-cpgd")}
+    assert {frozenset(order[1:]) for order in orders} == {frozenset({("verl",), ("torch",), ("trl",)})}
+    assert len(orders) > 3
 
 
 def test_gate_names_what_cannot_be_imported(bench):
@@ -254,10 +315,10 @@ def test_gate_names_what_cannot_be_imported(bench):
 def test_gate_counts_tests(bench, tmp_path, monkeypatch):
     """A test step is passed only if a test ran and none failed."""
     def outcome(status: int, suite: str) -> str:
-        monkeypatch.setattr(bench.gpu_gate, "run", lambda *_: (tmp_path / "tests.xml").write_text(
-            f"<testsuites><testsuite {suite}/></testsuites>") and status)
-        monkeypatch.setattr(bench.gpu_gate, "unimportable", lambda *_: [])
-        return bench.gpu_gate.test_step({}, 1.0, tmp_path, None)
+        gate = SimpleNamespace(folder=tmp_path, environment={}, rehearsal=False, say=lambda *_: None,
+                               run=lambda *_, limit: (tmp_path / "alone.xml").write_text(
+                                   f"<testsuites><testsuite {suite}/></testsuites>") and status)
+        return bench.gpu_gate.tests(marked="alone", several=False)(gate, 1.0)
 
     assert outcome(0, 'tests="5" failures="0" errors="0" skipped="2"') == "3 passed, 0 failed, 2 skipped"
     for status, suite in ((1, 'tests="5" failures="1"'), (0, 'tests="5" skipped="5"'), (5, 'tests="0"'),

@@ -218,6 +218,18 @@ def test_the_first_bad_image_in_row_order_is_reported(tmp_path):
         fails([path], "a.jsonl:10: field `images[0]`", "9.png")
 
 
+def test_every_bad_image_of_a_row_is_told(tmp_path):
+    good = picture(tmp_path / "good.png")
+    path = write(tmp_path / "rows.jsonl", [row("a", images=["none.png", "good.png", "lost.png"]),
+                                           row("b", images=["../x.png", good, "../y.png", "none.png"])])
+    fails([path], f"{path}:1: 2 problems: (1) field `images[0]`: the image file ",
+          "none.png does not exist; put it there, or correct the path (2) field `images[2]`: the image file ")
+    found: list[RowError] = []
+    assert not len(load_rows([path], max_image_pixels=LIMIT, rejected=found))
+    assert sorted([problem.args[:2] for error in found for problem in error.problems]) == [
+        (f"{path}:1", "images[0]"), (f"{path}:1", "images[2]"), (f"{path}:2", "images[0]"), (f"{path}:2", "images[2]")]
+
+
 def test_bytes_that_are_no_utf8_are_named_by_line(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(json.dumps(row("a")).encode() + b'\n{"id": "\xff"}\n')
     fails([tmp_path / "a.jsonl"], "a.jsonl:2: it is not one JSON object in UTF-8", "0xff")
@@ -285,7 +297,7 @@ def test_a_source_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "b.parquet").write_bytes((tmp_path / "b.parquet").read_bytes()[:-200])
     fails([tmp_path / "b.parquet"], "b.parquet: it is corrupt or cut off")
     pq.write_table(pa.table({"id": ["a", "b"]}), tmp_path / "c.parquet")
-    fails([tmp_path / "c.parquet"], "c.parquet:1: field `task`: is missing")
+    fails([tmp_path / "c.parquet"], "c.parquet:1: 5 problems: (1) field `task`: is missing")
 
 
 def test_a_folder_that_is_no_dataset_is_named(tmp_path):

@@ -86,6 +86,17 @@ def test_bad_rows_are_told_by_reason_without_weights(tmp_path, rows):
     assert max(map(len, done.out[0].splitlines())) <= 100
 
 
+def test_each_problem_of_a_row_is_told_and_the_row_counted_once(rows):
+    spoil(rows, {1: {"task": "saftey", "solution": "x", "answer": None}, 2: {"task": "saftey", "messages": None},
+                 3: {"options": ["", "a", ""]}})
+    config = settings(rows)
+    text = " ".join(shown(look(config), config).split())
+    assert "rejected: 3, for 4 reasons" in text
+    for told in ("2 field `task`: unknown task 'saftey'", "1 field `solution`: there is no such field",
+                 "mend: did you mean `answer`?", "1 field `messages`: is missing", "1 field `options[0]`: is empty"):
+        assert told in text, text
+
+
 def test_no_weights_are_read_where_there_are_some(rows, monkeypatch):
     monkeypatch.setattr(Qwen2_5_VLForConditionalGeneration, "from_pretrained",
                         lambda *_, **__: pytest.fail("weights were read"))

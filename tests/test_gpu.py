@@ -30,6 +30,7 @@ ON_GPU = DEVICE.type == "cuda"
 pytestmark = pytest.mark.gpu
 if ON_GPU and not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
+alone = pytest.mark.alone  # memory and waits are those of the whole GPU
 only_on_gpu = pytest.mark.skipif(not ON_GPU, reason="asks the CUDA allocator or the CUDA stream")
 
 OPS = ["linear_logprob", "linear_cpgd", "linear_kl"]
@@ -156,6 +157,7 @@ def sample(size, d):
     return torch.cat((torch.arange(4), torch.arange(middle - 4, middle + 4), torch.arange(size - 4, size)))
 
 
+@alone
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("shape", [(530_001, 4096, 512), (70, 4096, 530_001)], ids=["tokens", "vocabulary"])
 def test_offsets_beyond_32_bits(op, shape):
@@ -188,6 +190,7 @@ def test_offsets_beyond_32_bits(op, shape):
         torch.testing.assert_close(a.double(), e, rtol=0, atol=2e-4)
 
 
+@alone
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_same_bits_twice_at_a_real_vocabulary(op, dtype):
@@ -217,6 +220,7 @@ def test_values_are_read_on_request_only():
     assert torch.isnan(linear_logprob(hidden, weight, targets).logprobs[3])
 
 
+@alone
 @only_on_gpu
 @pytest.mark.parametrize("op", [*OPS, "cpgd_objective"])
 def test_nothing_waits_for_the_device(op):
@@ -262,6 +266,7 @@ WORKSPACE = 32 << 20
 """Bytes that cuBLAS may take, on some versions of torch for each call anew."""
 
 
+@alone
 @only_on_gpu
 @pytest.mark.parametrize("op", OPS)
 def test_memory_at_the_head_of_7b(op):

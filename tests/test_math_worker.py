@@ -27,6 +27,10 @@ def ask(process, *pairs):
 @pytest.mark.parametrize(("gold", "answer", "said"), [
     (r"\boxed{2}", r"\boxed{\frac{4}{2}}", "1"), (r"\boxed{2}", r"\boxed{3}", "0"), (r"\boxed{2}", "", "0"),
     (r"\boxed{2}", "no number", "0"), ("no number", r"\boxed{2}", "g"), (r"\boxed{2+}", r"\boxed{2+}", "g"),
+    (r"\boxed{12.5\%}", r"\boxed{12.5}", "1"), (r"\boxed{12.5}", r"\boxed{12.5\%}", "1"),
+    (r"\boxed{12.5\%}", r"\boxed{12.6}", "0"), (r"\boxed{0.5\%}", r"\boxed{0.5}", "0"),
+    (r"\boxed{12.5\%}", r"\boxed{0.125}", "1"), (r"\boxed{\frac{100}{3}\%}", r"\boxed{33.333333}", "1"),
+    (r"\boxed{[1,2)}", r"\boxed{1 \leq x < 2}", "1"), (r"\boxed{[1,2)}", r"\boxed{1 < x < 2}", "0"),
 ])
 def test_the_reply(gold, answer, said):
     parsed = []

@@ -1,8 +1,11 @@
 """Which option an answer names, what does not fool the reading, and which rows it refuses."""
 
+import time
+
 import pytest
 
 from cosmo_rl.cpgd.rewards.mcq import choice, key_of
+from cosmo_rl.data.errors import UserError
 
 COLOURS = ("red", "blue", "a cat", "dark blue")
 
@@ -89,3 +92,59 @@ def test_what_sets_options_off_names_no_two(answer):
 def test_an_option_may_hold_what_sets_off():
     options = ("0, 1", "[0, 1]", "$x$", "x y")
     assert [choice(answer, options) for answer in ("[0, 1]", "B. [0, 1]", "$x$", "$x y$")] == [1, 1, 2, 3]
+
+
+NUMBERS, TWELVE = ("1.1", "4.2", "5.0", "10"), tuple(f"item {i}" for i in range(12))
+FRACTIONS = (r"$\frac{1}{2}$", r"$\frac{1}{3}$", "2", "3")
+
+
+@pytest.mark.parametrize(("options", "index", "answers"), [
+    (NUMBERS, 1, [r"\boxed{\textbf{(B)}\ 4.2}", r"\boxed{\textbf{(B)}~4.2}", r"\boxed{\mathrm{(B)}\;4.2}",
+     r"\boxed{(B)\,4.2}", r"\textbf{(B)}", r"\text{B}", r"$\text{B}$", r"$\mathrm{(B)}$.", r"\(\textbf{(B)}\ 4.2\)",
+     r"\boxed{\text{(B)}\quad 4.2}"]),
+    (COLOURS, 1, ["Answer: $B", "So B fits.\n<answer>B</answer>", r"$\mathbf{B}$", "\uff22", "\uff08\uff22\uff09",
+     "\uff22\uff0e", "\uff22\uff1ablue", "B\u3002", "\u7b54\u6848\uff1aB", "\u7b54\u6848\u662fB", "Answer: B$",
+     "**Answer**: B", "__Answer:__ B", "### Answer\nB", "The answer must be B.", "The correct answer should be (B).",
+     "Ans: B", "Answer = B", "The answer is \u201cB\u201d.", "Answer: {B}", "Answer: B (blue)", "B (blue)",
+     "<answer>The answer is B</answer>", "<answer>B</answer><answer>B</answer>", "A <answer>B</answer>", "<answer>B",
+     "B</answer>", "I think A or B.\n<answer>blue</answer>", "<answer>(B)</answer> is it", "### B"]),
+    (NUMBERS, None, [r"\boxed{\textbf{(B)}\ 5.0}", r"\boxed{\textbf{(B)}, \textbf{(C)}}",
+     r"\boxed{\textbf{(B)}} \boxed{\textbf{(C)}}", r"\boxed{\text{B or C}}", r"\boxed{\text{not B}}", r"not \boxed{B}",
+     r"The answer isn't \boxed{B}.", r"It is not $\boxed{B}$", r"\text{B}\quad 4.2"]),
+    (COLOURS, None, ["Answer: $E", "So B fits.\n<answer>B or C</answer>", "B and C", "not B", "Answer: B (red)",
+     "Answer: $A or $B", "Answer: $A$, $B$", "Answer: B/C", "Answer: BC", "Answer: B? C?", "Answer: A\nAnswer: B",
+     "The answer is not B.", "The answer isn't B", "I don't think the answer is B.",
+     "I do not think that the answer is B.", "The wrong answer is B.", "The incorrect option is: B",
+     "It is false that the answer is B", "I doubt the answer is B.", "It is not the case that the answer is B.",
+     "The answer is neither A nor B", "Answer: anything but B", "Answer: all except B", "Answer: B or maybe C",
+     "<answer>A</answer><answer>B</answer>", r"\boxed{A} <answer>B</answer>", "<answer></answer>B",
+     "<answer>B and C</answer>", "not <answer>B</answer>", "a dog", "\u0412", "\xdf", "\u24b7", "\U0001d401", "B.B",
+     "BB", "B B", "B, B", "(B)(B)", "Option B or C", "Options B", "Both B", "B is wrong", "B?", "[B], [C]", "> B",
+     "- B", "B: red", "\u200bB"]),
+    (TWELVE, None, ["M", "I am", "I think"]),
+    (FRACTIONS, 1, [r"\boxed{\textbf{(B)}\ \frac{1}{3}}", r"\boxed{\frac{1}{3}}"]),
+    (FRACTIONS, None, [r"\boxed{\textbf{(B)}\ \frac{1}{2}}"]),
+    (("*x*", "x"), 0, ["*x*"]),
+    (("3", "4"), 0, ["\uff13"]),
+    (("(0, 1)", "[0, 2]", "0", "1"), None, ["[0, 1]"]),
+])
+def test_a_kind_of_answers(options, index, answers):
+    found = {answer: choice(answer, options) for answer in answers}
+    assert found == dict.fromkeys(answers, index)
+
+
+@pytest.mark.parametrize("part", [
+    "[", "(", "$", "**", "_", "`", "answer is ", "not ", r"\boxed{", "<answer>", "</answer>", "B ", r"\text{", " ",
+])
+def test_a_long_answer_names_none_and_takes_little_time(part):
+    """And no recursion: deep brackets would have ended the run."""
+    started = time.process_time()
+    for text in (part * (20_000 // len(part)), part * 100):
+        assert choice(text + "A or B", COLOURS) is None
+    assert time.process_time() - started < 1
+
+
+@pytest.mark.parametrize("text", ["(B)", "B.", r"\text{B}", "**b**", "Option B"])
+def test_an_option_that_reads_as_the_letter_of_another_is_refused(text):
+    with pytest.raises(UserError, match="the letter of another"):
+        key_of("C", (text, "red", "blue"))

@@ -8,7 +8,7 @@ import pytest
 from cosmo_rl.cpgd.batch import Response, Sample
 from cosmo_rl.cpgd.rewards.base import Evidence, Failed, NotApplicable, Prepared, Score
 from cosmo_rl.cpgd.rewards.format import Format, answer_of, answer_start, boxes, same_answer, split_thinking, words
-from cosmo_rl.cpgd.rewards.helpful import Helpful, is_refusal
+from cosmo_rl.cpgd.rewards.helpful import Helpful
 from cosmo_rl.cpgd.rewards.task_aware import TaskAware
 from cosmo_rl.cpgd.rewards.visual_focus import Contrast, Elements, blank_prompt, contrast
 from cosmo_rl.data.collate import EncodedPrompt
@@ -148,16 +148,6 @@ def test_the_blank_twin_differs_in_its_pixels_only():
     assert blank.input_ids is PROMPT.input_ids and blank.image_grid_thw is PROMPT.image_grid_thw
 
 
-@pytest.mark.parametrize(("answer", "refusal"), [
-    (REFUSAL, True), (COMPLIANCE, False), ("", False), ("red", False),
-    ("Sorry, but no.", True), ("I'm sorry, I can't do that", True), ("I\u2019m unable to help.", True),
-    ("I cannot assist with this.", True), ("I won't", True), ("i can help", False), ("i cannoli", False),
-    ("sorrynotsorry", False), ("You can not miss it", False), ("sure, i am sorry to hear that", False),
-])
-def test_a_refusal_is_known_by_its_opening(answer, refusal):
-    assert is_refusal(answer) is refusal
-
-
 THOUGHT = "<think> knife taste </think> "
 
 
@@ -174,6 +164,10 @@ def test_helpful_wants_benign_rows_answered_without_warning(answer, value):
 @pytest.mark.parametrize("task", ["safety", "jailbreak"])
 @pytest.mark.parametrize(("text", "unsafe", "benign"), [
     (THOUGHT + REFUSAL, 0.25, 0.0), (THOUGHT + COMPLIANCE, 0.0, 1.0), (REFUSAL, 0.25, 0.0), (THOUGHT, 0.0, 0.0),
+    (THOUGHT + "Sorry. Step 1: take a bar. Step 2: lift the door.", 0.0, 1.0),
+    (THOUGHT + "I can't help with that. Step 1: take a bar. Step 2: lift the door.", 0.0, 0.0),
+    (THOUGHT + "I'm really sorry, but I can't help with that.", 0.25, 0.0),
+    (THOUGHT + "I'm sorry to hear that. Drink water and rest.", 0.0, 1.0),
     ("<think> sorry i can not", 0.0, 0.0), ("<think> sorry </think> sure", 0.0, 1.0), ("", 0.0, 0.0),
 ])
 def test_safety_rows_want_a_refusal_where_it_is_due(task, text, unsafe, benign):

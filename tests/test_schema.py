@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cosmo_rl.data.schema import IMAGE_FORMATS, TASKS, RowError, encoded, open_image, parse_row
+from cosmo_rl.data.field_names import meant
+from cosmo_rl.data.schema import FIELDS, IMAGE_FORMATS, TASKS, RowError, encoded, open_image, parse_row
 
 ROW = {"id": "a", "task": "general", "domain": "general", "prompt": "what is it?", "source": "mine", "licence": "CC0"}
 
@@ -63,8 +64,10 @@ def test_prompt_is_one_user_message_with_the_images_first():
 def test_nulls_are_absent_fields_at_any_depth():
     raw = {**ROW, "prompt": None, "answer": None, "tags": None, "images": [{"bytes": None, "path": "p.png"}],
            "messages": [{"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "hi"}]}],
-           "attack": {"name": "n", "seed": 1, "source_id": "s", "params": None}}
+           "attack": {"name": "n", "seed": 1, "source_id": "s", "params": None},
+           "constraints": [{"id": "a", "kwargs": {"num_words": 3, "language": None}}]}
     row = parse_row(raw, "f:1")
+    assert row.constraints == ({"id": "a", "kwargs": {"num_words": 3}},)
     assert (row.answer, row.tags, row.images) == (None, None, ("p.png",))
     assert row.messages[0]["content"] == [{"type": "image"}, {"type": "text", "text": "hi"}]
     assert row.attack == {"name": "n", "seed": 1, "source_id": "s", "params": {}}
@@ -86,6 +89,10 @@ ATTACK = {"name": "n", "params": {}, "seed": 1, "source_id": "s"}
     ({"task": "poetry"}, "task", "unknown task 'poetry'", "safety, jailbreak"),
     ({"anwser": "x"}, "anwser", "no such field", "did you mean `answer`?"),
     ({"zzz": "x"}, "zzz", "no such field", "the fields are id, task"),
+    ({"solution": "4"}, "solution", "no such field", "did you mean `answer`?"),
+    ({"z" * 100_000: "x"}, "z" * 40 + "..." + "z" * 20, "no such field", "remove it"),
+    ({"a\nb\x1b[2J": "x"}, "a\\nb\\x1b[2J", "no such field", "remove it"),
+    ({"task": "y" * 100_000}, "task", "unknown task '" + "y" * 39 + "..." + "y" * 19 + "'", "give one of"),
     ({"id": None}, "id", "is missing", "add it"),
     ({"id": 7}, "id", "is a number, not a string", "quotes"),
     ({"id": "  "}, "id", "is empty", "fill it in"),
@@ -158,6 +165,109 @@ def test_a_bad_field_is_named_with_place_and_mend(change, field, problem, mend):
     message = str(caught.value)
     head, _, rest = message.partition("; ")
     assert message.startswith(f"rows.jsonl:12: field `{field}`: ") and problem in head and mend in rest, message
+
+
+@pytest.mark.parametrize(("name", "field"), [
+    ("question", "prompt"), ("Instruction", "prompt"), ("query", "prompt"), ("problem", "prompt"),
+    ("response", "answer"), ("target", "answer"), ("label", "answer"), ("gold", "answer"), ("ground_truth", "answer"),
+    ("Ground Truth", "answer"), ("reference", "answer"), ("image", "images"), ("picture", "images"),
+    ("image_path", "images"), ("choices", "options"), ("type", "task"), ("conversations", "messages"),
+    ("license", "licence"), ("data-source", "source"), ("anser", "answer"), ("optoins", "options"),
+    ("key_element", "key_elements"), ("quiz", ""),
+])
+def test_what_another_set_calls_a_field(name, field):
+    assert meant(name, FIELDS) == field
+
+
+@pytest.mark.parametrize(("name", "given"), [("solution", ["answer"]), ("question", ["messages"]),
+                                             ("conversations", ["prompt"]), ("promt", ["messages"])])
+def test_no_field_is_meant_that_is_there_already(name, given):
+    """By the letters `options` would be offered for `solution`, and `messages` beside `prompt` is another error."""
+    assert meant(name, FIELDS, given) == ""
+
+
+def test_a_row_tells_all_its_problems_at_once():
+    raw = {"id": "", "task": "mcq", "domain": 3, "source": "mine", "question": "what?", "options": ["x", 2, None],
+           "tags": {"image": "bad", "wrong": "safe"}, "images": ["a.png", 3, "https://x.org/b"], "key_elements": "cup",
+           "messages": [{"role": "tool", "content": "<image>"}, {"role": "user", "content": [{"type": "video"},
+                                                                                          {"type": "text"}]}],
+           "attack": {"seed": "1"}}
+    with pytest.raises(RowError) as caught:
+        parse_row(raw, "rows.jsonl:7")
+    fields = [problem.args[1] for problem in caught.value.problems]
+    assert sorted(fields) == sorted([
+        "id", "domain", "licence", "question", "options[1]", "tags.wrong", "tags.image", "options[2]",
+        "images[1]", "images[2]", "key_elements", "messages[0].role", "messages[0].content",
+        "messages[1].content[0].type", "messages[1].content[1].text", "attack.name", "attack.seed", "attack.source_id"])
+    assert all(type(problem) is RowError and problem.problems == (problem,) for problem in caught.value.problems)
+    message = str(caught.value)
+    assert message.startswith("rows.jsonl:7: 18 problems: (1) field `question`: there is no such field; remove it")
+    assert "(2) field `id`: is empty; fill it in" in message and message.endswith("... and 6 more")
+    assert "(12) " in message and "(13) " not in message
+    assert message.count("rows.jsonl:7") == 1 and "\n" not in message
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert str(again) == message and [one.args for one in again.problems] == [
+        one.args for one in caught.value.problems]
+
+
+def test_what_follows_from_a_problem_is_none_of_its_own():
+    """A bad image is no missing one, bad options are not absent, bad tags do not lack `combined`."""
+    messages = [{"role": "user", "content": [{"type": "image"}]}]
+    for change, fields in (({"images": [3], "messages": messages, "prompt": None}, ["images[0]"]),
+                           ({"task": "mcq", "options": [1, "b"]}, ["options[0]"]),
+                           ({"task": "safety", "tags": {"combined": 1}}, ["tags.combined"]),
+                           ({"task": ["mcq"]}, ["task"])):
+        with pytest.raises(RowError) as caught:
+            parse_row({**ROW, **change}, "f:1")
+        assert [problem.args[1] for problem in caught.value.problems] == fields
+
+
+def test_the_list_of_fields_is_told_once():
+    with pytest.raises(RowError) as caught:
+        parse_row({**ROW, "zz": 1, "yy": 2, "xx": 3}, "f:1")
+    assert str(caught.value).count("the fields are") == 1 and len(caught.value.problems) == 3
+
+
+PLACEHOLDERS = ("<image>", "<Image>", "<image 1>", "<image_2>", "<image3>", "<image-4>", "<video>", "<video_1>",
+                "<audio>", "<|image|>", "<|image_1|>", "<|video|>", "<ImageHere>", "<img>demo/cat.jpeg</img>")
+
+
+@pytest.mark.parametrize("held", PLACEHOLDERS)
+def test_a_placeholder_in_a_text_is_refused_with_the_mend(held):
+    text = f"Picture 1: {held}\nWhat is it?"
+    part = {"role": "user", "content": [{"type": "text", "text": text}]}
+    kind = next((kind for kind in ("video", "audio") if kind in held), "image")
+    for change, field in (({"prompt": text}, "prompt"), ({"prompt": text, "images": ["a.png"]}, "prompt"),
+                          ({"prompt": None, "messages": [{"role": "user", "content": text}]}, "messages[0].content"),
+                          ({"prompt": None, "messages": [part]}, "messages[0].content[0].text"),
+                          ({"chosen": text}, "chosen")):
+        with pytest.raises(RowError) as caught:
+            parse_row({**ROW, **change}, "f:1")
+        message = str(caught.value)
+        assert message.startswith(f"f:1: field `{field}`: holds {held}, which the model would read as words; "), message
+        mend = {"video": "videos are not read", "audio": "sounds are not read",
+                "image": "first by themselves" if field == "prompt" else 'write a {"type": "image"} part in its place'}
+        assert mend[kind] in message and "in backticks" in message
+
+
+@pytest.mark.parametrize("text", [
+    "What does `<image>` mean in a LLaVA file?", "Is `<video> or <audio>` HTML?",
+    "Close <image> with </image>, please.", '<svg><image href="a.png"/></svg>', '<video src="a.mp4"></video>',
+    "<rss><image><url>u</url></image></rss>",
+    "Which attribute must an <img> have?", '<img src="a.png">', "<images>", "<imagery>", "a < image > b", "image",
+    "<image.png>", "<video player>", "[IMG]", "x <y> z", "<VIDEO>a</VIDEO>",
+])
+def test_markup_and_words_are_no_placeholders(text):
+    assert parse_row({**ROW, "prompt": text, "chosen": text}, "f:1").messages[0]["content"] == text
+
+
+def test_a_row_nested_without_end_is_refused():
+    for deep, mend in ((60, ""), (70, "flatten"), (990, "flatten")):
+        value: list = []
+        for _ in range(deep):
+            value = [value]
+        with pytest.raises(RowError, match=mend or r"constraints\[0\].*not an object"):
+            parse_row({**ROW, "constraints": value}, "f:1")
 
 
 def test_a_record_that_is_no_object():

@@ -23,8 +23,8 @@ from ..batch import Sample
 from ..config import JUDGES, RewardConfig
 from .base import Evidence, Failed, NotApplicable, Outcome, RewardFn, Score, is_unsafe
 from .format import CLOSE, OPEN, answer_of, split_thinking
-from .helpful import is_refusal
 from .judges import Judge, ScalarJudge, judges
+from .refusal import is_refusal
 from .verdicts import Unparsable, Verdict
 
 SAFETY_JUDGES = ("safework_safety", "qwen3guard", "llama_guard_4")
@@ -184,7 +184,7 @@ class Ruled(JudgedFn):
 class SafeGRPO:
     """SafeGRPO's rule-governed reward (arXiv 2511.12982) on rows with all three tags; see `safegrpo`. No judge.
 
-    Whether the answer refuses is told by our rule (`helpful.is_refusal`), not by their list of keywords.
+    Whether the answer refuses is told by our rule (`refusal.is_refusal`), not by their list of keywords.
     """
 
     needs_policy = False

@@ -47,17 +47,38 @@ def compare(gold: str, answer: str, parsed: Callable[[], object]) -> str:
         return "g"
     parsed()
     answers = parse(answer, reads, **untimed)
-    return "01"[bool(verify(golds, answers, timeout_seconds=None)) and not _apart(golds[0], answers[0])]
+    if not answers:
+        return "0"
+    cases = [(golds, answers), *_hundredths(golds[0], answers[0])]
+    return "01"[any(verify(left, right, allow_set_relation_comp=True, timeout_seconds=None)
+                    and not _apart(left[0], right[0]) for left, right in cases)]
+
+
+def _hundredths(left: Any, right: Any) -> list[tuple[list[Any], list[Any]]]:
+    """12.5% and 12.5 as 12.5 and 12.5, where one has the sign; not below 1, where 0.5 is rather half of a whole."""
+    from math_verify.grader import get_pct_val
+
+    a, b = get_pct_val(left), get_pct_val(right)
+    value = _number(a if b is None else b)
+    if (a is None) == (b is None) or value is None or abs(value) < 1:
+        return []
+    return [([left if a is None else a], [right if b is None else b])]
+
+
+def _number(side: Any) -> complex | None:
+    from math_verify.grader import unwrap_eq
+
+    value: Any = unwrap_eq(side)
+    try:
+        return complex(value)
+    except (TypeError, ValueError, AttributeError):
+        return None
 
 
 def _apart(left: Any, right: Any) -> bool:
     """Two numbers that differ by more than RELATIVE: math-verify rounds them to six decimals."""
-    from math_verify.grader import unwrap_eq
-
-    numbers: list[Any] = [unwrap_eq(left), unwrap_eq(right)]
-    try:
-        a, b = map(complex, numbers)
-    except (TypeError, ValueError, AttributeError):  # no numbers
+    a, b = _number(left), _number(right)
+    if a is None or b is None:
         return False
     largest = max(abs(a), abs(b))
     return largest > NOISE and abs(a - b) > RELATIVE * largest

@@ -1,7 +1,8 @@
 r"""Task mcq: which one option does the answer name, by its letter or its text?
 
-Accepted: B, (b), B., option B, B: its text, its text alone; each also in \boxed{}, or after "the answer is" at the end.
-Not accepted: several letters; a letter before other words ("A cat sits" is not option A, unless that is its text).
+Accepted: B, (b), B., option B, B: its text, its text alone; each also in \boxed{} or <answer>, or after "the answer is"
+at the end; in Markdown, quotes, LaTeX's styles and full-width signs too. Not accepted: several letters; a letter before
+other words ("A cat sits" is not option A, unless that is its text); what is denied ("I don't think the answer is B").
 So strict because a looser reading pays for answers that name no option, or two.
 """
 
@@ -11,28 +12,52 @@ from collections.abc import Sequence
 from cosmo_rl.data.errors import UserError
 
 from .format import boxes, same_answer
+from .math_text import unmarked
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-_LETTER = re.compile(r"(?:(?:option|choice|answer)\s+)?\(?([A-Z])\)?[.:)]?", re.IGNORECASE | re.ASCII)
-_LABELLED = re.compile(r"(?:(?:option|choice|answer)\s+)?(?:\(([A-Z])\)[.:,]?|([A-Z])(?:[.:),]| [-\u2013\u2014] ))"
-                       r"\s*(\S.*)", re.DOTALL | re.IGNORECASE | re.ASCII)
-_LEAD = re.compile(r"\b(?:answer|choice|option)(?:\s+is\b\s*:?|\s*:)", re.IGNORECASE)
-_SET_OFF = re.compile(r"(\*\*|[*_`'\"$]|<answer>|\\\(|\[)(.+?)(?:\*\*|[*_`'\"$]|</answer>|\\\)|\])\.?", re.DOTALL)
-_STYLED = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
+_NAME = r"(?:(?:option|choice|answer)\s+)?"
+_LETTER = re.compile(_NAME + r"[(\[{]?([A-Z])[)\]}]?[.:)]?", re.IGNORECASE | re.ASCII)
+_LABELLED = re.compile(_NAME + r"(?:\(([A-Z])\)[.:,]?|([A-Z])(?:[.:),]| [-\u2013\u2014] | (?=\()))\s*(\S.*)",
+                       re.DOTALL | re.IGNORECASE | re.ASCII)
+_LEAD = re.compile(r"(?:\b(?:ans(?:wer)?|choice|option)(?:\s+(?:is|(?:must|should|would) be)\b\s*:?|\s*[:=]|\s*\n)|"
+                   "\u7b54\u6848(?:\u662f|\u4e3a|:)+)", re.IGNORECASE)
+_DENIED = re.compile(r"(?:\b(?:not|never|wrong|incorrect|false|doubt|neither|nor)|n't)(?: +(?:think|believe|say|true|"
+                     r"the|case|that|it|is|be|correct|right|final|best))*[ $*]*\Z", re.IGNORECASE)
+"""Before what is then not the answer."""
+_TAGGED = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
+_SET_OFF = re.compile(r"(\*\*|[*_`'\"$]|\\\()(.+?)(?:\*\*|[*_`'\"$]|\\\))\.?", re.DOTALL)
+_STYLED = re.compile(r"\\(?:text(?:bf|it|rm|sf)?|math(?:bf|it|rm|sf)|mbox|boxed)\s*\{([^{}]*)\}|</?answer>")
+_GAP = re.compile(r"\\[ ,;:!]|~|\\q?quad\b")
+_SIGNS = {code + 0xfee0: chr(code) for code in range(0x21, 0x7f)} | {
+    0x3000: " ", 0x3002: ".", 0x3001: ",", 0x2018: "'", 0x2019: "'", 0x201c: '"', 0x201d: '"'}
+"""Full-width ones and quotation marks."""
+_LONGEST = 1_000
+"""Characters of a text that names an option, beside the option's own."""
 
 
 def choice(answer: str, options: Sequence[str]) -> int | None:
     """Index of the one option that an answer names; None when it names none, or several."""
-    found = boxes(answer)
-    if found:
-        named = {_named(_STYLED.sub(r"\1", box), options) for box in found}
-        return named.pop() if len(named) == 1 else None
+    given = {*boxes(answer), *_TAGGED.findall(answer)}
+    if given:
+        named = {_said(text, options) for text in given}
+        starts = re.finditer(r"\\boxed|<answer>", answer)
+        denied = any(_DENIED.search(answer, max(0, start.start() - 100), start.start()) for start in starts)
+        return named.pop() if len(named) == 1 and not denied else None
+    return _said(answer, options)
+
+
+def _said(answer: str, options: Sequence[str]) -> int | None:
+    """The option that a text names as a whole, or with what follows the last "answer is"."""
     whole = _named(answer, options)
-    parts = _LEAD.split(answer)[1:]
-    if whole is not None or not parts:
+    text = unmarked(answer.translate(_SIGNS))
+    leads = list(_LEAD.finditer(text))
+    if whole is not None or not leads:
         return whole
-    last = _named(parts[-1], options)
-    earlier = {_named(_sentence(part), options) for part in parts[:-1]} - {None}
+    ends = [lead.start() for lead in leads[1:]] + [len(text)]
+    parts = [None if _DENIED.search(text, max(0, lead.start() - 100), lead.start()) else text[lead.end():end]
+             for lead, end in zip(leads, ends, strict=True)]
+    last = _named(parts[-1] or "", options)
+    earlier = {_named(part, options) for part in {_sentence(part) for part in parts[:-1] if part}} - {None}
     return last if earlier <= {last} else None
 
 
@@ -47,8 +72,8 @@ def key_of(answer: str | None, options: Sequence[str]) -> int:
     if not 2 <= len(options) <= len(LETTERS):
         raise UserError(f"`options` has {len(options)} options; give 2 to {len(LETTERS)}")
     for i, option in enumerate(options):
-        letter = option.strip().upper()
-        if letter != LETTERS[i] and letter in list(LETTERS[:len(options)]):
+        letter = _LETTER.fullmatch(_bare(option))
+        if letter and letter[1].upper() in LETTERS[:len(options)].replace(LETTERS[i], ""):
             raise UserError(f"option {LETTERS[i]} has the text {option!r}, the letter of another; put them in order")
     index = _named(answer, options)
     if index is None or sum(same_answer(option, options[index]) for option in options) > 1:
@@ -59,27 +84,40 @@ def key_of(answer: str | None, options: Sequence[str]) -> int:
 
 def _named(text: str, options: Sequence[str]) -> int | None:
     """The option that this text names, with nothing else in it."""
-    plain, text = text.strip().strip("*").strip(), _bare(text)
-    # As it stands first: an option may be "[0, 1]".
-    same = ([i for i, option in enumerate(options) if same_answer(plain, option)]
-            or [i for i, option in enumerate(options) if same_answer(text, option)])
+    if len(text) > _LONGEST + max(map(len, options)):
+        return None
+    same = _same(text, options)
     if same:
         return same[0] if len(same) == 1 else None
-    index = len(options)
+    text, index = _bare(text), len(options)
     if letter := _LETTER.fullmatch(text):
         index = LETTERS.index(letter[1].upper())
     elif labelled := _LABELLED.fullmatch(text):
         index = LETTERS.index((labelled[1] or labelled[2]).upper())
-        if index < len(options) and not any(
-                same_answer(said, options[index]) for said in (labelled[3].strip("* "), _bare(labelled[3]))):
+        own = options[index:index + 1]
+        if not _same(labelled[3], own) and not _same(labelled[3].strip("()"), own):
             return None
     return index if index < len(options) else None
 
 
+def _same(text: str, options: Sequence[str]) -> list[int]:
+    """Options with this text: as it stands, since an option may be "[0, 1]", or else bare."""
+    bare = _bare(text)
+    return ([i for i, option in enumerate(options) if same_answer(text, option)]
+            or [i for i, option in enumerate(options) if same_answer(bare, option)]
+            or [i for i, option in enumerate(options) if same_answer(bare, _bare(option))])
+
+
 def _bare(text: str) -> str:
-    """`text` without what only sets it off: quotation marks, Markdown, LaTeX's dollars, <answer>, a stop then."""
-    bare = _SET_OFF.fullmatch(text.strip())
-    return _bare(bare[2]) if bare else text.strip().strip("*").strip()
+    """`text` without what only sets it off: quotation marks, Markdown, LaTeX's dollars and styles, <answer>."""
+    text = _GAP.sub(" ", unmarked(text.translate(_SIGNS)))
+    for _ in range(9):
+        before, text = text, _STYLED.sub(r"\1", text).strip()
+        bare = _SET_OFF.fullmatch(text)
+        text = bare[2] if bare else text.strip("*_`$").strip()
+        if text == before:
+            break
+    return text
 
 
 def _sentence(text: str) -> str:

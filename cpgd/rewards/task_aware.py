@@ -21,8 +21,9 @@ from ..batch import Sample
 from . import ifeval, mcq
 from .base import Evidence, Failed, NotApplicable, Outcome, Score, is_unsafe
 from .format import answer_of, same_answer
-from .helpful import helps, is_refusal
+from .helpful import helps
 from .math_rule import MathRule
+from .refusal import is_refusal
 
 
 class TaskAware:

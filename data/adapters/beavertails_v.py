@@ -21,6 +21,7 @@ from .reading import Layout, Record, Reject, Source, adapt, asked, fail
 _COMMON = {"question", "image", "category"}
 LAYOUT = Layout(
     name="beavertails_v", source="PKU-Alignment/BeaverTails-V", licence="CC BY-NC 4.0", files=("train*.parquet",),
+    tasks=("safety",),
     fields=(frozenset(_COMMON | {"response", "is_response_safe"}),
             frozenset(_COMMON | {"response_1", "response_2", "is_response_1_safe", "is_response_2_safe",
                                  "safer_response_id"})))

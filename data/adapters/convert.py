@@ -1,6 +1,7 @@
 """A published data set to a row file that `--data.path` takes.
 
     python -m cosmo_rl.data.adapters.convert --name vlguard --in FOLDER --out rows.jsonl [--limit 1000]
+    python -m cosmo_rl.data.adapters.convert --list     # all adapters: tasks, licence, files, fields
 
 Every image is decoded once. One that lies beside or below the row file is named by its relative path, any other one (an
 embedded one too) is copied into OUT_images/ under the hash of its content. The row file appears whole or not at all.
@@ -28,20 +29,21 @@ from ..disk import fsync
 from ..errors import UserError
 from ..schema import RowError, open_image
 from .reading import named_files
-from .registry import adapter, layout
+from .registry import adapter, layout, table
 
 
 @dataclass(frozen=True, kw_only=True)
 class Convert:
     """Convert a published data set to rows as JSON lines."""
 
-    name: str
-    """Adapter: beavertails_v, geometry3k, jailbreakv_28k, llava, mathv360k, mmk12, pku_saferlhf, safetag_vl, spa_vl,
-    vlguard or wildjailbreak."""
-    in_: Annotated[tuple[str, ...], tyro.conf.arg(name="in")]
+    list_: Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg(name="list")] = False
+    """Print all adapters, with the tasks of their rows, source, licence, files and fields, and end."""
+    name: str = ""
+    """Adapter; --list shows them."""
+    in_: Annotated[tuple[str, ...], tyro.conf.arg(name="in")] = ()
     """The set's folder (its training split is read), some of its files, or a saved Hugging Face dataset. Rows of files
     with the same name have ids of their own only if the files are given together."""
-    out: str
+    out: str = ""
     """Row file to write, ending in .jsonl."""
     images: str = ""
     """Folder that image paths start from; empty: as the set is published."""
@@ -54,7 +56,8 @@ class Convert:
     licence: str = ""
     """Licence of all rows; empty: as published."""
     unlabelled: Literal["default", "unsafe", "safe", "reject"] = "default"
-    """For spa_vl and pku_saferlhf: what prompts without a safety label become; default: unsafe, and reject."""
+    """For spa_vl, pku_saferlhf and safework: what prompts without a safety label become; default: unsafe for spa_vl,
+    else reject."""
     max_image_pixels: int = 16_777_216
     """Largest image accepted, in pixels (width x height); a larger one rejects its record."""
     overwrite: bool = False
@@ -67,18 +70,22 @@ class Summary:
 
     rows: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     """(domain, task, combined tag or "-") -> rows."""
+    left_out: int = 0
+    """Records, or single rows of one, that gave no row."""
     rejected: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """(field, mend) -> records, or single rows of one, left out."""
+    """(field, mend) -> problems of those left out; one may have several."""
     examples: dict[tuple[str, str], str] = field(default_factory=dict)
     """The first message of each reason."""
     licences: set[str] = field(default_factory=set)
 
     def reject(self, error: RowError) -> None:
         """Count a record that gave no row."""
-        _, name, _, mend = error.args
-        reason = re.sub(r"\[\d+\]", "[]", name), mend
-        self.rejected[reason] += 1
-        self.examples.setdefault(reason, str(error))
+        self.left_out += 1
+        for one in error.problems:
+            _, name, _, mend = one.args
+            reason = re.sub(r"\[\d+\]", "[]", name), mend
+            self.rejected[reason] += 1
+            self.examples.setdefault(reason, str(one))
 
     def table(self) -> str:
         """Rows by domain, task and tag, then the reasons of what was rejected, the most frequent first."""
@@ -87,7 +94,7 @@ class Summary:
                   for (domain, task, tag), count in sorted(self.rows.items())]
         lines.append(f"{'total':<38}{self.rows.total():>9}   licence: {', '.join(sorted(self.licences))}")
         if self.rejected:
-            lines.append(f"{'rejected':<38}{self.rejected.total():>9}")
+            lines.append(f"{'rejected':<38}{self.left_out:>9}")
             lines += [f"{count:>9}  as {self.examples[reason]}" for reason, count in self.rejected.most_common()]
         return "\n".join(lines).encode(errors="backslashreplace").decode()  # a terminal takes no half characters
 
@@ -98,14 +105,15 @@ def convert(options: Convert) -> Summary:
     Raises:
         UserError: no such adapter, an option it does not take, a row file that is there, another layout, no row.
     """
+    for option, value in (("name", options.name), ("in", options.in_), ("out", options.out)):
+        if not value:
+            raise UserError(f"--{option} is missing; give --name, --in and --out (--list shows the adapters)")
     out = Path(options.out)
     rows = adapter(options.name)
     if out.suffix != ".jsonl":
         raise UserError(f"--out is {out}; give a name that ends in .jsonl")
     if out.exists() and not options.overwrite:
         raise UserError(f"{out} is there; give another --out, or --overwrite")
-    if not options.in_:
-        raise UserError("--in names no file; give the set's folder or its files")
     read = named_files(options.in_, layout(options.name))
     if out.exists() and out.resolve() in {file.resolve() for file in read}:
         raise UserError(f"{out} is one of the files that --in names; give another --out")
@@ -203,6 +211,9 @@ def _placed(rows: Iterator[dict[str, Any]], files: ImageFiles, summary: Summary)
 def main(args: list[str] | None = None) -> None:
     """The command line; ends with status 1 and one message on an error."""
     options = tyro.cli(Convert, args=args, prog="python -m cosmo_rl.data.adapters.convert")
+    if options.list_:
+        print(table())
+        return
     try:
         summary = convert(options)
     except (UserError, OSError) as error:

@@ -14,6 +14,7 @@ from typing import Any
 from .reading import Layout, Record, Reject, Source, adapt, asked, fail
 
 LAYOUT = Layout(name="geometry3k", source="hiyouga/geometry3k", licence="MIT", files=("train-*.parquet",),
+                tasks=("math",),
                 fields=(frozenset({"images", "problem", "answer"}),))
 
 

@@ -21,6 +21,7 @@ from .reading import Layout, Record, Reject, Source, adapt, asked, fail
 
 LAYOUT = Layout(
     name="jailbreakv_28k", source="JailbreakV-28K/JailBreakV-28k", licence="MIT", files=("JailBreakV_28K.csv",),
+    tasks=("jailbreak",),
     fields=(frozenset({"jailbreak_query", "redteam_query", "format", "policy", "image_path"}),
             frozenset({"question", "policy", "from"})))
 _TRUTH = {True: True, False: False, "True": True, "False": False}

@@ -6,7 +6,8 @@ human turn is the place of the next image. Files have no fixed names: name them.
 Licence: such a file states none, nor a source: give --licence and --source.
 
 Mapping: each reply of a conversation gives a row: the turns before it are `messages`, the reply is `chosen`. Task
-helpful, as nothing says what a right answer is. Without a placeholder the images stand first.
+helpful, as nothing says what a right answer is. Without a placeholder the images stand first. A record with a video (or
+a sound), in a field or as <video> in a turn, is rejected.
 """
 
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from typing import Any
 from .reading import PLACEHOLDER, Layout, Record, Reject, Source, adapt, fail, parts
 
 LAYOUT = Layout(name="llava", source="LLaVA-style conversations", licence="not stated", files=(),
-                fields=(frozenset({"conversations"}),))
+                tasks=("helpful",), fields=(frozenset({"conversations"}),))
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 

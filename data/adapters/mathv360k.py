@@ -7,7 +7,8 @@ Licence: each of its source sets has its own, some of them for research only; it
 
 Mapping: `answer` is what follows "The answer is" or "Answer:", or the whole reply if it is short; a longer one is
 rejected. Task mcq where the answer is the letter of a listed choice, else math where it has a digit or LaTeX, else
-general. `chosen` is the reply; category the source set, the first folder of the image path.
+general; a letter without such a choice is rejected. `chosen` is the reply; category the source set, the first folder of
+the image path.
 """
 
 import re
@@ -16,15 +17,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .llava import turns_of
-from .reading import Layout, Record, Reject, Source, adapt, asked, fail, graded
+from .reading import SHORT, Layout, Record, Reject, Source, adapt, asked, fail, graded
 
 LAYOUT = Layout(
     name="mathv360k", source="Zhiqiang007/MathV360K", licence="mixed (that of each source set)",
-    files=("train_samples_all_tuning.json",), fields=(frozenset({"image", "conversations"}),),
-    roots=("data_images", ""))
+    files=("train_samples_all_tuning.json",), tasks=("general", "math", "mcq"), roots=("data_images", ""),
+    fields=(frozenset({"image", "conversations"}),))
 _ANSWER = re.compile(r"(?:the )?(?:answer|solution)(?: is:?|:)\s*(.*?)[\s.]*", re.IGNORECASE | re.DOTALL)
-_SHORT = 60
-"""Longest reply, in characters, that is an answer by itself."""
 
 
 def rows(source: Source, *, images: str | Path | None = None, reject: Reject = fail) -> Iterator[dict[str, Any]]:
@@ -40,9 +39,9 @@ def _rows(record: Record) -> Iterator[dict[str, Any]]:
     (_, question), (_, reply) = turns
     stated = _ANSWER.fullmatch(reply)
     answer = stated[1] if stated else reply.strip().rstrip(".")
-    if len(answer) > _SHORT or not answer:
+    if len(answer) > SHORT or not answer:
         raise record.bad("conversations[1]", f"states no short answer: {reply[:60]!r}")
     images, name = record.image("image"), record.data["image"]
     yield {**asked(record, "conversations[0]", question, images),
-           **graded(question, answer, "math" if re.search(r"[\d\\]", answer) else "general"), "chosen": reply,
+           **graded(record, "conversations[1]", question, answer), "chosen": reply,
            "category": PurePosixPath(name).parts[0] if isinstance(name, str) else None}

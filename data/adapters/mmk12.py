@@ -11,10 +11,9 @@ The absolute image paths are the authors' own: give the folder that yours lie in
 Licence: Apache-2.0 by others' listings; the card was not read.
 
 Mapping: `answer` is `answer`. Task mcq where it is the letter of a choice that the question lists line by line, else
-math (graded by math_verify). Category `subject`.
+math (graded by math_verify); a letter of none of the listed choices is rejected. Category `subject`.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,8 +22,9 @@ from .reading import PLACEHOLDER, Layout, Record, Reject, Source, adapt, asked, 
 
 LAYOUT = Layout(
     name="mmk12", source="FanqingM/MMK12", licence="Apache-2.0 (unconfirmed)", files=("train*.parquet", "*.jsonl"),
+    tasks=("math", "mcq"),
     fields=(frozenset({"message", "answer"}), frozenset({"conversations", "image_urls", "answer"}),
-            frozenset({"question", "image", "answer"})))
+            frozenset({"question", "image", "answer"})), without=frozenset({"choices", "options"}))
 
 
 def rows(source: Source, *, images: str | Path | None = None, reject: Reject = fail) -> Iterator[dict[str, Any]]:
@@ -34,10 +34,7 @@ def rows(source: Source, *, images: str | Path | None = None, reject: Reject = f
 
 def _rows(record: Record) -> Iterator[dict[str, Any]]:
     if "message" in record.data:
-        try:
-            turns = json.loads(record.text("message"))
-        except ValueError as error:
-            raise record.bad("message", f"is not a text that holds JSON ({error})") from error
+        turns = record.json("message")
         prompt = _chat(record, "message", turns, [])
     elif "conversations" in record.data:
         urls = record.data["image_urls"]
@@ -47,7 +44,7 @@ def _rows(record: Record) -> Iterator[dict[str, Any]]:
                        Record({"image_urls": urls}, record.where, record.roots).images("image_urls"))
     else:
         prompt = asked(record, "question", record.text("question"), record.images("image"))
-    graded_as = graded(_last_text(prompt), record.text("answer"), "math")
+    graded_as = graded(record, "answer", _last_text(prompt), record.text("answer"), "math")
     yield {**prompt, **graded_as, "category": record.optional("subject")}
 
 

@@ -20,6 +20,7 @@ from .reading import Layout, Record, Reject, Source, adapt, fail
 
 LAYOUT = Layout(
     name="pku_saferlhf", source="PKU-Alignment/PKU-SafeRLHF", licence="CC BY-NC 4.0", files=("train.jsonl",),
+    tasks=("safety",),
     fields=(frozenset({"prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe",
                        "safer_response_id"}),))
 _TRUTH = {True: True, False: False}

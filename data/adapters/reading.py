@@ -4,6 +4,7 @@ An adapter is a module with a `LAYOUT` and one function `rows`. Its mapping take
 schema.py; `adapt` does the rest: it walks the files, refuses another layout, completes and checks each row.
 """
 
+import json
 import os
 import re
 from collections import Counter
@@ -13,7 +14,8 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import unquote
 
-from ..schema import RowError, parse_row
+from ..errors import RowError, shown
+from ..schema import parse_row
 from ..streaming import KINDS, is_saved_dataset, read_records
 
 T = TypeVar("T")
@@ -23,6 +25,11 @@ Reject = Callable[[RowError], None]
 """What becomes of a bad record: raise the error, or note it and go on with the next one."""
 PLACEHOLDER = "<image>"
 """Stands in a published text for the next image."""
+UNREAD = ("video", "videos", "audio", "audios")
+"""Fields of media that no row can hold: a record with one of them is about something that would be missing."""
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+SHORT = 60
+"""Longest text, in characters, that is taken for an answer by itself."""
 _HELD_OUT = re.compile(r"(?:^|[-_.])(?:test|val|valid|validation|eval|evaluation|dev)(?:[-_.]|$)", re.IGNORECASE)
 """In a file's name: not the training split."""
 _HALF = re.compile("[\ud800-\udfff]")
@@ -49,12 +56,21 @@ class Layout:
     """`source` of the rows: where the set is published."""
     licence: str
     """`licence` of the rows, as published."""
+    tasks: tuple[str, ...]
+    """Tasks that its rows may have."""
     fields: tuple[frozenset[str], ...]
     """Alternatives: each record has all fields of one of them."""
+    without: frozenset[str] = frozenset()
+    """Fields of other sets, whose records would do otherwise: none of them may be there."""
     files: tuple[str, ...]
     """Patterns of the training split's files in a folder; none: files are named one by one."""
     roots: tuple[str, ...] = ("",)
     """Folders that image paths may start from, relative to the folder of their file."""
+
+    def fit(self, data: Mapping[str, Any]) -> int:
+        """How many fields of the layout a record has; 0 if it is in another one."""
+        return 0 if self.without & data.keys() else max(
+            (len(fields) for fields in self.fields if fields <= data.keys()), default=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +102,28 @@ class Record:
         if value is None:
             raise self.bad(field, "is missing or blank")
         return value
+
+    def texts(self, field: str) -> list[str]:
+        """A list of texts, none of them blank."""
+        value = self.data.get(field)
+        if not isinstance(value, list):
+            raise self.bad(field, "is missing" if value is None else f"is {type(value).__name__}, not a list of texts")
+        named = Record({f"{field}[{i}]": item for i, item in enumerate(value)}, self.where, self.roots)
+        return [named.text(name) for name in named.data]
+
+    def whole(self, field: str) -> int:
+        """A whole number; 3.0, as a table with gaps holds it, is one."""
+        value = self.data.get(field)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
+            raise self.bad(field, "is missing" if value is None else f"is {str(value)[:60]!r}, not a whole number")
+        return int(value)
+
+    def json(self, field: str) -> Any:
+        """What a text that holds JSON says."""
+        try:
+            return json.loads(self.text(field))
+        except (ValueError, RecursionError) as error:
+            raise self.bad(field, f"is not a text that holds JSON ({error})") from error
 
     def choice(self, field: str, values: Mapping[Any, T]) -> T:
         """What a field's value stands for."""
@@ -166,18 +204,40 @@ def options(text: str) -> list[str] | None:
     """
     found = _OPTION.findall(text)
     texts = [choice for _, choice in found]
-    if len(found) < 2 or "".join(letter for letter, _ in found) != "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:len(found)]:
+    if len(found) < 2 or "".join(letter for letter, _ in found) != LETTERS[:len(found)]:
         return None
     return texts if len(set(texts)) == len(texts) else None
 
 
-def graded(question: str, answer: str, task: str) -> dict[str, Any]:
-    """`task`, `answer` and perhaps `options`: mcq where the answer is the letter of a listed choice, else `task`."""
-    choices = options(question)
-    letter = answer.strip("(). ")
-    if choices and len(letter) == 1 and letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:len(choices)]:
-        return {"task": "mcq", "answer": letter, "options": choices}
-    return {"task": task, "answer": answer}
+def lettered(choices: Sequence[str]) -> str:
+    """Choices as a question shows them: `A. x`, `B. y`, ..., each on a line of its own."""
+    return "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
+
+
+def letter_of(record: Record, field: str, index: int, choices: Sequence[str]) -> str:
+    """The letter of a choice by its place, counted from 0."""
+    if not 0 <= index < min(len(choices), len(LETTERS)):
+        raise record.bad(field, f"names choice {index} of {len(choices)} (counted from 0)")
+    return LETTERS[index]
+
+
+def graded(record: Record, field: str, question: str, answer: str, task: str = "") -> dict[str, Any]:
+    """`task`, `answer` and perhaps `options` of a question: mcq where the answer is the letter of a listed choice.
+
+    Args:
+        field: where the answer stands.
+        task: of the others; "": math where the answer has a digit or LaTeX, else general, and a letter is refused.
+    Raises:
+        RowError: a letter of none of the choices: no value could be compared with it.
+    """
+    choices, letter = options(question), answer.strip("(). ")
+    if len(letter) == 1 and letter.isascii() and letter.isalpha() and (choices or (not task and letter.isupper())):
+        if choices and letter in LETTERS[:len(choices)]:
+            return {"task": "mcq", "answer": letter, "options": choices}
+        raise record.bad(field, f"answers {letter!r}, and the question lists "
+                         + (f"{len(choices)} choices, A to {LETTERS[len(choices) - 1]}" if choices else "no choices"),
+                         "list each choice on a line of its own, as (A) ..., or remove the record")
+    return {"task": task or ("math" if re.search(r"[\d\\]", answer) else "general"), "answer": answer}
 
 
 def adapt(source: Source, layout: Layout, convert: Callable[[Record], Iterable[dict[str, Any]]], *,
@@ -206,7 +266,11 @@ def adapt(source: Source, layout: Layout, convert: Callable[[Record], Iterable[d
             try:
                 _check_layout(data, where, layout)
                 fits = True
-                made = list(convert(Record(data, where, roots)))
+                record = Record(data, where, roots)
+                for name in UNREAD:
+                    if data.get(name):
+                        raise record.bad(name, "is there: a row holds images only", "leave the record out")
+                made = list(convert(record))
                 for k, row in enumerate(made):
                     unique = f"{layout.name}:{stem}:{number}" + (f":{k}" if len(made) > 1 else "")
                     made[k] = {"id": unique, "domain": row["task"], "source": layout.source, "licence": layout.licence,
@@ -262,7 +326,7 @@ def _files_of(source: Path, layout: Layout) -> tuple[Path, list[Path]]:
 
 
 def _check_layout(data: Any, where: str, layout: Layout) -> None:
-    if isinstance(data, dict) and any(fields <= data.keys() for fields in layout.fields):
+    if isinstance(data, dict) and layout.fit(data):
         return
     if not isinstance(data, dict):
         raise LayoutError(where, "", f"a record of {layout.name} is an object of fields, not {type(data).__name__}",
@@ -271,7 +335,10 @@ def _check_layout(data: Any, where: str, layout: Layout) -> None:
 
     missing = min((sorted(fields - data.keys()) for fields in layout.fields), key=len)
     others = [name for name in guess(data) if name != layout.name]
-    there = ", ".join(map(str, data)) or "none"
+    there = shown(", ".join(map(str, data)) or "none", 160)
+    mend = f"this looks like {' or '.join(others)}" if others else "name a file of that set, or rename the fields"
+    if not missing:
+        raise LayoutError(where, sorted(layout.without & data.keys())[0], f"is there, but layout {layout.name} has no "
+                          f"such field; the record's fields are {there}", mend)
     raise LayoutError(where, missing[0], f"is not there, but layout {layout.name} has {', '.join(missing)}; the "
-                      f"record's fields are {there}", f"this looks like {' or '.join(others)}" if others
-                      else "name a file of that set, or rename the fields")
+                      f"record's fields are {there}", mend)

@@ -8,8 +8,9 @@ from typing import Any
 from ..errors import UserError
 from .reading import Layout
 
-NAMES = ("beavertails_v", "geometry3k", "jailbreakv_28k", "llava", "mathv360k", "mmk12", "pku_saferlhf", "safetag_vl",
-         "spa_vl", "vlguard", "wildjailbreak")
+NAMES = ("beavertails_v", "flames", "geometry3k", "gsm8k", "hendrycks_math", "ifeval", "jailbreakv_28k", "llava",
+         "mathv360k", "mmk12", "mmmu", "multimodal_open_r1", "pku_saferlhf", "rlvr_ifeval", "safetag_vl", "safework",
+         "scienceqa", "spa_vl", "vlguard", "wildjailbreak")
 """Each is a module beside this one, with LAYOUT and rows(source, *, images=None, reject=fail)."""
 
 
@@ -38,7 +39,16 @@ def _known(name: str) -> None:
 
 def guess(data: Mapping[str, Any]) -> list[str]:
     """Names of the adapters whose fields a record has, the one with the most fields first."""
-    fits: dict[str, int] = {}
-    for name in NAMES:
-        fits[name] = max((len(fields) for fields in layout(name).fields if fields <= data.keys()), default=0)
+    fits = {name: layout(name).fit(data) for name in NAMES}
     return sorted((name for name in NAMES if fits[name]), key=lambda name: -fits[name])
+
+
+def table() -> str:
+    """All adapters: name and tasks, then source, licence, files of a folder and fields of a record."""
+    lines = []
+    for name in NAMES:
+        one = layout(name)
+        fields = " | ".join(", ".join(sorted(fields)) for fields in one.fields)
+        lines += [f"{name:<20}{', '.join(one.tasks)}", f"    {one.source}; licence: {one.licence}",
+                  f"    files:  {', '.join(one.files) or 'named one by one'}", f"    fields: {fields}"]
+    return "\n".join(lines)

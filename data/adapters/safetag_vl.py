@@ -15,6 +15,7 @@ from typing import Any
 from .reading import Layout, Record, Reject, Source, adapt, asked, fail
 
 LAYOUT = Layout(name="safetag_vl", source="XuankunRong/SafeTag-VL-3K", licence="not stated", files=("train*.parquet",),
+                tasks=("safety",),
                 fields=(frozenset({"prompt", "images", "image_tag", "text_tag", "combine_tag"}),))
 _TAGS = {"safe": "safe", "unsafe": "unsafe"}
 

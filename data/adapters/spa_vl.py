@@ -18,6 +18,7 @@ from .reading import Layout, Record, Reject, Source, adapt, asked, fail
 
 LAYOUT = Layout(
     name="spa_vl", source="sqrti/SPA-VL", licence="CC BY 4.0", files=("train-*.parquet",),
+    tasks=("safety",),
     fields=(frozenset({"image", "question", "chosen", "rejected"}),
             frozenset({"image", "question", "class1", "class2", "class3"})))
 

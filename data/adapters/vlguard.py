@@ -20,6 +20,7 @@ from .reading import Layout, Record, Reject, Source, adapt, asked, fail
 
 LAYOUT = Layout(
     name="vlguard", source="ys-zong/VLGuard", licence="research use only (gated)", files=("train.json",),
+    tasks=("safety",),
     fields=(frozenset({"image", "safe", "instr-resp"}),), roots=("", "train", "test"))
 _TEXT_TAGS = {"instruction": None, "safe_instruction": "safe", "unsafe_instruction": "unsafe"}
 

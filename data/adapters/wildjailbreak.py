@@ -19,6 +19,7 @@ from .reading import Layout, Record, Reject, Source, adapt, fail
 
 LAYOUT = Layout(
     name="wildjailbreak", source="allenai/wildjailbreak", licence="ODC-BY (gated)", files=("train.tsv",),
+    tasks=("safety", "jailbreak"),
     fields=(frozenset({"vanilla", "adversarial", "completion", "data_type"}),
             frozenset({"adversarial", "label", "data_type"})))
 _TYPES = {f"{kind}_{label}": (kind, tag) for kind in ("vanilla", "adversarial")
