@@ -115,7 +115,7 @@ def dry_run(config: Config) -> int:
          Console(width=None if sys.stdout.isatty() else _WIDTH, markup=False, highlight=False, emoji=False))
     if not (found.rejected or found.settings):
         return 0
-    leave(f"train.py: the dry run has rejected {len(found.rejected):,} rows or files"
+    leave(f"train.py: the dry run has rejected {len({one.where for one in found.rejected}):,} rows or files"
           + "".join(f"; problem: {problem}" for problem in found.settings))
     return 1
 
