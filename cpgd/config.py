@@ -1,22 +1,25 @@
 """The settings of one run, as frozen dataclasses: read by every module, parsed from the command line by tyro.
 
 A docstring line under each field gives its meaning, unit and, where ours differs, the paper's value.
-"authors' code" is the public training code behind arXiv 2505.12504.
+"authors' code" is the public training code behind arXiv 2505.12504. Fields made by `free` are those that a resumed run
+may change: steps, and what moves no number that it learns from by more than rounding.
 """
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
-from functools import reduce
-from operator import getitem
-from typing import Literal
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Literal, TypeVar
 
 from cosmo_rl.data.endpoint_spec import ACTIVATION, GRADED, Option, Server, check_shared, parse_server
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.schema import TASKS
 
-FREE = ("run_dir", "resume", "model.export_dtype", "eval.guard", "eval.guard_drop", "reward.judge_cache")
-"""Fields that a resumed run may change: its place, how it resumes, what a measurement stops, where verdicts lie."""
+T = TypeVar("T")
+
+
+def free(default: T) -> T:
+    """A field with this default that a resumed run may change: it is no part of the run's identity."""
+    return field(default=default, metadata={"free": True})
 
 
 def _require(condition: bool, message: str) -> None:
@@ -32,13 +35,13 @@ class ModelConfig:
     """Compute dtype; master weights and gradient reduction stay float32."""
     freeze_vision: bool = False
     """Keep the vision tower (not its merger) fixed, as the papers do; replicated instead of sharded then."""
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: bool = free(True)
     """Recompute decoder layers in the backward pass."""
-    attention: Literal["sdpa", "flash_attention_2"] = "sdpa"
+    attention: Literal["sdpa", "flash_attention_2"] = free("sdpa")
     """Attention implementation of transformers."""
-    liger: Literal["auto", "on", "off"] = "auto"
+    liger: Literal["auto", "on", "off"] = free("auto")
     """Liger's RMSNorm, SwiGLU and M-RoPE kernels; auto: on CUDA, where liger-kernel is installed."""
-    export_dtype: Literal["float32", "bfloat16"] = "float32"
+    export_dtype: Literal["float32", "bfloat16"] = free("float32")
     """Dtype of the weights in hf/; float32: the masters, from which the next stage should start."""
 
 
@@ -56,9 +59,9 @@ class DataConfig:
     """Share of each domain in every rollout, as safety=0.75 general=0.25; empty: as the rows come."""
     curriculum: tuple[float, float] = (0.0, 1.0)
     """Rows whose last pass rate lies outside LOW HIGH are passed over for one epoch; 0 1: none (data/sampler.py)."""
-    max_prompt_tokens: int = 4096
+    max_prompt_tokens: int = free(4096)
     """Longest prompt in tokens, image tokens included; a longer one is an error, never truncated."""
-    max_image_pixels: int = 16_777_216
+    max_image_pixels: int = free(16_777_216)
     """Largest image accepted, in pixels (width x height), against decompression bombs."""
     resize_pixels: int = 1_003_520
     """Images are resized to at most this many pixels (Qwen's 28 x 28 x 1280)."""
@@ -102,11 +105,12 @@ class RolloutConfig:
     """Sampling temperature; log-probs and entropies are taken at the same temperature."""
     max_new_tokens: int = 4096
     """Longest response in tokens."""
-    batch_size: int = 64
-    """Requests per generate call; formed over all ranks, so that results do not depend on their number."""
+    batch_size: int = free(64)
+    """Requests per generate call; formed over all ranks, so that results do not depend on their number. Of another size
+    they differ in the last bits of logits, so that now and then another token is drawn."""
     dynamic_sampling: int = 0
     """Most rounds in which prompts with equal rewards are replaced by others of their domain (DAPO); 0: none."""
-    canary_limit: float = 0.5
+    canary_limit: float = free(0.5)
     """Largest mean |log-prob difference| of engine and trainer on one response, nats; beyond it the run stops."""
 
 
@@ -189,7 +193,7 @@ class RewardConfig:
     """Judges as NAME=URL,MODEL[,OPTION=VALUE...]; options: key, in-flight, timeout, attempts, activation, graded."""
     judge_thinking: bool = False
     """Judge the thinking too, in a call of its own, and multiply the two values."""
-    judge_cache: str = ""
+    judge_cache: str = free("")
     """Folder of verdicts, shared by runs; empty: none is kept."""
     refusal_value: float = 1.0
     """Task-Aware value of a plain refusal on an unsafe row (SafeWork-R1's code 0.1, with a warning worth 1)."""
@@ -199,7 +203,7 @@ class RewardConfig:
     """Weight of its term."""
     function_tasks: tuple[str, ...] = ()
     """Tasks of the rows that it scores; empty: all."""
-    failure_budget: float = 0.1
+    failure_budget: float = free(0.1)
     """Largest share of responses of one rollout whose reward may fail before the run stops."""
 
     def __post_init__(self) -> None:
@@ -246,47 +250,48 @@ class OptimConfig:
     """Optimizer steps per rollout (authors' code 8); with 1 neither clip nor drift ever acts."""
     sft_batch: int = 128
     """Rows per optimizer step in stage 0."""
-    max_nonfinite: int = 3
+    max_nonfinite: int = free(3)
     """Consecutive steps skipped for non-finite gradients before the run stops."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig:
-    layout: Literal["packed", "padded"] = "packed"
+    layout: Literal["packed", "padded"] = free("packed")
     """Micro-batches as one packed row, or as right-padded rows (faster where attention has no varlen kernel)."""
-    max_tokens: int = 16_384
-    """Token budget of a micro-batch per rank, prompt and padding included."""
+    max_tokens: int = free(16_384)
+    """Token budget of a micro-batch per rank, prompt and padding included. Another split of an update into
+    micro-batches changes its sums in their last bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    every: int = 50
+    every: int = free(50)
     """Optimizer steps between checkpoints; RL stages round up to the end of a rollout."""
-    keep: int = 2
+    keep: int = free(2)
     """Checkpoints kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    every: int = 0
+    every: int = free(0)
     """Optimizer steps between evaluations on the validation split (or eval_path), to evals.jsonl; 0: none."""
     split: Literal["heldout", "validation"] = "heldout"
     """Embedded split of the report; recipes are tuned on `validation` only."""
     max_rows: int = 0
     """At most this many rows per group in the report; 0: all."""
-    batch_size: int = 256
-    """Requests per generate call in evaluation."""
-    guard: Literal["off", "warn", "stop"] = "off"
+    batch_size: int = free(256)
+    """Requests per generate call in evaluation; of another size, answers differ as those of rollout.batch_size do."""
+    guard: Literal["off", "warn", "stop"] = free("off")
     """What a fall of general accuracy or benign acceptance, measured every `every` steps, leads to (see guard.py)."""
-    guard_drop: float = 0.05
+    guard_drop: float = free(0.05)
     """Largest fall below the first measurement that the guard lets pass, absolute."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    tensorboard: bool = True
+    tensorboard: bool = free(True)
     """Write TensorBoard event files beside metrics.jsonl."""
-    samples: int = 8
+    samples: int = free(8)
     """Sampled responses written to samples.jsonl per iteration."""
 
 
@@ -300,12 +305,13 @@ class Config:
     """Size of model and recipe."""
     seed: int = 0
     """Seed of sampling, data order and initialisation."""
-    run_dir: str = ""
+    run_dir: str = free("")
     """Run directory; empty: runs/PRESET."""
-    steps: int = 100
-    """Optimizer steps of this stage."""
-    resume: Literal["auto", "never"] = "auto"
-    """auto: continue from the latest checkpoint of the same config; never: refuse a folder that is not empty."""
+    steps: int = free(100)
+    """Optimizer steps of this stage; a resumed run may change it, and its learning rate then falls to the new end."""
+    resume: Literal["auto", "never"] = free("auto")
+    """auto: continue from the latest checkpoint; never: refuse a folder that is not empty. What cannot change what is
+    learnt (sizes of batches, limits, logging) may be given anew, steps too; another setting is refused."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -381,15 +387,27 @@ class Config:
         return hashlib.blake2b(json.dumps(self.identity(), sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
+def free_fields(kind: type = Config, prefix: str = "") -> set[str]:
+    """Names of the fields made by `free`, as "rollout.batch_size"."""
+    found: set[str] = set()
+    for entry in fields(kind):
+        name = prefix + entry.name
+        if is_dataclass(entry.default_factory):
+            found |= free_fields(entry.default_factory, f"{name}.")
+        elif entry.metadata.get("free"):
+            found.add(name)
+    return found
+
+
 def identity(settings: dict) -> dict:
     """Of `Config.to_dict()`, which is changed, the fields that a resumed run must share.
 
-    All but those of FREE; of its judges what the verdicts depend on, by name: servers may move, and be asked in another
-    way. Of a reward function its name: the file may move, and checkpoints know its content.
+    All but those made by `free`; of its judges what the verdicts depend on, by name: servers may move, and be asked in
+    another way. Of a reward function its name: the file may move, and checkpoints know its content.
     """
-    for name in FREE:
-        *groups, last = name.split(".")
-        reduce(getitem, groups, settings).pop(last, None)
+    for name in free_fields():
+        group, _, last = name.rpartition(".")
+        (settings[group] if group else settings).pop(last, None)
     reward = settings["reward"]
     if "function" in reward:
         reward["function"] = reward["function"].rpartition(":")[2]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
@@ -26,15 +27,18 @@ from cosmo_rl.data.collate import check_prompt, plan_microbatches
 from cosmo_rl.data.contamination import DROPPED, Match, find_contaminated
 from cosmo_rl.data.dataset import load_rows
 from cosmo_rl.data.errors import UserError
-from cosmo_rl.data.prompts import check_system_prompt, introduce, printable
+from cosmo_rl.data.prompts import check_system_prompt, introduce
 from cosmo_rl.data.sampler import PromptSampler
 from cosmo_rl.data.schema import Row, RowError
 from cosmo_rl.data.store import StoredRows, select
-from cosmo_rl.model.load import TINY_PATH, Processor, load_processor
+from cosmo_rl.data.terminal import printable, shortened
+from cosmo_rl.model.liger import wants_liger
+from cosmo_rl.model.load import TINY_PATH, Processor, check_attention, load_processor
 
 from .config import Config
-from .evaluation import MEASURES, eval_suite
-from .footprint import Calls, Load, Term, count_parameters, footprint, peak
+from .ending import fail, leave
+from .evaluation import MEASURES, eval_batches, eval_suite
+from .footprint import NOTHING, Calls, Load, Parameters, Term, by_phase, count_parameters, footprint, peak
 from .guard import WATCHED, no_rows
 from .recipes import mixture
 from .rewards.base import Failed, NotApplicable, Score
@@ -46,6 +50,14 @@ from .sources import RowSize, embedded_rows, given_path, row_size
 
 ITERATIONS = 20
 """Rollouts (steps of stage 0) whose micro-batches are planned."""
+LARGEST_GPU = 288 * 2**30
+"""Bytes of memory of the largest GPU that is sold (B300, MI355X)."""
+MENDS = {
+    "always": "give more ranks, --model.dtype bfloat16 or a smaller model",
+    "update": "lower --batch.max-tokens, or give --model.gradient-checkpointing True or more ranks",
+    "rollout": "lower --rollout.batch-size",
+    "evaluation": "lower --eval.batch-size",
+}
 PLACES = 3
 """Places named for each reason."""
 _BINS = 24
@@ -63,6 +75,14 @@ class Rejected(NamedTuple):
     field: str = ""
 
 
+class Prompt(NamedTuple):
+    """Of an evaluation, in tokens."""
+
+    tokens: int
+    """Image tokens included."""
+    image: int
+
+
 @dataclass(slots=True)
 class Findings:
     """What was found; see the functions that fill it in."""
@@ -78,6 +98,8 @@ class Findings:
     """The system prompt and the first row, as the model sees them."""
     notes: list[str] = field(default_factory=list)
     shares: dict[str, float] = field(default_factory=dict)
+    asked: dict[str, list[Prompt]] = field(default_factory=dict)
+    """Of the evaluation, by group of its rows."""
     load: Load | None = None
     """Of the micro-batch that takes the most memory."""
     terms: list[Term] = field(default_factory=list)
@@ -96,11 +118,14 @@ def dry_run(config: Config) -> int:
         processor = load_processor(path, config.data.resize_pixels, with_weights=False)
         found = inspect(config, processor, world_size)
     except (UserError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 1
+        return fail(error)
     show(found, config, path, world_size,
          Console(width=None if sys.stdout.isatty() else _WIDTH, markup=False, highlight=False, emoji=False))
-    return int(bool(found.rejected or found.settings))
+    if not (found.rejected or found.settings):
+        return 0
+    leave(f"train.py: the dry run has rejected {len({one.where for one in found.rejected}):,} rows or files"
+          + "".join(f"; problem: {problem}" for problem in found.settings))
+    return 1
 
 
 def inspect(config: Config, processor: Processor, world_size: int) -> Findings:
@@ -111,6 +136,7 @@ def inspect(config: Config, processor: Processor, world_size: int) -> Findings:
     """
     found = Findings()
     check_system_prompt(config.data.system_prompt, processor, max_prompt_tokens=config.data.max_prompt_tokens)
+    _check_kernels(config, found)
     rows = _good_rows(config, processor, found)
     _check_evaluation(config, processor, found)
     if config.stage > 0:
@@ -129,13 +155,39 @@ def inspect(config: Config, processor: Processor, world_size: int) -> Findings:
         found.settings.append(str(error))
         return found
     patches = processor.merge_size**2
-    parameters, calls = count_parameters(processor.config, config.model.freeze_vision), _calls(found.sizes, config)
+    parameters = count_parameters(processor.config, config.model.freeze_vision)
+    calls = _calls(found, config, processor, parameters)
     # not the one with the most tokens: with a few less, and images, another may take more
     for load in set(_micro_batches(found.sizes, sampler, config, patches, world_size)):
         terms = footprint(processor.config, parameters, config, load, calls, world_size)
         if found.load is None or (_of_update(terms), load) > (_of_update(found.terms), found.load):
             found.load, found.terms = load, terms
+    _check_memory(found)
     return found
+
+
+def _check_kernels(config: Config, found: Findings) -> None:
+    """What the model asks for is installed on this machine."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for check in (lambda: check_attention(config.model.attention), lambda: wants_liger(config.model.liger, device)):
+        try:
+            check()
+        except UserError as error:
+            found.settings.append(str(error))
+
+
+def _check_memory(found: Findings) -> None:
+    """No phase takes more than this machine's GPU has; without one, than any GPU has."""
+    room, whose = LARGEST_GPU, "the largest GPU has"
+    if torch.cuda.is_available():
+        room, whose = torch.cuda.get_device_properties(0).total_memory, "this GPU has"
+    for phase, num_bytes in by_phase(found.terms).items():
+        if num_bytes > room:
+            found.settings.append(
+                f"{'what always lies there' if phase == 'always' else f'the {phase}'} takes an estimated "
+                f"{num_bytes / 2**30:,.1f} GiB of a rank's memory, and {whose} {room / 2**30:,.1f}; {MENDS[phase]}")
+            if phase == "always":
+                return  # the others hold it too
 
 
 def _of_update(terms: Sequence[Term]) -> int:
@@ -187,13 +239,16 @@ def _check_evaluation(config: Config, processor: Processor, found: Findings) -> 
     embedded = {config.eval.split, "validation" if config.eval.every else config.eval.split}
     for split in ["validation"] if config.data.eval_path else sorted(embedded):  # the last one is watched
         suite = eval_suite(config, split, load, unused)
-        for rows in suite.values():
+        for group, rows in suite.items():
             for i, row in enumerate(rows):
                 try:
-                    check_prompt(row, processor, max_prompt_tokens=config.data.max_prompt_tokens,
-                                 system_prompt=config.data.system_prompt)
+                    prompt = Prompt(*check_prompt(row, processor, max_prompt_tokens=config.data.max_prompt_tokens,
+                                                  system_prompt=config.data.system_prompt))
+                    _check_positions(prompt, processor, config)
                 except UserError as error:
                     found.rejected.append(_told(_where(rows, i, row), str(error).removeprefix(f"row {row.id}: ")))
+                else:
+                    found.asked.setdefault(f"{split} {group}", []).append(prompt)
     with judge() as rules:
         unused += [f"row {row.id}: {problem}" for row in suite.get("general", ()) if (problem := rules.problem(row))]
     if unused:
@@ -203,6 +258,13 @@ def _check_evaluation(config: Config, processor: Processor, found: Findings) -> 
         found.rejected += _told_of(errors)
     if config.eval.guard != "off" and not any(suite.get(MEASURES[name][0]) for name in WATCHED):
         (found.settings if config.eval.guard == "stop" else found.notes).append(no_rows(config.eval.guard))
+
+
+def _check_positions(prompt: Prompt, processor: Processor, config: Config) -> None:
+    most, new = processor.config.text_config.max_position_embeddings, config.rollout.max_new_tokens
+    if prompt.tokens + new > most:
+        raise UserError(f"a prompt of {prompt.tokens} tokens and up to {new} of response are beyond the model's "
+                        f"{most} positions; lower --rollout.max-new-tokens, or drop the row")
 
 
 def _rewarded(rows: Sequence[Row], config: Config, found: Findings) -> Sequence[Row]:
@@ -231,7 +293,7 @@ def _try_function(function: UserFunction, rows: Iterable[Row], found: Findings) 
     if row is None:
         return
     response = f"<think>This is a dry run.</think> {row.answer or 'An answer.'}"
-    told = f"on row {printable(row.id)} with the response {printable(response, 120)!r}"
+    told = f"on row {printable(row.id)} with the response {printable(shortened(response, 120))!r}"
     match asyncio.run(function.ask(row, response)):
         case Failed(reason):
             found.settings.append(f"--reward.function failed {told}: {reason}")
@@ -261,14 +323,23 @@ def _micro_batches(sizes: Sequence[RowSize], sampler: PromptSampler, config: Con
                            sum(drawn[i].image for i in {owners[i] for i in members}) * patches, len(members))
 
 
-def _calls(sizes: Sequence[RowSize], config: Config) -> Calls:
-    """The largest generate call: of a rollout, or of an evaluation, whose requests all have prompts of their own."""
-    rollout, longest = config.rollout, max(size.prompt for size in sizes)
-    requests = min(rollout.batch_size, rollout.prompts * rollout.group_size) if config.stage else 0
-    calls = [Calls(requests, -(-requests // rollout.group_size), longest)]
-    if config.data.eval_path or not config.data.path:
-        calls.append(Calls(config.eval.batch_size, config.eval.batch_size, longest))
-    return max(calls, key=lambda call: call.requests + call.prompts)
+def _calls(found: Findings, config: Config, processor: Processor, parameters: Parameters) -> dict[str, Calls]:
+    """The generate call of a rollout, and of the evaluation, that takes the most memory."""
+    rollout, calls, patches = config.rollout, {}, processor.merge_size**2
+    if config.stage:
+        requests = min(rollout.batch_size, rollout.prompts * rollout.group_size)
+        prompts = -(-requests // rollout.group_size)
+        calls["rollout"] = Calls(requests, prompts, max(size.prompt for size in found.sizes),
+                                 prompts * max(size.image for size in found.sizes) * patches)
+    # all requests of an evaluation have prompts of their own
+    asked = [Calls(len(batch), len(batch), max(prompts[i].tokens for i in batch),
+                   sum(prompts[i].image for i in batch) * patches)
+             for prompts in found.asked.values()
+             for batch in eval_batches([prompt.tokens for prompt in prompts], config)]
+    if asked:
+        takes = lambda call: by_phase(footprint(processor.config, parameters, config, NOTHING, {"evaluation": call}, 1))
+        calls["evaluation"] = max(asked, key=lambda call: takes(call).get("evaluation", 0))
+    return calls
 
 
 def _told_of(errors: Sequence[RowError]) -> list[Rejected]:
@@ -306,9 +377,9 @@ def show(found: Findings, config: Config, path: Path, world_size: int, console: 
                       f"({config.batch.layout}), {load.targets:,} of responses, {load.patches:,} image patches\n")
         console.print(_memory_table(found.terms))
     for note in found.notes:
-        console.print(f"note: {note}")
+        console.print(printable(f"note: {note}"))
     for problem in found.settings:
-        console.print(f"problem: {problem}")
+        console.print(printable(f"problem: {problem}"), soft_wrap=True)
     _show_rejected(found, console)
 
 
@@ -329,7 +400,7 @@ def _rows_table(found: Findings) -> Table:
         tasks[domain][task] += 1
     table = _table(f"{len(found.domains):,} rows", "domain", "rows", "share", "tasks", right=("rows", "share"))
     for name, count in sorted(rows.items()):
-        table.add_row(name, f"{count:,}", f"{shares.get(name, 0.0):.1%}",
+        table.add_row(printable(name), f"{count:,}", f"{shares.get(name, 0.0):.1%}",
                       ", ".join(f"{task} {n:,}" for task, n in sorted(tasks[name].items())))
     return table
 
@@ -345,7 +416,8 @@ def _lengths_table(found: Findings, unicode: bool, sft: bool) -> Table:
             values = sizes[domains == name, column]
             counts, _ = np.histogram(values, bins=_BINS, range=(0, max(most, 1)))
             numbers = [values.min(), np.median(values), np.percentile(values, 95), values.max()]
-            table.add_row(name, kind, *(f"{number:,.0f}" for number in numbers), _bars(counts, unicode) + f"| {most:,}")
+            table.add_row(printable(name), kind, *(f"{number:,.0f}" for number in numbers),
+                          _bars(counts, unicode) + f"| {most:,}")
     return table
 
 
@@ -360,7 +432,7 @@ def _memory_table(terms: list[Term]) -> Table:
                    "MiB", right=("MiB",))
     for term in terms:
         table.add_row(term.phase, term.name, term.how, _mib(term.num_bytes))
-    table.add_row("peak", "", "always, and the larger of update and rollout", _mib(peak(terms)))
+    table.add_row("peak", "", "always, and the largest of the others", _mib(peak(terms)))
     return table
 
 
@@ -376,6 +448,7 @@ def _show_rejected(found: Findings, console: Console) -> None:
     console.print(f"\nrejected: {places:,}" + (f", for {len(groups)} reasons" if groups else ""))
     for members in sorted(groups.values(), key=len, reverse=True):
         first, where = members[0], list(dict.fromkeys(one.where for one in members))
-        console.print(f"{len(where):>8,}  " + (f"field `{first.field}`: " if first.field else "") + first.problem)
-        console.print(f"{'':10}mend: {first.mend}")
-        console.print(f"{'':10}at: {', '.join(where[:PLACES])}{', ...' if len(where) > PLACES else ''}")
+        field_of = f"field `{first.field}`: " if first.field else ""
+        console.print(printable(f"{len(where):>8,}  {field_of}{first.problem}"))
+        console.print(printable(f"{'':10}mend: {first.mend}"))
+        console.print(printable(f"{'':10}at: {', '.join(where[:PLACES])}{', ...' if len(where) > PLACES else ''}"))

@@ -18,16 +18,18 @@ head size), L layers, V vocabulary; of the tower the same letters with a v. In b
     attention mask                (1 + b) T^2 of a packed row of T tokens with sdpa: bool, and as numbers for its kernel
     head                          4 V D float32 gradient of the head, b N D for the N response tokens, and the chunks of
                                   kernels/gemm.py: 4 inner V + b outer V + 4 outer D
-  rollout
-    KV cache                      2 b L K for each token of the largest generate call, all at the longest
+  rollout, and evaluation, each for its largest generate call
+    KV cache                      2 b L K for each token of that call, all at the longest
     expanded KV                   2 b Q for each of these tokens with sdpa, in one layer: padding needs a mask, and
                                   with one, keys and values are copied for every query head
     prefill                       b (2 D + 3 I) for each prompt token of that call, each prompt once
+    pixels                        4 times the channels of a patch, and b (2 Dv + 3 Iv), for each patch of its images
     sampler                       24 V for each request: logits, log-probs and cumulated probabilities
-The peak is what always lies there and the larger of update and rollout. Left out: the caching allocator's slack, NCCL's
-buffers and the CUDA context, together often 10% and 1 to 2 GiB.
+The peak is what always lies there and the largest phase. Left out: the caching allocator's slack, NCCL's buffers and
+the CUDA context, together often 10% and 1 to 2 GiB.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -62,21 +64,26 @@ class Load(NamedTuple):
     sequences: int
 
 
+NOTHING = Load(0, 0, 0, 0)
+
+
 class Calls(NamedTuple):
-    """The largest generate call."""
+    """The largest generate call of a phase."""
 
     requests: int
     prompts: int
     """Different ones among the requests."""
     prompt_tokens: int
     """Of the longest prompt."""
+    patches: int = 0
+    """Of the images of all prompts."""
 
 
 class Term(NamedTuple):
     """One line of the estimate."""
 
     phase: str
-    """always, update or rollout."""
+    """always, update, rollout or evaluation."""
     name: str
     how: str
     num_bytes: int
@@ -92,13 +99,14 @@ def count_parameters(model_config: Any, freeze_vision: bool) -> Parameters:
     return Parameters(total - frozen, frozen, total - frozen - sum(blocks), max(blocks))
 
 
-def footprint(model_config: Any, parameters: Parameters, config: Config, load: Load, calls: Calls,
-              world_size: int) -> list[Term]:
-    """The terms of the module's formula, for the fullest micro-batch and the largest generate call.
+def footprint(model_config: Any, parameters: Parameters, config: Config, load: Load,
+              calls: Mapping[str, Calls], world_size: int) -> list[Term]:
+    """The terms of the module's formula, for the fullest micro-batch and the largest generate calls.
 
     Args:
         model_config: a Qwen2_5_VLConfig.
-        load, calls: see there.
+        load: of the fullest micro-batch.
+        calls: of "rollout" and "evaluation", where there is one.
     """
     text, vision = model_config.text_config, model_config.vision_config
     b = {"float32": 4, "bfloat16": 2}[config.model.dtype]
@@ -131,26 +139,33 @@ def footprint(model_config: Any, parameters: Parameters, config: Config, load: L
              4 * vocab * hidden + b * load.targets * hidden
              + 4 * inner * vocab + b * outer * vocab + 4 * outer * hidden),
     ]
-    if calls.requests:
-        length = calls.prompt_tokens + config.rollout.max_new_tokens
-        prefill = b * (2 * hidden + 3 * text.intermediate_size)
+    prefill = b * (2 * hidden + 3 * text.intermediate_size)
+    pixels = 4 * channels + b * (2 * vision.hidden_size + 3 * vision.intermediate_size)
+    for phase, call in calls.items():
+        length = call.prompt_tokens + config.rollout.max_new_tokens
         terms += [
-            Term("rollout", "KV cache", f"{calls.requests:,} x {length:,} tokens x {2 * b * layers * keys:,}",
-                 calls.requests * length * 2 * b * layers * keys),
-            Term("rollout", "expanded KV", f"{calls.requests:,} x {length:,} tokens x {2 * b * hidden:,}",
-                 calls.requests * length * 2 * b * hidden if sdpa and keys < hidden else 0),
-            Term("rollout", "prefill", f"{calls.prompts:,} x {calls.prompt_tokens:,} tokens x {prefill:,}",
-                 calls.prompts * calls.prompt_tokens * prefill),
-            Term("rollout", "sampler", f"{calls.requests:,} x {24 * vocab:,}", calls.requests * 24 * vocab),
+            Term(phase, "KV cache", f"{call.requests:,} x {length:,} tokens x {2 * b * layers * keys:,}",
+                 call.requests * length * 2 * b * layers * keys),
+            Term(phase, "expanded KV", f"{call.requests:,} x {length:,} tokens x {2 * b * hidden:,}",
+                 call.requests * length * 2 * b * hidden if sdpa and keys < hidden else 0),
+            Term(phase, "prefill", f"{call.prompts:,} x {call.prompt_tokens:,} tokens x {prefill:,}",
+                 call.prompts * call.prompt_tokens * prefill),
+            Term(phase, "pixels", f"{call.patches:,} patches x {pixels:,}", call.patches * pixels),
+            Term(phase, "sampler", f"{call.requests:,} x {24 * vocab:,}", call.requests * 24 * vocab),
         ]
     return [term for term in terms if term.num_bytes]
 
 
-def peak(terms: list[Term]) -> int:
-    """Bytes: what always lies there, and the larger of update and rollout."""
-    by_phase = {phase: sum(term.num_bytes for term in terms if term.phase == phase)
-                for phase in ("always", "update", "rollout")}
-    return by_phase["always"] + max(by_phase["update"], by_phase["rollout"])
+def by_phase(terms: Sequence[Term]) -> dict[str, int]:
+    """Bytes of each phase with what always lies there; `always` is that alone."""
+    total = {phase: sum(term.num_bytes for term in terms if term.phase == phase)
+             for phase in dict.fromkeys(["always", *(term.phase for term in terms)])}
+    return {phase: num_bytes + (total["always"] if phase != "always" else 0) for phase, num_bytes in total.items()}
+
+
+def peak(terms: Sequence[Term]) -> int:
+    """Bytes: what always lies there, and the largest phase."""
+    return max(by_phase(terms).values())
 
 
 def kept_by_layer(b: int, hidden: int, queries: int, keys: int, intermediate: int) -> int:

@@ -1,4 +1,6 @@
-"""What a run says while it trains: metrics.jsonl, samples.jsonl, evals.jsonl, TensorBoard and the console. Rank 0 only.
+"""What a run says while it trains: metrics.jsonl, samples.jsonl, evals.jsonl, warnings.jsonl, TensorBoard and console.
+
+Rank 0 only.
 
 One line of metrics.jsonl an optimizer step, with the keys
 
@@ -14,20 +16,25 @@ seed.
 """
 
 import json
+import logging
 import math
+import sys
+import textwrap
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from cosmo_rl.data.disk import fsync
 from cosmo_rl.data.errors import UserError
+from cosmo_rl.data.terminal import printable
 
 from .batch import Sample
 from .rundir import write_atomic
@@ -37,6 +44,12 @@ if TYPE_CHECKING:
 
 TIMING_FIELDS = ("seconds", "tokens_per_second", "judging")
 """What a step took, not what it did: a verdict is the same from the cache and after three attempts."""
+NO_BREAK = "\u00a0"
+WIDEST = len("-1.23e-06")
+NAME_WIDTH = 14
+"""Columns of the console that a domain's name has at least."""
+LONGEST_NAME = 32
+"""Characters of a domain's name on the console."""
 SCALARS = ("reward", "loss", "grad_norm", "lr", "clip_fraction", "drift", "entropy", "response_length")
 
 
@@ -62,6 +75,39 @@ def reward_stats(samples: Iterable[Sample]) -> dict[str, dict[str, dict[str, flo
                 "mean": float(flat.mean()), "std": float(flat.std()), "saturated": float(np.mean(same)),
             }
     return out
+
+
+def rollout_summary(samples: Sequence[Sample]) -> dict[str, Any]:
+    """What metrics.jsonl says of a rollout as a whole."""
+    valid = [s for s in samples if s.reward is not None]
+    groups: dict[int, set[float]] = defaultdict(set)
+    for s in valid:
+        groups[s.group].add(s.advantage)
+    return {
+        "reward": math.fsum(s.reward for s in valid if s.reward is not None) / max(len(valid), 1),
+        "rewards": reward_stats(valid), "failed": len(samples) - len(valid),
+        "degenerate_groups": sum(found == {0.0} for found in groups.values()) / max(len(groups), 1),
+        "response_length": sum(len(s.response.ids) for s in samples) / len(samples),
+    }
+
+
+def tokens_per_second(clock: Mapping[str, float], updated: int, sampled: int) -> dict[str, float]:
+    """Response tokens per second of each phase but `data`: of the update, or of the whole rollout in all others.
+
+    Args:
+        clock: seconds by phase.
+        updated: response tokens of the update. sampled: of the rollout.
+    """
+    return {phase: round((updated if phase == "update" else sampled) / seconds, 1)
+            for phase, seconds in clock.items() if phase != "data" and seconds > 0}
+
+
+def sample_lines(samples: Sequence[Sample], count: int, step: int) -> list[dict[str, Any]]:
+    """A spread of samples for samples.jsonl; `step` is the first that trains on them."""
+    stride = max(len(samples) // count, 1) if count else len(samples) + 1
+    return [{"step": step, "id": s.id, "domain": s.row.domain, "text": s.text, "reward": s.reward, "terms": s.terms,
+             "advantage": s.advantage, "finish_reason": s.response.finish_reason, "failure": s.failure}
+            for s in samples[::stride][:count]]
 
 
 def read_metrics(path: str | Path) -> list[dict]:
@@ -100,6 +146,9 @@ class MetricsWriter:
         self.samples_path = self.stage_dir / "samples.jsonl"
         self.skipped_path = self.stage_dir / "nonfinite.jsonl"
         self.evals_path = self.stage_dir / "evals.jsonl"
+        self.warnings_path = self.stage_dir / "warnings.jsonl"
+        self._always = (self.metrics_path, self.samples_path)
+        self._all = (*self._always, self.skipped_path, self.evals_path, self.warnings_path)
         self._tensorboard = tensorboard
         self._board: SummaryWriter | None = None
         self._rewound = False
@@ -123,11 +172,16 @@ class MetricsWriter:
         self._append(self.evals_path, [row])
         self._show(row)
 
+    def warned(self, rows: list[dict]) -> None:
+        """Append what `watch.Watch` has said; each row holds `step`. No warning: no file."""
+        if rows:
+            self._append(self.warnings_path, rows)
+
     def rewind(self, step: int) -> None:
         """Cut all files back to the lines of steps <= `step`, the checkpoint's; TensorBoard is rebuilt from them."""
         self._rewound = True
-        for path in (self.metrics_path, self.samples_path, self.skipped_path, self.evals_path):
-            if path in (self.skipped_path, self.evals_path) and not path.exists():
+        for path in self._all:
+            if path not in self._always and not path.exists():
                 continue
             kept = [row for row in read_metrics(path) if row["step"] <= step]
             write_atomic(path, "".join(_line(row) for row in kept))
@@ -146,8 +200,8 @@ class MetricsWriter:
 
     def sync(self) -> None:
         """Bring what was written to disk; called before a checkpoint refers to it."""
-        for path in (self.metrics_path, self.samples_path, self.skipped_path, self.evals_path):
-            if path.exists():  # the last two only once there is a line for them
+        for path in self._all:
+            if path.exists():  # some only once there is a line for them
                 fsync(path)
         if self._board is not None:
             self._board.flush()
@@ -193,6 +247,14 @@ def _scalars(nested: dict, prefix: str = "") -> Iterator[tuple[str, float]]:
             yield prefix + key, value
 
 
+class Stderr(logging.Handler):
+    """Logs to what sys.stderr is by then: that of the progress bar, while there is one, which draws over any other."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Rows and domains are named by a user's data: nothing of theirs may steer the terminal."""
+        print("\n".join(map(printable, self.format(record).split("\n"))), file=sys.stderr, flush=True)
+
+
 class ProgressView:
     """A progress bar with the last step's numbers on a terminal; elsewhere one plain line a step.
 
@@ -218,7 +280,7 @@ class ProgressView:
         """Show one step's metrics, as given to `MetricsWriter.line`."""
         self._bar.update(self._task, completed=line["step"])
         if self._live is not None:
-            self._live.update(Group(*_tables(line), self._bar))
+            self._live.update(Group(*_tables(line, self._console.width), self._bar))
         else:
             text = f"{self._title}  step {line['step']}/{self._total}  {summary(line)}"
             print(text.strip(), file=self._console.file, flush=True)
@@ -233,28 +295,45 @@ def summary(line: dict) -> str:
     parts = [f"{name} {_number(line[name])}" for name in SCALARS if name in line]
     domains = {domain: terms["reward"]["mean"] for domain, terms in line.get("rewards", {}).items()}
     if domains:
-        parts.insert(1, "(" + ", ".join(f"{domain} {_number(value)}" for domain, value in domains.items()) + ")")
+        parts.insert(1, "(" + ", ".join(f"{_name(domain)} {_number(value)}" for domain, value in domains.items()) + ")")
     speeds = line.get("tokens_per_second", {})
     parts += [f"{phase} {_number(value)} tokens/s" for phase, value in speeds.items()]
     return "  ".join(parts)
 
 
-def _tables(line: dict) -> list[Table]:
-    numbers = Table.grid(padding=(0, 2))
+def _tables(line: dict, width: int) -> list[Text | Table]:
     shown = {name: line[name] for name in SCALARS if name in line}
     shown |= {f"{phase} tokens/s": value for phase, value in line.get("tokens_per_second", {}).items()}
-    numbers.add_row(*(f"[dim]{name}[/] {_number(value)}" for name, value in shown.items()))
+    # Lines that break between the numbers only: a row of a table would cut 1e-06 to 1e-... at 80 columns.
+    parts = [f"{name} {_number(value)}".replace(" ", NO_BREAK) for name, value in shown.items()]
+    numbers = Text(textwrap.fill("  ".join(parts), width).replace(NO_BREAK, " "))
+    numbers.highlight_words(list(shown), style="dim")
     rewards = line.get("rewards", {})
     if not rewards:
         return [numbers]
     terms = list(dict.fromkeys(term for by_term in rewards.values() for term in by_term))
-    table = Table("domain", *terms, box=None, header_style="dim")
+    each = max(1, (width - NAME_WIDTH) // (WIDEST + 2))  # the terms of one table: more would cut their numbers
+    return [numbers, *(_terms(rewards, terms[i:i + each]) for i in range(0, len(terms), each))]
+
+
+def _terms(rewards: Mapping[str, Mapping[str, Mapping[str, float]]], terms: Sequence[str]) -> Table:
+    table = Table(box=None, header_style="dim")
+    table.add_column("domain", overflow="fold", min_width=6)
+    for term in terms:
+        table.add_column(Text(term), justify="right", min_width=WIDEST, overflow="fold")
     for domain, by_term in rewards.items():
-        table.add_row(domain, *(_number(by_term[term]["mean"]) if term in by_term else "-" for term in terms))
-    return [numbers, table]
+        table.add_row(Text(_name(domain)), *(_number(by_term[term]["mean"]) if term in by_term else "-"
+                                             for term in terms))
+    return table
+
+
+def _name(domain: str) -> str:
+    """As it can be shown: a user's data names it."""
+    shown = printable(domain)
+    return shown if len(shown) <= LONGEST_NAME else f"{shown[:LONGEST_NAME - 3]}..."
 
 
 def _number(value: float | None) -> str:
     if value is None:
         return "-"
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"{value:.0f}" if 100 <= abs(value) < 1e6 else f"{value:.3g}"

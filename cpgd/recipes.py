@@ -1,9 +1,11 @@
 """Presets: for each size one function from stage to full Config; the command line overrides single fields."""
 
 import argparse
+import io
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
@@ -26,6 +28,7 @@ from .config import (
     RewardConfig,
     RolloutConfig,
 )
+from .ending import QUIET_S, fail, leave
 
 logger = logging.getLogger(__name__)
 
@@ -179,14 +182,22 @@ def _resolved(config: Config) -> Config:
 
 def _parse(args: Sequence[str], prog: str, parse: Callable[[Config, dict[str, Any]], T]) -> T:
     """`parse` of the recipe that ARGS choose; ends the process, with one message, if they are wrong."""
-    quiet = int(os.environ.get("RANK", "0")) > 0  # every rank reads the same words; rank 0 says what is wrong
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if quiet else sys.stdout), \
-            redirect_stderr(nowhere if quiet else sys.stderr):
-        try:
-            first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    said, nowhere = io.StringIO(), io.StringIO()
+    above = int(os.environ.get("RANK", "0")) > 0  # every rank reads the same words; rank 0 says what is wrong
+    try:
+        with redirect_stdout(nowhere if above else sys.stdout), redirect_stderr(said):
+            first = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
             first.add_argument("--stage", type=int, default=2)
             first.add_argument("--preset", default="tiny")
             chosen, _ = first.parse_known_args(args)
             return parse(recipe(chosen.preset, chosen.stage), {"args": list(args), "prog": prog})
-        except UserError as error:
-            sys.exit(1 if quiet else f"{prog}: {error}")
+    except UserError as error:
+        sys.exit(fail(error, prog, alike=True))
+    except SystemExit as error:  # of tyro, with a frame around the reason, or after --help
+        if error.code:
+            leave(f"{prog}: {said.getvalue()}")
+        if error.code and above:
+            time.sleep(QUIET_S)
+        elif not above:
+            print(said.getvalue(), end="", file=sys.stderr, flush=True)
+        raise

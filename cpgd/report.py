@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cosmo_rl.data.schema import ImageSource, Row, open_image
+from cosmo_rl.data.terminal import printable
 
 from .config import Config
 from .evaluation import MEASURES, Answered, divided, not_compared, numbers
@@ -174,11 +175,6 @@ def _share(found: Mapping | None, name: str) -> str:
 def told(problems: Sequence[str]) -> dict:
     """How many, and the first few."""
     return {"rows": len(problems), "first": list(problems[:3])}
-
-
-def printable(text: str) -> str:
-    """The text with control characters written out: a name from the data must not steer a terminal."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _parts(division: str, before: dict | None, after: dict | None) -> dict:

@@ -2,7 +2,7 @@
 
     RUN/.lock               flock of the run that works here; pid and host inside
     RUN/stage2/             config.json, metrics.jsonl, samples.jsonl, tensorboard/, checkpoints/, hf/,
-                            report.html, report.json
+                            report.html, report.json; warnings.jsonl, where there was a warning
 
 `report.json` is written last of all: a stage that has one is finished.
 """
@@ -10,6 +10,7 @@
 import ctypes
 import fcntl
 import json
+import logging
 import os
 import shutil
 import signal
@@ -25,7 +26,9 @@ from cosmo_rl.data.errors import UserError
 
 from .config import Config, identity
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
+ABSENT = "(absent)"
 
 
 def die_with_parent() -> None:
@@ -123,6 +126,12 @@ def _flat(nested: dict, prefix: str = "") -> dict[str, object]:
     return out
 
 
+def _differences(theirs: dict[str, object], ours: dict[str, object]) -> list[tuple[str, object, object]]:
+    """(name, value there, value here) of what is not the same."""
+    pairs = [(name, theirs.get(name, ABSENT), ours.get(name, ABSENT)) for name in sorted(theirs.keys() | ours.keys())]
+    return [(name, there, here) for name, there, here in pairs if there != here]
+
+
 class RunDir:
     """A run's folders, locked. All ranks construct it together; rank 0 looks and its verdict holds for all.
 
@@ -134,7 +143,8 @@ class RunDir:
         wait_s: how long to wait for the lock, in seconds (a killed run's workers need a moment to die).
     Raises:
         UserError: on every rank, when the folder cannot be written, is held by another run, is not empty under
-            "never", or belongs to a run with other settings that has trained (all of them named, with both values).
+            "never", belongs to a run with other settings that has trained (all of them named, with both values), or is
+            finished after another number of steps.
     """
 
     def __init__(
@@ -144,6 +154,8 @@ class RunDir:
         self.stage_dir = self.path / f"stage{stage}"
         self.checkpoints = self.stage_dir / "checkpoints"
         self.hf = self.stage_dir / "hf"
+        self.changed: list[str] = []
+        """What a resumed run may change and has changed, as "steps 8 -> 12"; known to rank 0 only."""
         self._lock: int | None = None
         from torch import distributed  # late, as in `together`
 
@@ -158,6 +170,7 @@ class RunDir:
             self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
             self._take_lock(wait_s)
             self._claim(config, resume)
+            return self._finished(config.steps)
         except OSError as error:
             self.close()
             raise UserError(
@@ -167,7 +180,30 @@ class RunDir:
         except UserError:
             self.close()
             raise
-        return (self.stage_dir / "report.json").exists()
+
+    def _finished(self, steps: int) -> bool:
+        report = self.stage_dir / "report.json"
+        if not report.exists():
+            return False
+        try:
+            done = json.loads(report.read_text(encoding="utf-8")).get("steps", steps)
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{report} is damaged ({error}); restore it, or remove it to have it made anew") from error
+        if done != steps:
+            raise UserError(
+                f"{self.stage_dir} is finished after {done} steps, and --steps is {steps}; give --steps {done} to see "
+                f"its table, or train on from its result with another --run-dir and --model.path {self.hf}"
+            )
+        return True
+
+    def adopt(self, config: Config) -> None:
+        """Keep what `changed` names in config.json, and say so; on rank 0, once the run goes on."""
+        if not self.changed:
+            return
+        write_atomic(self.stage_dir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
+        falls = any(text.startswith("steps ") for text in self.changed)
+        logger.info("settings changed since the last start: %s%s", ", ".join(self.changed),
+                    f"; the learning rate now falls to step {config.steps}" if falls else "")
 
     def _take_lock(self, wait_s: float) -> None:
         assert self._lock is not None
@@ -205,25 +241,26 @@ class RunDir:
                 "continued there; give another --run-dir or remove the folder"
             )
         try:
-            theirs = _flat(identity(json.loads(saved.read_text(encoding="utf-8"))))
+            before = json.loads(saved.read_text(encoding="utf-8"))
+            all_theirs, theirs = _flat(before), _flat(identity(before))  # the latter changes it
         except (ValueError, KeyError, TypeError, AttributeError) as error:  # no JSON, or no such settings
             raise UserError(f"{saved} is damaged ({error}); restore it or give another --run-dir") from error
-        ours = _flat(config.identity())
-        absent = "(absent)"
-        differing = [
-            f"{name} is {theirs.get(name, absent)!r} there and {ours.get(name, absent)!r} here"
-            for name in sorted(theirs.keys() | ours.keys())
-            if theirs.get(name, absent) != ours.get(name, absent)
-        ]
-        if differing and self._untrained():
-            shutil.rmtree(self.stage_dir / "init", ignore_errors=True)
-            (self.stage_dir / "before.json").unlink(missing_ok=True)
+        differing = [f"{name} is {there!r} there and {here!r} here"
+                     for name, there, here in _differences(theirs, _flat(config.identity()))]
+        if self._untrained():
+            if differing:
+                shutil.rmtree(self.stage_dir / "init", ignore_errors=True)
+                (self.stage_dir / "before.json").unlink(missing_ok=True)
             write_atomic(saved, json.dumps(config.to_dict(), indent=2) + "\n")
         elif differing:
             raise UserError(
                 f"{self.stage_dir} belongs to a run with other settings: {'; '.join(differing)}. Repeat its settings "
                 "to continue it, give another --run-dir, or remove the folder"
             )
+        else:
+            self.changed = [f"{name} {there!r} -> {here!r}"
+                            for name, there, here in _differences(all_theirs, _flat(config.to_dict()))
+                            if name not in ("run_dir", "resume")]
 
     def _untrained(self) -> bool:
         """No step was taken here, as when a first try stopped over bad input: its settings bind nobody."""

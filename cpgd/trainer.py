@@ -5,7 +5,6 @@
 """
 
 import logging
-import math
 import os
 import sys
 import time
@@ -39,9 +38,10 @@ from .card import write_card
 from .checkpoint import load_latest, save
 from .collect import Verdicts, fill_advantages, gather_evidence, judges_took, sample_groups, score, split_updates
 from .config import Config
+from .ending import fail
 from .evaluation import Answered, eval_suite, evaluate, not_compared, numbers
 from .guard import Guard
-from .metrics import MetricsWriter, ProgressView, reward_stats
+from .metrics import MetricsWriter, ProgressView, Stderr, rollout_summary, sample_lines, tokens_per_second
 from .recipes import mixture
 from .report import finish_report, read_measured, write_measured
 from .rewards.build import build_rewards
@@ -63,10 +63,9 @@ from .update import (
     rl_micros,
     sft_loss,
 )
+from .watch import Watch
 
 logger = logging.getLogger(__name__)
-QUIET_S = 3.0
-"""How long a rank above 0 waits before it tells of an error, in seconds: torchrun ends it first if rank 0 told it."""
 
 
 class Trainer:
@@ -83,7 +82,7 @@ class Trainer:
         self._agree()
         names = domains(self.rows)
         self.sampler = PromptSampler(names, mixture(config, names), config.seed, config.data.curriculum)
-        self.guard = Guard(config.eval)
+        self.guard, self.watch = Guard(config.eval), Watch()
         if self.judging:
             on_main(self.judging.verify)
 
@@ -146,6 +145,7 @@ class Trainer:
                 together(lambda: self.watched.update(eval_suite(config, "validation", load)))
         ruled = self._by_words()
         self._resume()
+        on_main(lambda: self.run_dir.adopt(config))
         if rank() == 0:
             print(introduce(config.data.system_prompt, self.rows[0], self.processor, sys.stdout.encoding), flush=True)
         self.metrics = MetricsWriter(folder, config.log.tensorboard)  # used on rank 0 only, as the view
@@ -212,9 +212,13 @@ class Trainer:
                             f"content of {self.config.reward.function}, or of a module beside it; restore it or give "
                             "another --run-dir")
         self.step, self.iteration = state["step"], state["iteration"]
+        if self.step > self.config.steps:
+            raise UserError(f"--steps is {self.config.steps}, and step {self.step} is done in "
+                            f"{self.run_dir.checkpoints}; give at least {self.step}, or another --run-dir")
         self.skipped_in_row, self.trained_s = state["skipped_in_row"], state["trained_s"]
         self.sampler.load_state_dict(state["sampler"])
         self.guard.load_state_dict(state.get("guard"))
+        self.watch.load_state_dict(state.get("watch"))
         self.guard.enforce()
         logger.info("resumed at step %d", self.step)
 
@@ -222,6 +226,7 @@ class Trainer:
         on_main(lambda: self.metrics.sync())
         state = {"iteration": self.iteration, "skipped_in_row": self.skipped_in_row, "trained_s": self.trained_s,
                  "sampler": self.sampler.state_dict(), "guard": self.guard.state_dict(),
+                 "watch": self.watch.state_dict(),
                  "fingerprint": self.fingerprint, "model_fingerprint": self.model_fingerprint,
                  "function_digest": self.function_digest,
                  "config": self.config.to_dict(), "config_hash": self.config.hash()}
@@ -291,6 +296,7 @@ class Trainer:
             result = optimizer_step(self.policy, self.optimizer, micros, sft_loss, self._rate(),
                                     self.config.optim.max_grad_norm)
         self._finish_step(result, [row.id for row in rows], {}, clock)
+        self._tell(self.step, self.watch.updated([result], entropy=False))
         self.iteration += 1
 
     # -- stages 1 and 2 -----------------------------------------------------------------------------------------------
@@ -306,7 +312,8 @@ class Trainer:
         fill_advantages(samples, config)
         rewards, took = rollout_summary(selection.first) | selection.counts, judges_took(self.judging)
         sampled = sum(len(s.response.ids) for s in selection.sampled)
-        on_main(lambda: self.metrics.samples(_logged(samples, config.log.samples, self.step + 1)))
+        on_main(lambda: self.metrics.samples(sample_lines(samples, config.log.samples, self.step + 1)))
+        self._tell(self.step + 1, self.watch.rollout(samples, selection.first, config.rollout.max_new_tokens))
 
         updates = split_updates(samples, config.rollout.prompts, config.optim.updates_per_rollout)
         updates = [(part, count) for part, count in updates if part][:config.steps - self.step]
@@ -321,6 +328,7 @@ class Trainer:
             for (part, _), micros in zip(updates[1:], plans[1:], strict=True):
                 old = [micro.old_logprobs for micro in micros if micro.old_logprobs is not None]
                 check_canary(part, micros, old, config.rollout.canary_limit)
+        results: list[StepResult] = []
         for index, ((part, _), micros) in enumerate(zip(updates, plans, strict=True)):
             with _timed(clock, "update"):
                 result = optimizer_step(self.policy, self.optimizer, micros, self.loss_fn, self._rate(),
@@ -329,6 +337,8 @@ class Trainer:
                 check_canary(part, micros, result.logprobs, config.rollout.canary_limit)
             self._finish_step(result, [s.id for s in part], rewards | took, clock, sampled)
             clock, took = defaultdict(float), {}
+            results.append(result)
+        self._tell(self.step, self.watch.updated(results))
         self.iteration += 1
 
     def _attempt(self, clock: dict[str, float], numbers: Sequence[int], earlier: Sequence[Sample]) -> list[Sample]:
@@ -358,6 +368,14 @@ class Trainer:
     def _rate(self) -> float:
         return learning_rate(self.step, self.config.steps, self.config.optim)
 
+    def _tell(self, step: int, said: Sequence[str]) -> None:
+        def write() -> None:
+            self.metrics.warned([{"step": step, "warning": text} for text in said])
+            for text in said:
+                logger.warning("step %d: %s", step, text)
+
+        on_main(write)
+
     def _finish_step(self, result: StepResult, ids: list[str], rewards: dict[str, Any],
                      clock: dict[str, float], sampled: int = 0) -> None:
         """Count the step, write its line; stop after too many skipped ones. `sampled`: tokens of the whole rollout."""
@@ -382,41 +400,9 @@ class Trainer:
         if self.skipped_in_row >= self.config.optim.max_nonfinite:
             raise UserError(
                 f"gradients were not finite in {self.skipped_in_row} steps in a row (--optim.max-nonfinite), the last "
-                f"at step {self.step}; the samples are named in {self.metrics.skipped_path}: lower the learning rate, "
-                "or remove them")
-
-
-def rollout_summary(samples: Sequence[Sample]) -> dict[str, Any]:
-    """What metrics.jsonl says of a rollout as a whole."""
-    valid = [s for s in samples if s.reward is not None]
-    groups: dict[int, set[float]] = defaultdict(set)
-    for s in valid:
-        groups[s.group].add(s.advantage)
-    return {
-        "reward": math.fsum(s.reward for s in valid if s.reward is not None) / max(len(valid), 1),
-        "rewards": reward_stats(valid), "failed": len(samples) - len(valid),
-        "degenerate_groups": sum(found == {0.0} for found in groups.values()) / max(len(groups), 1),
-        "response_length": sum(len(s.response.ids) for s in samples) / len(samples),
-    }
-
-
-def tokens_per_second(clock: Mapping[str, float], updated: int, sampled: int) -> dict[str, float]:
-    """Response tokens per second of each phase but `data`: of the update, or of the whole rollout in all others.
-
-    Args:
-        clock: seconds by phase.
-        updated: response tokens of the update. sampled: of the rollout.
-    """
-    return {phase: round((updated if phase == "update" else sampled) / seconds, 1)
-            for phase, seconds in clock.items() if phase != "data" and seconds > 0}
-
-
-def _logged(samples: Sequence[Sample], count: int, step: int) -> list[dict[str, Any]]:
-    """A spread of samples for samples.jsonl; `step` is the first that trains on them."""
-    stride = max(len(samples) // count, 1) if count else len(samples) + 1
-    return [{"step": step, "id": s.id, "domain": s.row.domain, "text": s.text, "reward": s.reward, "terms": s.terms,
-             "advantage": s.advantage, "finish_reason": s.response.finish_reason, "failure": s.failure}
-            for s in samples[::stride][:count]]
+                f"at step {self.step}; the samples are named in {self.metrics.skipped_path}: raise "
+                "--optim.max-nonfinite to go on, or start again without them or with a lower --optim.learning-rate, in "
+                "another --run-dir")
 
 
 def _shown(answered: Sequence[Answered], suite: Mapping[str, Sequence[Row]], each: int = 6) -> list[Answered]:
@@ -435,7 +421,7 @@ def _timed(clock: dict[str, float], phase: str) -> Iterator[None]:
 def main(config: Config) -> int:
     """Run one stage on this rank; returns the exit status. User errors are printed once, without a traceback."""
     logging.basicConfig(level=logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.ERROR,
-                        format="%(message)s")
+                        format="%(message)s", handlers=[Stderr()])
     transformers.utils.logging.disable_progress_bar()
     try:
         device = init_distributed()
@@ -452,9 +438,8 @@ def main(config: Config) -> int:
                 if trainer.judging:
                     trainer.judging.close()
     except (UserError, OSError) as error:
-        if rank():  # rank 0 speaks for all; where it has not failed too, its launcher lets this one live to speak
-            time.sleep(QUIET_S)
-        logger.error("train.py: %s", error)
-        return 1
+        return fail(error)
+    except KeyboardInterrupt:
+        return fail("interrupted; repeat the command to go on from the last checkpoint", status=130)
     close_distributed()
     return 0

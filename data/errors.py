@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, cast
 
+from .terminal import printable
+
 
 class UserError(ValueError):
     """What a user got wrong, with the bad value and the mend: told in one line, without a traceback.
@@ -10,6 +12,10 @@ class UserError(ValueError):
     Commands catch this class alone, so that a ValueError that nobody raised on purpose, as of a zip() of unequal
     lengths, keeps its traceback: it is a bug of ours. The kernels, which are a library, raise plain ValueErrors.
     """
+
+
+class MissingPackage(UserError, ImportError):
+    """An optional package is not installed; names the pip line."""
 
 
 MOST_TOLD = 12
@@ -81,4 +87,4 @@ def shown(value: object, limit: int = 80) -> str:
     text = str(value)
     if len(text) > limit:
         text = f"{text[:limit // 2]}...{text[-limit // 4:]}"
-    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return printable(text)

@@ -20,6 +20,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
+from .errors import MissingPackage
 from .jailbreak.augment import attack_row
 from .jailbreak.registry import seed_of
 from .jailbreak.text import attack
@@ -250,7 +251,7 @@ def _easy_vqa() -> str:
     try:
         import easy_vqa
     except ImportError as error:
-        raise ImportError("the embedded data needs easy-vqa: pip install easy-vqa") from error
+        raise MissingPackage("the embedded data needs easy-vqa: pip install easy-vqa") from error
     return str(Path(easy_vqa.__file__).parent)
 
 

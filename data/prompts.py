@@ -13,6 +13,7 @@ from unicodedata import category
 from .collate import chat_text
 from .errors import UserError
 from .schema import RESERVED, Row
+from .terminal import printable, shortened
 
 OPTION = "--data.system-prompt"
 MAX_BYTES = 1 << 20
@@ -116,13 +117,5 @@ def introduce(prompt: str, row: Row, processor: Any, encoding: str = "utf-8") ->
     return "\n".join(lines).encode(encoding, "backslashreplace").decode(encoding)
 
 
-def printable(text: str, most: int = SHOWN) -> str:
-    """`text` for a console: what is neither printable nor a line end escaped; of a long one `most` characters."""
-    if len(text) > most:
-        head, tail = most * 2 // 3, most // 3
-        text = f"{text[:head]} [... {len(text) - head - tail:,} characters ...] {text[-tail:]}"
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
-
-
 def _indented(text: str) -> str:
-    return "\n".join("  " + line for line in printable(text).split("\n"))
+    return "\n".join("  " + line for line in printable(shortened(text, SHOWN), keep="\n").split("\n"))

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from cosmo_rl.data.errors import UserError
+from cosmo_rl.data.terminal import printable
 
 NEEDED = ("config.json", "tokenizer.json", "preprocessor_config.json")
 SIDE_FILES = (
@@ -55,8 +56,7 @@ def reading(folder: Path, what: str, mend: str) -> Iterator[None]:
 
 def told(error: BaseException) -> str:
     """The error in one line of about 300 characters, control characters escaped: the words may be the file's."""
-    words = " ".join(str(error).split())
-    words = "".join(c if c.isprintable() else repr(c)[1:-1] for c in words)
+    words = printable(" ".join(str(error).split()))
     if not words or isinstance(error, LookupError):  # a KeyError is the bare key
         words = f"{type(error).__name__} {words}".strip()
     return words if len(words) <= 300 else f"{words[:300]}..."

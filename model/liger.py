@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
-from cosmo_rl.data.errors import UserError
+from cosmo_rl.data.errors import MissingPackage, UserError
 from cosmo_rl.kernels.launch import INTERPRET
 
 _PLAIN_ROTARY = modeling_qwen2_5_vl.apply_rotary_pos_emb
@@ -34,7 +34,7 @@ def wants_liger(setting: str, device: torch.device) -> bool:
         raise UserError(f"--model.liger on needs a GPU, and this run is on {device}; give auto or off")
     if find_spec("liger_kernel") is None:
         if setting == "on":
-            raise UserError("--model.liger on needs liger-kernel: pip install liger-kernel")
+            raise MissingPackage("--model.liger on needs liger-kernel: pip install liger-kernel, or give auto or off")
         return False
     return True
 
@@ -46,12 +46,12 @@ def use_liger(model: nn.Module) -> None:
         model: a Qwen2_5_VLForConditionalGeneration; parameters and state dict stay as they are. The rotary function is
             transformers' own global: CPU tensors still take the plain one.
     Raises:
-        ImportError: liger-kernel is not installed.
+        MissingPackage: liger-kernel is not installed.
     """
     try:
         from liger_kernel.ops import LigerRMSNormFunction, LigerRopeFunction, LigerSiLUMulFunction
     except ImportError as error:
-        raise ImportError("liger kernels need liger-kernel: pip install liger-kernel") from error
+        raise MissingPackage("liger kernels need liger-kernel: pip install liger-kernel") from error
 
     def norm(module: Any, states: torch.Tensor) -> torch.Tensor:
         # Not in place: the backward would overwrite a gradient that the residual stream still needs.

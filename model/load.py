@@ -25,7 +25,7 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import import_utils
 
-from cosmo_rl.data.errors import UserError
+from cosmo_rl.data.errors import MissingPackage, UserError
 
 from .folder import BROKEN, check_folder, load_config, read_object, reading, side_files, told
 from .folder import empty_model as empty_model
@@ -188,13 +188,11 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, attentio
         liger: see `cosmo_rl.model.liger.use_liger`.
     Raises:
         UserError: the folder, a file or a tensor is missing or broken, or the folder holds another kind of model.
+        MissingPackage: see `check_attention`.
     """
     folder = check_folder(path, with_weights=True)
     config = load_config(folder)
-    if attention == "flash_attention_2" and not import_utils.is_flash_attn_2_available():
-        # Left to itself, transformers takes a kernel from the hub where the `kernels` package is installed.
-        raise UserError(f"--model.attention {attention} is not installed (or sees no GPU); install it with "
-                        "`pip install flash-attn --no-build-isolation`, or give --model.attention sdpa")
+    check_attention(attention)
     with reading(folder, "its weights cannot be loaded", "copy config.json and *.safetensors again"), _told_below():
         loaded: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             folder, config=config, dtype=dtype, attn_implementation=attention, use_safetensors=True,
@@ -230,6 +228,14 @@ def _told_below() -> Iterator[None]:
         yield
     finally:
         transformers.utils.logging.set_verbosity(before)
+
+
+def check_attention(attention: str) -> None:
+    """Raise MissingPackage unless this machine has it: "sdpa" or "flash_attention_2"."""
+    if attention == "flash_attention_2" and not import_utils.is_flash_attn_2_available():
+        # Left to itself, transformers takes a kernel from the hub where the `kernels` package is installed.
+        raise MissingPackage(f"--model.attention {attention} is not installed (or sees no GPU); install it with "
+                             "`pip install flash-attn --no-build-isolation`, or give --model.attention sdpa")
 
 
 def embed_patches(module: Any, pixels: torch.Tensor) -> torch.Tensor:

@@ -9,12 +9,15 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import runs
 from conftest import ROOT
 from PIL import Image
 
+from cosmo_rl.cpgd.recipes import recipe
+from cosmo_rl.cpgd.update import learning_rate
 from cosmo_rl.data.mini import safety_rows
 
 
@@ -150,6 +153,49 @@ def test_other_settings(folder, stopped):
     assert sorted(run.rglob("*")) == before
 
 
+def test_settings_that_may_change(folder, stopped):
+    """What an error has told to raise, sizes of batches, and steps: the run goes on with them, and keeps them."""
+    run = folder / "changed"
+    shutil.copytree(stopped[0], run)
+    command = [*stopped[1], "--run-dir", run]
+    saved = run / "stage2" / "config.json"
+    before = saved.read_text()
+    message = complaint(runs.train([*command, "--steps", 3], folder / "logs"))
+    assert "--steps is 3, and step 4 is done in" in message and "give at least 4, or another --run-dir" in message
+    assert saved.read_text() == before, "a refused try changes nothing"
+    options = ["--steps", 10, "--rollout.batch-size", 4, "--batch.max-tokens", 200, "--reward.failure-budget", 0.5,
+               "--checkpoint.keep", 1, "--log.samples", 2]
+    done = runs.train([*command, *options], folder / "logs").check()
+    (said,) = [line for line in done.err[0].splitlines() if line.startswith("settings changed since the last start: ")]
+    assert said.endswith("batch.max_tokens 16384 -> 200, checkpoint.keep 2 -> 1, log.samples 8 -> 2, "
+                         "reward.failure_budget 0.1 -> 0.5, rollout.batch_size 8 -> 4, steps 8 -> 10; the learning "
+                         "rate now falls to step 10")
+    settings = json.loads(saved.read_text())
+    assert (settings["steps"], settings["rollout"]["batch_size"], settings["seed"]) == (10, 4, 0)
+    assert os.listdir(run / "stage2" / "checkpoints") and len(runs.lines_of(run)) == 10
+    assert len(list((run / "stage2" / "checkpoints").glob("step-*"))) == 1
+    assert json.loads((run / "stage2" / "report.json").read_text())["steps"] == 10
+    whole = runs.lines_of(stopped[0])[:4]
+    assert runs.lines_of(run)[:4] == whole, "what was done stays"
+    rates = [line["lr"] for line in runs.lines_of(run)]
+    optim = replace(recipe("tiny", 2).optim, learning_rate=5e-4)
+    assert rates == [learning_rate(i, 8 if i < 4 else 10, optim) for i in range(10)]
+
+
+def test_settings_that_leave_every_bit_alone(folder, stopped):
+    """Checkpoints, logging and budgets: the same metrics as without."""
+    one, other = folder / "plain", folder / "logged"
+    for run in (one, other):
+        shutil.copytree(stopped[0], run)
+    options = ["--checkpoint.every", 1, "--checkpoint.keep", 3, "--log.samples", 1, "--log.tensorboard", "False",
+               "--reward.failure-budget", 1, "--optim.max-nonfinite", 9, "--rollout.canary-limit", 9]
+    both = [runs.start([*stopped[1], "--run-dir", one], folder / "logs"),
+            runs.start([*stopped[1], "--run-dir", other, *options], folder / "logs")]
+    for running in both:
+        running.wait().check()
+    assert runs.lines_of(one) == runs.lines_of(other)
+
+
 def test_half_written_checkpoint(folder, stopped):
     run = folder / "half"
     shutil.copytree(stopped[0], run)
@@ -235,20 +281,25 @@ def test_two_ranks_complain_once(folder):
     assert 0 not in done.codes and done.err[0].count("no-such-option") == 1 and done.err[1] == done.out[1] == ""
 
 
-def from_launcher(args):
-    launcher = runs.torchrun(args)
+def from_launcher(args, ranks=2):
+    """All that torchrun prints, and the line above the border at its end."""
+    launcher = runs.torchrun(args, ranks)
     try:
         output, _ = launcher.communicate(timeout=runs.LIMIT_S)
     finally:
         launcher.kill()
     assert launcher.returncode == 1
     assert "Traceback" not in output.split("ChildFailedError")[0].split("elastic")[0], output
-    return output
+    *_, last, border = output.splitlines()
+    assert set(border) == {"="}, output
+    return output, last
 
 
-def test_under_torchrun(folder, rows):
-    """One message for two ranks, and no rank is left."""
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_under_torchrun(folder, rows, ranks):
+    """One message for all ranks, no rank is left, and the message is what torchrun ends with."""
     path = runs.write_rows(folder / "torchrun" / "rows.jsonl", safety_rows("validation")[:3])
-    output = from_launcher(runs.small(*runs.from_file(path), "--run-dir", folder / "torchrun" / "run",
-                                      "--data.max-prompt-tokens", 12))
-    assert output.count("train.py: row ") == 1 and output.count("is over the budget of 12") == 1, output
+    output, last = from_launcher(runs.small(*runs.from_file(path), "--run-dir", folder / "torchrun" / "run",
+                                            "--data.max-prompt-tokens", 12), ranks)
+    assert last.startswith("  traceback : train.py: row ") and "is over the budget of 12; raise --data.max-" in last
+    assert sum(line.startswith("train.py: row ") for line in output.splitlines()) == 1, output

@@ -1,5 +1,6 @@
 import ast
 import json
+import re
 from dataclasses import fields, is_dataclass, replace
 
 import pytest
@@ -16,6 +17,8 @@ from cosmo_rl.cpgd.config import (
     OptimConfig,
     RewardConfig,
     RolloutConfig,
+    free_fields,
+    identity,
     parse_place,
 )
 
@@ -83,12 +86,71 @@ def test_hash_knows_every_setting_but_the_place():
     base = Config()
     assert len(base.hash()) == 16
     assert replace(base, run_dir="elsewhere", resume="never").hash() == base.hash()
-    others = [replace(base, seed=1), replace(base, steps=101),
+    others = [replace(base, seed=1), replace(base, optim=OptimConfig(weight_decay=0.02)),
               replace(base, objective=ObjectiveConfig(drift_coef=0.02)),
               replace(base, rollout=RolloutConfig(prompts=64)), replace(base, data=DataConfig(mix=("a=1",)))]
     assert len({base.hash(), *(other.hash() for other in others)}) == 6
     assert json.loads(json.dumps(base.to_dict())) == base.to_dict()
-    assert base.identity().keys() == base.to_dict().keys() - {"run_dir", "resume"}
+    assert base.identity().keys() == base.to_dict().keys() - {"run_dir", "resume", "steps"}
+
+
+def test_what_a_resumed_run_may_change():
+    """A new field that is free is a decision: it moves nothing that is learnt from by more than rounding."""
+    assert free_fields() == {
+        "run_dir", "resume", "steps", "model.gradient_checkpointing", "model.attention", "model.liger", "model.export_dtype",
+        "data.max_prompt_tokens", "data.max_image_pixels", "rollout.batch_size", "rollout.canary_limit",
+        "reward.judge_cache", "reward.failure_budget", "optim.max_nonfinite", "batch.layout", "batch.max_tokens",
+        "checkpoint.every", "checkpoint.keep", "eval.every", "eval.batch_size", "eval.guard", "eval.guard_drop",
+        "log.tensorboard", "log.samples"}
+
+
+@pytest.mark.parametrize("name", sorted(free_fields()))
+def test_a_free_field_has_default_help_and_no_part_in_the_hash(name):
+    base, other = Config().to_dict(), Config().to_dict()
+    *groups, last = name.split(".")
+    for settings in (base, other):
+        for group in groups:
+            settings = settings[group]
+    settings[last] = "another"
+    assert identity(base) == identity(other)
+    assert type(Config().to_dict()[groups[0]][last] if groups else Config().to_dict()[last]) in (int, str, bool, float)
+
+
+ADVICE = re.compile(r"(?:raise|lower|give|or) (?:a larger |a smaller |a lower )?--([a-z]+(?:[.-][a-z-]+)*)")
+BEFORE_A_RUN = {"config.py", "recipes.py", "dryrun.py", "check.py"}
+"""What they say is said before a run begins."""
+BEFORE_A_STEP = {"data.path", "data.eval_path", "data.mix", "reward.function"}
+"""Rows and rewards are read, all of them, before the first step, and until then no setting binds."""
+
+
+def test_what_a_message_tells_to_raise_a_resumed_run_may_raise():
+    """Every message of ours with such advice: one of the options that it names is free, or it says to start again."""
+    known, found = free_fields(), set()
+    for path in sorted(path for folder in ("cpgd", "data", "model") for path in (ROOT / folder).rglob("*.py")):
+        for text in _texts(ast.parse(path.read_text())):
+            advised = {name.replace("-", "_") for name in ADVICE.findall(text)} & _fields(Config)
+            if advised and path.name not in BEFORE_A_RUN and "another --run-dir" not in text:
+                found |= advised & known
+                assert advised & known or advised <= BEFORE_A_STEP, f"{path.name}: {text}"
+    assert {"reward.failure_budget", "data.max_prompt_tokens", "data.max_image_pixels", "eval.guard_drop",
+            "model.attention"} <= found
+
+
+def _texts(tree: ast.AST) -> list[str]:
+    """Strings of the code, f-strings whole and with {} for their values."""
+    parts = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    out = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in parts:
+            out.append(node.value)
+        elif isinstance(node, ast.JoinedStr):
+            out.append("".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values))
+    return out
+
+
+def _fields(kind, prefix: str = "") -> set[str]:
+    return {name for f in fields(kind) for name in (
+        _fields(f.default_factory, f"{f.name}.") if is_dataclass(f.default_factory) else {prefix + f.name})}
 
 
 def test_a_place_has_a_server_and_options():

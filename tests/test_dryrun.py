@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,12 +19,16 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from cosmo_rl.cpgd import dryrun
 from cosmo_rl.cpgd.config import Config
 from cosmo_rl.cpgd.dryrun import Findings, inspect, show
+from cosmo_rl.cpgd.footprint import by_phase, count_parameters
 from cosmo_rl.cpgd.recipes import recipe
 from cosmo_rl.cpgd.update import build_micros
 from cosmo_rl.data.collate import Sequence, encode_prompt
 from cosmo_rl.data.mini import mini_rows, safety_rows
 from cosmo_rl.data.sampler import PromptSampler
+from cosmo_rl.data.terminal import printable
 from cosmo_rl.model.tiny import TINY_PATH
+
+PARAMETERS = count_parameters(runs.policy_processor().config, True)
 
 
 @pytest.fixture
@@ -270,3 +275,80 @@ def test_what_no_rule_can_measure_and_what_words_would_reward_is_told(tmp_path, 
     assert notes[1].startswith("WARNING: rewarded by word rules: Task-Aware of safety rows, Helpful of all rows ")
     assert not look(settings(rows, stage=0)).notes, "nothing is rewarded"
     assert not look(replace(recipe("tiny", 1), data=replace(recipe("tiny", 1).data, eval_path=()))).notes
+def test_flash_attention_that_is_missing_is_refused(rows, capsys):
+    """In one line with both mends, however narrow the terminal is."""
+    config = settings(rows)
+    config = replace(config, model=replace(config.model, attention="flash_attention_2"))
+    assert dryrun.dry_run(config) == 1
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "flash" in line]
+    assert line == ("problem: --model.attention flash_attention_2 is not installed (or sees no GPU); install it with `"
+                    "pip install flash-attn --no-build-isolation`, or give --model.attention sdpa")
+    assert not look(settings(rows)).settings
+
+
+def test_liger_that_cannot_run_is_refused(rows):
+    config = settings(rows)
+    found = look(replace(config, model=replace(config.model, liger="on")))
+    assert len(found.settings) == 1 and "--model.liger on needs" in found.settings[0]
+
+
+@pytest.fixture
+def held(tmp_path):
+    return runs.write_rows(tmp_path / "held" / "rows.jsonl", runs.held_rows())
+
+
+def with_memory(monkeypatch, num_bytes: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=num_bytes))
+
+
+def test_an_evaluation_that_cannot_fit_is_refused(rows, held, monkeypatch):
+    """Its largest call is that of the held-out rows, in batches of --eval.batch-size."""
+    config = settings(rows, eval_path=(str(held),))
+    config = replace(config, rollout=replace(config.rollout, batch_size=1, prompts=4, group_size=2),
+                     batch=replace(config.batch, max_tokens=100))
+    found = look(config)
+    calls = dryrun._calls(found, config, runs.policy_processor(), PARAMETERS)
+    groups = {name: len(prompts) for name, prompts in found.asked.items()}
+    assert sum(groups.values()) == 10 and calls["evaluation"].requests == max(groups.values()) > 1
+    assert calls["evaluation"].prompt_tokens == max(p.tokens for prompts in found.asked.values() for p in prompts)
+    assert calls["evaluation"].patches > 0 and not found.settings
+    sizes = by_phase(found.terms)
+    assert sizes["evaluation"] > sizes["rollout"]
+    of_phase = lambda config, phase: [text for text in look(config).settings if text.startswith(f"the {phase} takes")]
+    with_memory(monkeypatch, sizes["evaluation"] - 1)
+    (problem,) = of_phase(config, "evaluation")
+    assert "an estimated 0.0 GiB of a rank's memory, and this GPU has 0.0; lower --eval.batch-size" in problem
+    single = replace(config, eval=replace(config.eval, batch_size=1))
+    assert not of_phase(single, "evaluation"), "the mend works"
+    assert not of_phase(config, "rollout") and len(of_phase(config, "update")) == 1
+    with_memory(monkeypatch, sizes["evaluation"])
+    assert not of_phase(config, "evaluation")
+    assert "evaluation" not in by_phase(look(settings(rows)).terms), "without rows there is none"
+
+
+def test_without_a_gpu_what_no_gpu_could_hold_is_refused(rows, monkeypatch):
+    config = settings(rows)
+    monkeypatch.setattr(dryrun, "LARGEST_GPU", by_phase(look(config).terms)["always"] - 1)
+    (problem,) = look(config).settings
+    assert "what always lies there takes" in problem and "the largest GPU has" in problem and "--model.dtype" in problem
+
+
+def test_an_evaluation_beyond_the_models_positions_is_refused(rows, held):
+    config = settings(rows, eval_path=(str(held),))
+    longest = max(p.tokens for prompts in look(config).asked.values() for p in prompts)
+    limit = lambda new: replace(config, rollout=replace(config.rollout, max_new_tokens=new))
+    assert not look(limit(2048 - longest)).rejected
+    found = look(limit(2049 - longest))
+    assert found.rejected and all(one.where.startswith(f"{held}:") for one in found.rejected)
+    assert "are beyond the model's 2048 positions" in found.rejected[0].problem
+    assert found.rejected[0].mend == "lower --rollout.max-new-tokens, or drop the row"
+
+
+@pytest.mark.parametrize("domain", ["[/x]", "[bold]b", "a\x1b[2Jb", "two\nlines", ":smile:"])
+def test_any_name_of_a_domain_can_be_shown(rows, domain):
+    spoil(rows, {i: {"domain": domain} for i in range(5)} | {6: {"task": f"poem {domain}"}})
+    config = settings(rows)
+    text = shown(look(config), config)
+    assert printable(domain) in text and "\x1b" not in text
+    assert any(line.split()[-1:] and line.startswith(printable(domain)) for line in text.splitlines())

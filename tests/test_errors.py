@@ -1,12 +1,20 @@
 """Only what a user can mend is told in one line."""
 
+import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import runs
+import torch
 
 from cosmo_rl.cpgd import dryrun, rundir, trainer
-from cosmo_rl.data.errors import UserError
+from cosmo_rl.cpgd.config import RewardConfig
+from cosmo_rl.cpgd.rewards import ifeval
+from cosmo_rl.cpgd.rewards.build import build_rewards
+from cosmo_rl.data.errors import MissingPackage, UserError
+from cosmo_rl.data.mini import general_rows
+from cosmo_rl.model.liger import use_liger
 
 
 def _bug(*args, **kwargs):
@@ -25,13 +33,43 @@ def test_a_bug_of_ours_keeps_its_traceback(monkeypatch, tmp_path):
     assert not isinstance(caught.value, UserError)
 
 
-def test_what_a_user_can_mend_is_told_in_one_line(monkeypatch, caplog):
+def test_what_a_user_can_mend_is_told_in_one_line(monkeypatch, capsys):
     def wrong(*args):
         raise UserError("the cause; the mend")
 
     monkeypatch.setattr(trainer, "RunDir", wrong)
     assert trainer.main(runs.config()) == 1
-    assert caplog.messages == ["train.py: the cause; the mend"]
+    assert capsys.readouterr().err == "train.py: the cause; the mend\n"
     monkeypatch.setattr(trainer, "RunDir", lambda *args: SimpleNamespace(finished=False))
     monkeypatch.setattr(trainer, "Trainer", wrong)
     assert trainer.main(runs.config()) == 1
+
+
+def test_a_package_that_is_missing_is_told_in_one_line(monkeypatch, capsys):
+    """As an ImportError it would end with a traceback."""
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops", None)
+    monkeypatch.setattr(trainer, "RunDir", lambda *args: use_liger(torch.nn.Linear(1, 1)))
+    assert trainer.main(runs.config()) == 1
+    assert capsys.readouterr().err == "train.py: liger kernels need liger-kernel: pip install liger-kernel\n"
+    error = MissingPackage("words")
+    assert isinstance(error, ImportError) and isinstance(error, UserError) and str(error) == "words"
+
+
+def test_no_row_is_blamed_for_a_missing_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "if_verifiable.ifeval.instructions_registry", None)
+    ifeval._registry.cache_clear()
+    ifeval._checker.cache_clear()
+    row = replace(general_rows("validation")[0], task="ifeval",
+                  constraints=({"id": "punctuation:no_comma", "kwargs": {}},))
+    with pytest.raises(MissingPackage, match=r"^task ifeval needs"):
+        build_rewards(RewardConfig(), [row], rejected := [])
+    assert not rejected
+
+
+def test_an_interrupt_is_one_line(monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "RunDir", interrupted)
+    assert trainer.main(runs.config()) == 130
+    assert capsys.readouterr().err == "train.py: interrupted; repeat the command to go on from the last checkpoint\n"

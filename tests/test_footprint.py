@@ -5,9 +5,20 @@ from dataclasses import replace
 import pytest
 import runs
 import torch
+from memory import Allocations
 
 from cosmo_rl.cpgd.config import Config
-from cosmo_rl.cpgd.footprint import Calls, Load, Parameters, Term, count_parameters, footprint, kept_by_layer, peak
+from cosmo_rl.cpgd.footprint import (
+    Calls,
+    Load,
+    Parameters,
+    Term,
+    by_phase,
+    count_parameters,
+    footprint,
+    kept_by_layer,
+    peak,
+)
 from cosmo_rl.data.collate import Sequence, collate, encode_prompt
 from cosmo_rl.data.mini import safety_rows
 from cosmo_rl.model.load import load_model
@@ -26,7 +37,8 @@ def settings(**model) -> Config:
 def terms_of(config: Config, world_size: int = 1, load: Load = LOAD, calls: Calls = CALLS) -> dict[str, int]:
     model_config = runs.policy_processor().config
     parameters = count_parameters(model_config, config.model.freeze_vision)
-    return {term.name: term.num_bytes for term in footprint(model_config, parameters, config, load, calls, world_size)}
+    terms = footprint(model_config, parameters, config, load, {"rollout": calls} if calls.requests else {}, world_size)
+    return {term.name: term.num_bytes for term in terms}
 
 
 @pytest.mark.parametrize("freeze_vision", [False, True])
@@ -171,3 +183,27 @@ def test_the_peak_does_not_add_phases_that_take_turns():
              Term("rollout", "d", "", 34)]
     assert peak(terms) == 135 and peak([*terms, Term("rollout", "e", "", 3)]) == 137
     assert "KV cache" not in terms_of(settings(), calls=Calls(0, 0, 40))
+
+
+def test_each_phase_has_its_own_call_and_holds_what_always_lies_there():
+    config, model_config = settings(), runs.policy_processor().config
+    parameters = count_parameters(model_config, False)
+    terms = footprint(model_config, parameters, config, LOAD, {"rollout": CALLS, "evaluation": CALLS._replace(
+        requests=24, prompts=24, patches=100)}, 1)
+    sizes = by_phase(terms)
+    assert list(sizes) == ["always", "update", "rollout", "evaluation"] and sizes["evaluation"] > sizes["rollout"]
+    assert peak(terms) == max(sizes.values()) and sizes["update"] > sizes["always"] > 0
+    assert "pixels" in [term.name for term in terms if term.phase == "evaluation"]
+    assert "pixels" not in [term.name for term in terms if term.phase == "rollout"]
+
+
+def test_pixels_of_a_call_are_near_what_the_tower_takes():
+    processor, model = runs.policy_processor(), load_model(runs.MODEL)
+    prompts = [encode_prompt(row, processor, max_prompt_tokens=512, max_image_pixels=10**6)
+               for row in safety_rows("validation")[:150]]
+    pixels = torch.cat([torch.from_numpy(prompt.pixel_values) for prompt in prompts])
+    grids = torch.cat([torch.from_numpy(prompt.image_grid_thw) for prompt in prompts])
+    with torch.no_grad(), Allocations(pixels) as taken:
+        model.model.visual(pixels, grid_thw=grids)
+    estimate = terms_of(settings(), calls=Calls(1, 1, 1, len(pixels)))["pixels"]
+    assert estimate == pytest.approx(pixels.nbytes + taken.peak, rel=0.25)

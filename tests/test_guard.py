@@ -179,7 +179,7 @@ def test_bad_options(options, message):
 def test_the_guard_is_no_part_of_a_run():
     base = Config(eval=EvalConfig(every=4))
     assert Config(eval=EvalConfig(every=4, guard="stop", guard_drop=0.2)).hash() == base.hash()
-    assert Config(eval=EvalConfig(every=5)).hash() != base.hash()
+    assert Config(eval=EvalConfig(every=4, max_rows=5)).hash() != base.hash()
 
 
 def test_a_stopped_run_goes_on_when_told_to_and_ends_the_same(tmp_path):

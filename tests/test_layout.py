@@ -26,7 +26,8 @@ MAY_IMPORT = {
 CPGD_LAYERS = {
     "config": set(),
     "rundir": {"config"},
-    "recipes": {"config"},
+    "ending": set(),
+    "recipes": {"config", "ending"},
     "batch": {"config"},
     "advantages": {"config", "batch"},
     "objective": {"config", "batch"},

@@ -1,5 +1,7 @@
+import contextlib
 import io
 import json
+import logging
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,7 +10,8 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cosmo_rl.cpgd import metrics
-from cosmo_rl.cpgd.metrics import MetricsWriter, ProgressView, read_metrics, reward_stats
+from cosmo_rl.cpgd.metrics import MetricsWriter, ProgressView, Stderr, read_metrics, reward_stats
+from cosmo_rl.data.terminal import printable
 
 
 def sample(domain, group, reward, **terms) -> Any:
@@ -158,3 +161,71 @@ def test_progress_on_a_terminal():
     view.close()
     text = out.getvalue()
     assert "3/8" in text and "safety" in text and "0.25" in text and "0.432" in text
+
+
+HOSTILE = ["[/x]", "[bold]b", "a\x1b[2J", "two\nlines", "x" * 300, "\udc80", "[link=http://h]c", ":smile:", "caf\u00e9"]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("domain", HOSTILE)
+def test_any_name_of_a_domain_can_be_shown(domain, terminal):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    view = ProgressView(8, title="stage 2", console=Console(file=out, force_terminal=terminal, width=100,
+                                                            color_system=None))
+    view.update(line(3, rewards={domain: {"reward": {"mean": 0.25}, "own": {"mean": 0.5}}}))
+    view.close()
+    out.seek(0)
+    text = out.read()
+    name = printable(domain)
+    assert (name if len(name) <= 32 else f"{name[:29]}...") in text and "0.25" in text
+    assert "\x1b[2J" not in text and "two\n" not in text
+
+
+@pytest.mark.parametrize("width", [80, 79, 40, 200])
+def test_numbers_are_whole_at_any_width(width):
+    out = io.StringIO()
+    view = ProgressView(8, title="stage 2", console=Console(file=out, force_terminal=True, width=width,
+                                                            color_system=None))
+    values = {"loss": -1.23e-04, "grad_norm": 1.23e-05, "lr": 1e-06, "clip_fraction": 2.5e-07, "drift": 1.23e-11,
+              "entropy": 0.00123, "response_length": 8191.6}
+    view.update(line(3, **values, tokens_per_second={"rollout": 123456.0, "update": 1.5e7}))
+    view.close()
+    text = out.getvalue()
+    for whole in ("loss -0.000123", "grad_norm 1.23e-05", "lr 1e-06", "clip_fraction 2.5e-07", "drift 1.23e-11",
+                  "entropy 0.00123", "response_length 8192", "rollout tokens/s 123456", "update tokens/s 1.5e+07"):
+        assert whole in text, whole
+
+
+@pytest.mark.parametrize("width", [80, 79, 60, 40])
+@pytest.mark.parametrize("count", [1, 5, 6, 7, 12])
+def test_reward_terms_are_whole_at_any_width(width, count):
+    """More terms than fit side by side are shown below each other; a long name is folded."""
+    out = io.StringIO()
+    view = ProgressView(8, console=Console(file=out, force_terminal=True, width=width, color_system=None))
+    terms = {f"a_term_of_mine_{i}": -1.23e-06 - i * 1e-08 for i in range(count)}
+    view.update(line(3, rewards={"a long name of a domain": {k: {"mean": v} for k, v in terms.items()}}))
+    view.close()
+    assert [text for text in out.getvalue().split() if text.startswith("-1.")] == [f"{v:.3g}" for v in terms.values()]
+
+
+def test_warnings_have_a_file_that_is_cut_back_too(tmp_path):
+    writer = MetricsWriter(tmp_path, tensorboard=False)
+    writer.rewind(0)
+    writer.warned([])
+    assert not writer.warnings_path.exists()
+    writer.warned([{"step": 1, "warning": "a"}, {"step": 1, "warning": "b"}])
+    writer.warned([{"step": 3, "warning": "c"}])
+    writer.rewind(2)
+    assert read_metrics(tmp_path / "warnings.jsonl") == [{"step": 1, "warning": "a"}, {"step": 1, "warning": "b"}]
+
+
+def test_what_is_logged_goes_to_the_stderr_of_the_moment_and_steers_no_terminal(capsys):
+    handler = Stderr()  # made before the progress bar puts its own stderr in place
+    logger = logging.getLogger("a test of ours")
+    logger.addHandler(handler)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()) as later:
+            logger.warning("domain %s\nsecond line", "[/x]\x1b[2J")
+    finally:
+        logger.removeHandler(handler)
+    assert later.getvalue() == "domain [/x]\\x1b[2J\nsecond line\n" and capsys.readouterr().err == ""

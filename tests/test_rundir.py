@@ -83,12 +83,72 @@ def test_foreign_and_damaged_folders(tmp_path):
         RunDir(tmp_path, 2, CONFIG)
 
 
+FREED = replace(CONFIG, steps=200, rollout=replace(CONFIG.rollout, batch_size=8),
+                checkpoint=replace(CONFIG.checkpoint, keep=5), reward=replace(CONFIG.reward, failure_budget=0.5))
+CHANGES = ["checkpoint.keep 2 -> 5", "reward.failure_budget 0.1 -> 0.5", "rollout.batch_size 64 -> 8",
+           "steps 100 -> 200"]
+
+
+def trained(folder, config=CONFIG):
+    """A stage in which a step was taken."""
+    RunDir(folder, 2, config).close()
+    (folder / "stage2" / "metrics.jsonl").write_text('{"step": 1}\n')
+    return folder / "stage2" / "config.json"
+
+
+def test_what_may_change_is_kept_once_the_run_goes_on(tmp_path, caplog):
+    caplog.set_level("INFO")
+    saved = trained(tmp_path)
+    run = RunDir(tmp_path, 2, replace(FREED, run_dir=str(tmp_path)))
+    assert run.changed == CHANGES
+    assert json.loads(saved.read_text()) == CONFIG.to_dict(), "the resume may still be refused"
+    run.adopt(FREED)
+    assert json.loads(saved.read_text()) == FREED.to_dict()
+    assert caplog.messages == [f"settings changed since the last start: {', '.join(CHANGES)}; the learning rate "
+                               "now falls to step 200"]
+    run.close()
+    again = RunDir(tmp_path, 2, FREED)
+    again.adopt(FREED)
+    assert not again.changed and len(caplog.messages) == 1, "said once"
+    again.close()
+
+
+def test_without_other_steps_nothing_is_said_of_the_learning_rate(tmp_path, caplog):
+    caplog.set_level("INFO")
+    trained(tmp_path)
+    other = replace(CONFIG, model=replace(CONFIG.model, attention="flash_attention_2"))
+    run = RunDir(tmp_path, 2, other)
+    run.adopt(other)
+    run.close()
+    assert caplog.messages == ["settings changed since the last start: model.attention 'sdpa' -> 'flash_attention_2'"]
+
+
+def test_a_free_setting_does_not_carry_another_along(tmp_path):
+    saved = trained(tmp_path)
+    with pytest.raises(ValueError, match=r"other settings: seed is 0 there and 7 here\. Repeat"):
+        RunDir(tmp_path, 2, replace(FREED, seed=7))
+    assert json.loads(saved.read_text()) == CONFIG.to_dict()
+
+
 def test_finished_when_the_report_is_there(tmp_path):
     RunDir(tmp_path, 2, CONFIG).close()
-    write_atomic(tmp_path / "stage2" / "report.json", "{}")
-    run = RunDir(tmp_path, 2, CONFIG)
+    write_atomic(tmp_path / "stage2" / "report.json", '{"steps": 100}')
+    run = RunDir(tmp_path, 2, replace(CONFIG, log=replace(CONFIG.log, samples=0)))
     assert run.finished
     run.close()
+    for steps in (99, 200):
+        with pytest.raises(ValueError, match=rf"is finished after 100 steps, and --steps is {steps}; give --steps 100 "
+                                             r".*--model\.path .*stage2/hf"):
+            RunDir(tmp_path, 2, replace(CONFIG, steps=steps))
+    RunDir(tmp_path, 2, CONFIG).close()  # and the refused tries left no lock
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "7"])
+def test_a_damaged_report_is_named(tmp_path, content):
+    RunDir(tmp_path, 2, CONFIG).close()
+    (tmp_path / "stage2" / "report.json").write_text(content)
+    with pytest.raises(UserError, match=r"report\.json is damaged .* restore it, or remove it to have it made anew"):
+        RunDir(tmp_path, 2, CONFIG)
 
 
 def test_cannot_write(tmp_path):

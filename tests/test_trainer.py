@@ -59,6 +59,7 @@ def same_results(run: Path, other: Path) -> None:
     left, right = run / "stage2", other / "stage2"
     for name in ("samples.jsonl", "evals.jsonl"):
         assert (left / name).read_bytes() == (right / name).read_bytes(), name
+    assert read_metrics(left / "warnings.jsonl") == read_metrics(right / "warnings.jsonl")
     weights, others = (load_file(stage / "hf" / "model.safetensors") for stage in (left, right))
     assert weights.keys() == others.keys()
     assert all(torch.equal(weights[name], others[name]) for name in weights)
@@ -315,6 +316,27 @@ def test_one_rank_fails_alone(folder, data, name):
     assert len(messages[0]) == 1 and messages[0] == messages[1], done.err
     assert str(FAULTS[name][3].args[-1]) in messages[0][0]
     assert "Traceback" not in "".join(done.err), done.err
+
+
+def test_a_run_that_learns_nothing_says_so(folder, data):
+    """Responses of one token: no reward differs. Killed and repeated, it says what an uninterrupted run does."""
+    whole, cut = (runs.small(*data, "--rollout.max-new-tokens", 1, "--run-dir", folder / name)
+                  for name in ("nothing", "nothing-cut"))
+    metrics = folder / "nothing-cut" / "stage2" / "metrics.jsonl"
+    kill = functools.partial(runs.kill_when, "cosmo_rl.cpgd.update:clip_grad_norm", 5, metrics)
+    both = [runs.start(whole, folder / "logs", ranks=2), runs.start(cut, folder / "logs", before=kill)]
+    done, killed = (running.wait() for running in both)
+    assert killed.code == -signal.SIGKILL
+    said = [line for line in done.check().err[0].splitlines() if line.startswith("step ")]
+    assert len(said) == 3 and done.err[1] == "", said
+    assert said[0].startswith("step 1: all 4 groups of the rollout have equal rewards and advantage 0")
+    assert said[1].startswith("step 1: 16 of 16 responses of the rollout were cut off at --rollout.max-new-tokens 1")
+    assert said[2] == "step 4: the gradient was 0 in the last 4 steps: nothing is learnt"
+    told = read_metrics(folder / "nothing" / "stage2" / "warnings.jsonl")
+    assert [f"step {line['step']}: {line['warning']}" for line in told] == said
+    again = runs.train(cut, folder / "logs").check()
+    assert not [line for line in again.err[0].splitlines() if line.startswith("step ")], "said before"
+    assert read_metrics(folder / "nothing-cut" / "stage2" / "warnings.jsonl") == told
 
 
 def test_finished_stage(folder, data, reference):

@@ -27,8 +27,8 @@ from types import ModuleType, TracebackType
 from typing import Any
 
 from cosmo_rl.data.errors import UserError
-from cosmo_rl.data.prompts import printable
 from cosmo_rl.data.schema import Row
+from cosmo_rl.data.terminal import printable, shortened
 
 from ..batch import Sample
 from .base import Evidence, Failed, NotApplicable, Outcome, RewardFn, Score
@@ -117,8 +117,9 @@ class UserFunction:
         if len(self._told) > MOST_TOLD:
             logger.error("%s raised in more than %d places; further tracebacks are not shown", OPTION, MOST_TOLD)
             return
+        frames = "".join(traceback.format_exception(type(error), error, trace)).rstrip()
         logger.error("%s raised, and the response is left out of its group; told once for each place:\n%s", OPTION,
-                     printable("".join(traceback.format_exception(type(error), error, trace)).rstrip(), _TRACE))
+                     printable(shortened(frames, _TRACE), keep="\n"))
 
 
 def outcome_of(said: object) -> Outcome:
@@ -250,5 +251,5 @@ def _one_line(error: BaseException) -> str:
 
 
 def _cut(text: str, length: int = _REASON) -> str:
-    text = " ".join(printable(text).split())
+    text = printable(" ".join(text.split()))
     return text if len(text) <= length else text[:length] + "..."

@@ -17,7 +17,7 @@ from difflib import get_close_matches
 from functools import cache, lru_cache
 from typing import Any
 
-from cosmo_rl.data.errors import UserError
+from cosmo_rl.data.errors import MissingPackage, UserError
 
 from .ifeval_checks import OURS, language, says, tokens
 
@@ -54,7 +54,7 @@ def check(constraints: Sequence[Mapping[str, Any]]) -> list[Checker]:
     Raises:
         UserError: there are none, an unknown id, or kwargs that are missing, unknown or of no use; names the
             constraint and the mend.
-        ImportError: if-verifiable or nupunkt is not installed; names the pip line.
+        MissingPackage: if-verifiable or nupunkt is not installed; names the pip line.
     """
     if not constraints:
         raise UserError('task ifeval has no `constraints`; give [{"id": ..., "kwargs": {...}}]')
@@ -85,6 +85,8 @@ def _checker(written: str) -> Checker:
             bad = [key for key, value in kwargs.items() if _plain(taken[key]) != _plain(value)]
         if not bad:
             follows("a")
+    except MissingPackage:  # no constraint's fault
+        raise
     except (ValueError, TypeError, AttributeError, KeyError, re.error) as error:
         raise UserError(f"constraint {name} has kwargs {str(kwargs)[:200]}, which its checker refuses "
                         f"({repr(error)[:200]}); correct them") from error
@@ -165,6 +167,7 @@ def _registry() -> dict[str, Any]:
         from if_verifiable.ifeval.instructions_registry import INSTRUCTION_DICT
         from langdetect import DetectorFactory
     except ImportError as error:
-        raise ImportError("task ifeval needs the checkers of if-verifiable: pip install 'cosmo-rl[ifeval]'") from error
+        raise MissingPackage("task ifeval needs the checkers of if-verifiable: "
+                             "pip install 'cosmo-rl[ifeval]'") from error
     DetectorFactory.seed = 0  # it guesses languages with random draws
     return dict(INSTRUCTION_DICT)

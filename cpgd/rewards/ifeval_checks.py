@@ -30,6 +30,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
+from cosmo_rl.data.errors import MissingPackage
+
 OPTIONS = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
 _STOPS = re.compile(r"([.!?]{20})[.!?]+([.!?]{20})")
 _WORD = re.compile(r"[^\W_]+(?:['\u2019_][^\W_]+)*")
@@ -187,7 +189,8 @@ def _splitter() -> Any:
     try:
         import nupunkt
     except ImportError as error:
-        raise ImportError("task ifeval needs the sentence splitter nupunkt: pip install 'cosmo-rl[ifeval]'") from error
+        raise MissingPackage("task ifeval needs the sentence splitter nupunkt: "
+                             "pip install 'cosmo-rl[ifeval]'") from error
     return nupunkt.load("default")
 
 

@@ -16,7 +16,7 @@ right (`is_right`).
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from cosmo_rl.data.errors import UserError
+from cosmo_rl.data.errors import MissingPackage, UserError
 from cosmo_rl.data.schema import Row
 
 from ..batch import Sample
@@ -75,7 +75,7 @@ class TaskAware:
         """Why the row could never be scored, and the mend; "" if it can.
 
         Raises:
-            ImportError: an ifeval row, and the package with its checkers is not installed; names the pip line.
+            MissingPackage: an ifeval row, and the package with its checkers is not installed; names the pip line.
         """
         self.asked.add(row.task)
         if row.task == "math":
@@ -109,6 +109,8 @@ def seen_problem(row: Row) -> str:
         return gold_problem(row.answer)
     try:
         _rate(row, "")
+    except MissingPackage:  # no row's fault
+        raise
     except UserError as error:
         return str(error)
     return ""

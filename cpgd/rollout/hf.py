@@ -120,8 +120,8 @@ class HFEngine:
         length = int(ends[0]) + 1 if len(ends) else len(tokens)
         if not np.isfinite(logprobs[:length]).all():
             raise UserError(
-                f"prompt {request.prompt.id}: weights of version {self.version} give NaN or infinite logits; lower the "
-                "learning rate, or start from a checkpoint before the run diverged"
+                f"prompt {request.prompt.id}: weights of version {self.version} give NaN or infinite logits; start "
+                "again in another --run-dir with a lower --optim.learning-rate, from weights before the run diverged"
             )
         reason = "stop" if len(ends) else "length"
         return Response(tokens[:length].astype(np.int64), logprobs[:length].astype(np.float32), reason, self.version)

@@ -84,7 +84,7 @@ def main(args: Sequence[str] | None = None) -> int:
     options = tyro.cli(Options, args=args, prog=PROGRAM, config=(tyro.conf.FlagCreatePairsOff,))
     try:
         run(options)
-    except (UserError, ImportError) as error:
+    except UserError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 1
     return 0
@@ -95,7 +95,7 @@ def run(options: Options) -> None:
 
     Raises:
         UserError: what a user can get wrong (RowError and Unfit among them).
-        ImportError: --ocr without rapidocr-onnxruntime.
+        MissingPackage: --ocr without rapidocr-onnxruntime.
     """
     if not options.inputs:
         raise UserError("--in names no file; give .jsonl or .parquet files, or saved datasets")

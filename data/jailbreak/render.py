@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..errors import UserError
+from ..errors import MissingPackage, UserError
 from .registry import Reader, Unfit
 
 LINE_HEIGHT = 1.25
@@ -203,12 +203,12 @@ def rapidocr() -> Reader:
     """OCR by rapidocr-onnxruntime (Apache-2.0; its networks ship inside the package).
 
     Raises:
-        ImportError: it is not installed.
+        MissingPackage: it is not installed.
     """
     try:
         module = importlib.import_module("rapidocr_onnxruntime")
     except ImportError as error:
-        raise ImportError("--ocr needs rapidocr-onnxruntime: pip install rapidocr-onnxruntime") from error
+        raise MissingPackage("--ocr needs rapidocr-onnxruntime: pip install rapidocr-onnxruntime") from error
     engine: Callable = module.RapidOCR()
 
     def read(picture: Image.Image) -> str:
