@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
+from .endpoint_replies import MAX_DEPTH, deeper
 from .errors import UserError
 from .schema import ImageSource, encoded, open_image
 
@@ -173,7 +174,7 @@ class DiskCache:
                              "may read") from error
         except (ValueError, RecursionError):
             entry = None
-        if not isinstance(entry, dict) or entry.get("key") != key:
+        if not isinstance(entry, dict) or entry.get("key") != key or deeper(entry, MAX_DEPTH + 1):
             self.drop(key)
             return None
         return entry.get("reply")

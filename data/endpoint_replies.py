@@ -1,6 +1,7 @@
 """What a server's replies must look like, read strictly, and what their messages may say.
 
-A reply of another format, by another model or too long is an `AttemptError`: the same request may fare better.
+A reply of another format, by another model, compressed or too long is an `AttemptError`: the same request may fare
+better.
 """
 
 import json
@@ -14,6 +15,8 @@ from .endpoint_spec import BASE
 
 MAX_REPLY_BYTES = 1 << 22
 """Longer replies are cut off; a verdict with its log-probs takes a few thousand."""
+MAX_DEPTH = 32
+"""Lists and objects within each other; a chat completion has 8, and what is done with a reply is recursive."""
 REDACT_LENGTH = 8
 """Shorter keys (EMPTY, none) are no secrets, and hiding them would garble replies."""
 
@@ -24,8 +27,8 @@ class AttemptError(Exception):
     def __init__(self, kind: str, reason: str, mend: str, wait_s: float = 0.0) -> None:
         """
         Args:
-            kind: for counting: timeout, cut, connection, http_STATUS, too_long, no_json, other_format, other_model,
-                given_up.
+            kind: for counting: timeout, cut, connection, http_STATUS, compressed, too_long, no_json, other_format,
+                other_model, given_up.
             wait_s: pause that the server asks for, in seconds.
         """
         super().__init__(reason)
@@ -50,20 +53,32 @@ class ChatReply:
 
 
 async def read_text(response: httpx.Response) -> str:
-    """The text of a streamed reply; raises AttemptError when it is longer than MAX_REPLY_BYTES."""
-    parts, size = [], 0
-    async for part in response.aiter_bytes():
-        size += len(part)
-        if size > MAX_REPLY_BYTES:
+    """The text of a streamed reply; raises AttemptError when it is longer than MAX_REPLY_BYTES, or good and compressed.
+
+    It was asked for as it is, and httpx would decode what comes compressed whatever its size: 300 bytes of nested gzip
+    are gigabytes.
+    """
+    coding = response.headers.get("content-encoding", "").strip().lower()
+    if coding not in ("", "identity"):
+        if response.status_code != 200:  # the status says enough
+            return f"(in Content-Encoding {short(coding)})"
+        raise AttemptError("compressed", f"the reply is in Content-Encoding {short(coding)!r}, and not as it was asked "
+                           "for", "switch compression off in the server, or in the proxy before it")
+    text = bytearray()
+    async for part in response.aiter_raw():
+        text += part
+        if len(text) > MAX_REPLY_BYTES:
             raise AttemptError("too_long", f"the reply is longer than {MAX_REPLY_BYTES} bytes", BASE)
-        parts.append(part)
-    return b"".join(parts).decode("utf-8", "replace")  # JSON is UTF-8, whatever the header says
+    return text.decode("utf-8", "replace")  # JSON is UTF-8, whatever the header says
 
 
 def read_json(text: str, key: str) -> Any:
     """The JSON of a reply, `without_key`; raises AttemptError when it is none."""
     try:
-        return without_key(json.loads(text, parse_constant=int), key)  # int("NaN") raises: it and Infinity are no JSON
+        found = json.loads(text, parse_constant=int, object_pairs_hook=_once)  # int("NaN") raises: it is no JSON
+        if deeper(found, MAX_DEPTH):
+            raise ValueError
+        return without_key(found, key)
     except (ValueError, RecursionError):
         raise AttemptError("no_json", f"the reply is no JSON: {short(without_key(text, key))!r}", BASE) from None
 
@@ -78,6 +93,7 @@ def read_chat(payload: Any, model: str, cached: bool = False) -> ChatReply:
         text = choice["message"]["content"] or ""  # null: the server's reasoning parser found no answer
         if not isinstance(text, str):
             raise TypeError
+        text.encode()  # half a character, as "\\ud800", can be neither written nor asked about: a UnicodeEncodeError
         places = (choice.get("logprobs") or {}).get("content") or []
         first = next((place for place in places if place["token"].strip()), None)
         top = tuple((str(t["token"]), _number(t["logprob"])) for t in first["top_logprobs"] or ()) if first else ()
@@ -119,6 +135,8 @@ def message_of(text: str) -> str:
         found = json.loads(text)
     except (ValueError, RecursionError):
         return text
+    if deeper(found, MAX_DEPTH):
+        return text
     found = found.get("error", found) if isinstance(found, dict) else found
     return str(found.get("message", found.get("detail", text)) if isinstance(found, dict) else found)
 
@@ -130,6 +148,23 @@ def without_key(found: Any, key: str) -> Any:
     if isinstance(found, dict):
         return {without_key(name, key): without_key(inner, key) for name, inner in found.items()}
     return [without_key(inner, key) for inner in found] if isinstance(found, list) else found
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; raises ValueError where a name stands twice, since readers differ in which one counts."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError
+    return found
+
+
+def deeper(found: Any, depth: int) -> bool:
+    """Whether lists and objects go more than `depth` deep."""
+    level = [found]
+    for _ in range(depth):
+        level = [inner for item in level if isinstance(item, dict | list)
+                 for inner in (item.values() if isinstance(item, dict) else item)]
+    return any(isinstance(item, dict | list) for item in level)
 
 
 def short(text: str) -> str:
