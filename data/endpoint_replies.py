@@ -11,12 +11,11 @@ from typing import Any
 
 import httpx
 
+from . import strict_json
 from .endpoint_spec import BASE
 
 MAX_REPLY_BYTES = 1 << 22
 """Longer replies are cut off; a verdict with its log-probs takes a few thousand."""
-MAX_DEPTH = 32
-"""Lists and objects within each other; a chat completion has 8, and what is done with a reply is recursive."""
 REDACT_LENGTH = 8
 """Shorter keys (EMPTY, none) are no secrets, and hiding them would garble replies."""
 
@@ -75,11 +74,8 @@ async def read_text(response: httpx.Response) -> str:
 def read_json(text: str, key: str) -> Any:
     """The JSON of a reply, `without_key`; raises AttemptError when it is none."""
     try:
-        found = json.loads(text, parse_constant=int, object_pairs_hook=_once)  # int("NaN") raises: it is no JSON
-        if deeper(found, MAX_DEPTH):
-            raise ValueError
-        return without_key(found, key)
-    except (ValueError, RecursionError):
+        return without_key(strict_json.loads(text, parse_constant=int), key)  # int("NaN") raises: it is no JSON
+    except ValueError:
         raise AttemptError("no_json", f"the reply is no JSON: {short(without_key(text, key))!r}", BASE) from None
 
 
@@ -132,10 +128,8 @@ def read_models(payload: Any) -> list[str]:
 def message_of(text: str) -> str:
     """What an error reply says: {"error": {"message"}}, {"message"} or {"detail"}, else its text."""
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-    if deeper(found, MAX_DEPTH):
+        found = strict_json.loads(text)
+    except ValueError:
         return text
     found = found.get("error", found) if isinstance(found, dict) else found
     return str(found.get("message", found.get("detail", text)) if isinstance(found, dict) else found)
@@ -148,23 +142,6 @@ def without_key(found: Any, key: str) -> Any:
     if isinstance(found, dict):
         return {without_key(name, key): without_key(inner, key) for name, inner in found.items()}
     return [without_key(inner, key) for inner in found] if isinstance(found, list) else found
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object; raises ValueError where a name stands twice, since readers differ in which one counts."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError
-    return found
-
-
-def deeper(found: Any, depth: int) -> bool:
-    """Whether lists and objects go more than `depth` deep."""
-    level = [found]
-    for _ in range(depth):
-        level = [inner for item in level if isinstance(item, dict | list)
-                 for inner in (item.values() if isinstance(item, dict) else item)]
-    return any(isinstance(item, dict | list) for item in level)
 
 
 def short(text: str) -> str:

@@ -33,6 +33,8 @@ from .errors import UserError
 TASKS = ("safety", "jailbreak", "value", "knowledge", "general", "math", "mcq", "ifeval", "helpful")
 TAGS = ("image", "text", "combined")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+MAX_TEXT = 1 << 24
+"""Most characters of a text; the longest contexts hold some 4 million."""
 MAX_ASPECT_RATIO = 200
 """Longest over shortest side that Qwen's image processor takes (transformers' `smart_resize`)."""
 RESERVED = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<|im_start|>", "<|im_end|>",
@@ -56,11 +58,18 @@ class RowError(UserError):
     """A bad row: `WHERE: field `FIELD`: PROBLEM; MEND`, where WHERE is FILE:LINE or FILE and FIELD may be empty."""
 
     def __init__(self, where: str, field: str, problem: str, mend: str) -> None:
-        super().__init__(where, field, problem, mend)
+        super().__init__(where, _shown(field, 80), _shown(problem, 400), mend)
 
     def __str__(self) -> str:
         where, field, problem, mend = self.args
         return f"{where}: field `{field}`: {problem}; {mend}" if field else f"{where}: {problem}; {mend}"
+
+
+def _shown(text: str, limit: int) -> str:
+    """What came from a file, in one line: control characters escaped, the middle of a long one left out."""
+    if len(text) > limit:
+        text = f"{text[:limit // 2]}...{text[-limit // 4:]}"
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,6 +256,8 @@ def _text(value: Any, field: str, where: str) -> str:
         raise RowError(where, field, f"is {_kind(value)}, not a string", "put it in quotes")
     if not value.strip():
         raise RowError(where, field, "is empty", "fill it in, or leave an optional field out")
+    if len(value) > MAX_TEXT:
+        raise RowError(where, field, f"has {len(value)} characters, more than {MAX_TEXT}", "shorten it")
     if not value.isascii():
         try:
             value.encode()

@@ -176,8 +176,15 @@ def test_a_selection_of_a_dataset_is_what_is_loaded(tmp_path):
 
 @pytest.mark.parametrize(("line", "parts"), [
     ('{"id": "b", ', ["a.jsonl:3: it is not one JSON object", "; write one object a line"]),
-    ('{"id": "b", "id": "c"}', ["a.jsonl:3: ", "field 'id' is given twice"]),
-    ("[" * 100_000, ["a.jsonl:3: it is not one JSON object"]),
+    ('{"id": "b", "id": "c"}', ["a.jsonl:3: field `id`: is given twice; keep one of them"]),
+    ("[" * 100_000, ["a.jsonl:3: lists and objects lie more than 64 deep within each other; flatten it"]),
+    *(('{"id": "b", "attack": ' + "[" * n + "]" * n + "}", ["a.jsonl:3: field `attack`: lists and objects lie more"])
+      for n in (64, 480, 700)),
+    ('{"id": "b", "attack": {"name": 1, "name": 2}}', ["a.jsonl:3: field `name`: is given twice; keep one of them"]),
+    (row("b", **{"n" * 100_000: 1}), ["a.jsonl:3: field `nnnnnn", "nn...nn", "nnn`: there is no such field; remove"]),
+    (row("b", **{"a\n\x1b[31m": 1}), [r"a.jsonl:3: field `a\n\x1b[31m`: there is no such field"]),
+    (row("b", task="t" * 100_000), ["a.jsonl:3: field `task`: unknown task 'ttt", "ttt...ttt", "give one of safety"]),
+    (row("b", answer="x" * (1 << 24) + "x"), ["a.jsonl:3: field `answer`: has 16777217 characters, more than 1677721"]),
     ('["b"]', ["a.jsonl:3: a row is an object of fields, not a list"]),
     (row("b", task="safte"), ["a.jsonl:3: field `task`: unknown task 'safte'; give one of safety, jailbreak"]),
     (row("b", answer=3), ["a.jsonl:3: field `answer`: is a number, not a string; put it in quotes"]),
@@ -205,7 +212,7 @@ def test_a_bad_line_is_named_by_file_and_line(tmp_path, line, parts):
     (folder / "text.png").write_text("not found")
     (folder / "empty.png").touch()
     message = fails([write(folder / "a.jsonl", [row("a", images=["x.png"]), "", line, row("d")])], *parts)
-    assert message.startswith(str(folder / "a.jsonl") + ":3: ")
+    assert message.startswith(str(folder / "a.jsonl") + ":3: ") and message.isprintable() and len(message) < 1000
 
 
 def test_the_first_bad_image_in_row_order_is_reported(tmp_path):
@@ -297,7 +304,7 @@ def test_a_folder_that_is_no_dataset_is_named(tmp_path):
         broken = tmp_path / f"broken-{name}"
         shutil.copytree(tmp_path / "two" / "test", broken)
         (broken / name).write_bytes((broken / name).read_bytes()[:30])
-        assert re.match(f"{re.escape(str(broken))}: .*; ", fails([broken], "again"))
+        assert re.match(f"{re.escape(str(broken))}(/state.json)?: .*; ", fails([broken], "again"))
 
 
 def test_fingerprint_follows_content_not_place(tmp_path):

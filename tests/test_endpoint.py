@@ -140,15 +140,15 @@ def test_no_other_json_passes_for_a_chat_completion(payload):
 
 
 @pytest.mark.parametrize("text", ["NaN", '{"model": NaN}', "[Infinity]", "[-Infinity]", "", "<html>", "{'a': 1}",
-                                  "[" * 100_000, "[" * 700 + "]" * 700, "1" * 5000, "[" * 33 + "]" * 33,
-                                  '{"a":' * 33 + "1" + "}" * 33,
+                                  "[" * 100_000, "[" * 700 + "]" * 700, "1" * 5000, "[" * 65 + "]" * 65,
+                                  '{"a":' * 65 + "1" + "}" * 65,
                                   '{"model": "judge", "model": "judge"}', '[{"a": {"b": 1, "b": 2}}]'])
 def test_what_is_no_json_is_refused(text):
     with FaultServer() as server:
         server.chat = lambda body: {"raw": text}
         with pytest.raises(EndpointError, match="the reply is no JSON"):
             use(server, ask, attempts=1)
-    assert endpoint_replies.read_json('{"a":' * 32 + "1" + "}" * 32, "")
+    assert endpoint_replies.read_json('{"a":' * 64 + "1" + "}" * 64, "")
 
 
 def test_a_reply_that_does_not_end_is_left(monkeypatch):
@@ -669,7 +669,7 @@ def test_a_cache_that_cannot_be_read_is_told(tmp_path):
 def test_a_cache_entry_that_is_nested_too_deep_is_corrupt(tmp_path):
     cache = DiskCache(tmp_path)
     cache.put("ab" * 20, 1)
-    for depth in (33, 500, 100_000):
+    for depth in (65, 500, 100_000):
         cache.path("ab" * 20).write_text(f'{{"key": "{"ab" * 20}", "reply": {"[" * depth}{"]" * depth}}}')
         assert cache.get("ab" * 20) is None and not list(tmp_path.rglob("*.json"))
 
