@@ -1,6 +1,8 @@
 """Rows from files: the three formats agree, and every bad file, row or image is one error with its place."""
 
+import io
 import json
+import random
 import re
 import shutil
 import struct
@@ -15,7 +17,7 @@ from datasets import Dataset, DatasetDict, Features, Sequence, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from cosmo_rl.data import dataset
+from cosmo_rl.data import dataset, schema
 from cosmo_rl.data.dataset import fingerprint, load_rows
 from cosmo_rl.data.schema import RowError, open_image, parse_row
 
@@ -166,6 +168,74 @@ def test_a_decompression_bomb_is_told_from_its_header(tmp_path):
     write(tmp_path / "a.jsonl", [row("a"), row("b", images=["bomb.png"])])
     fails([tmp_path / "a.jsonl"], "a.jsonl:2: field `images[0]`: ", "bomb.png", "pixels", "; shrink it, remove the row",
           limit=16_777_216)
+
+
+def saved_as(image: Image.Image, kind: str, **options) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def scanned(times: int) -> bytes:
+    """A progressive JPEG of 64 x 64 with its last scan so often."""
+    whole = saved_as(Image.new("L", (64, 64), 90), "JPEG", progressive=True)
+    last = whole.rindex(b"\xff\xda")
+    return whole[:last] + whole[last:-2] * times + whole[-2:]
+
+
+SMALL = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+PNG, JPEG, GIF = (saved_as(SMALL, kind) for kind in ("PNG", "JPEG", "GIF"))
+EMPTY_CHUNK = bytes(4) + b"teSt" + zlib.crc32(b"teSt").to_bytes(4, "big")
+SOS, BLOCK = scanned(2000).index(b"\xff\xda"), GIF.index(b",\0\0\0\0")
+SCANS, SEGMENTS = "has 101 scans, more than 100; save it again", "(it consists of too many small segments); replace it"
+
+
+@pytest.mark.parametrize(("content", "problem"), [
+    (scanned(2000), SCANS),
+    (scanned(2000).replace(b"\xff\xda", b"\xff\xff\xff\xda"), SCANS),  # filled up
+    (scanned(2000)[:2] + b"\xff\xe5\0\x06\xff\xd9\xff\xd9" + scanned(2000)[2:], SCANS),  # an end that is none
+    (scanned(2000)[:SOS] + b"\xff\xd0\xff\xd3" + scanned(2000)[SOS:], SCANS),
+    (PNG[:33] + EMPTY_CHUNK * 60_000 + PNG[33:], SEGMENTS), (PNG[:-12] + EMPTY_CHUNK * 60_000 + PNG[-12:], SEGMENTS),
+    (JPEG[:2] + b"\xff\xfe\0\2" * 60_000 + JPEG[2:], SEGMENTS),
+    (JPEG[:2] + b"\xff\xe5\0\2" * 60_000 + JPEG[2:], SEGMENTS),
+    (JPEG[:2] + b"\xff" * 60_000 + JPEG[2:], SEGMENTS),
+    (GIF[:BLOCK] + b"!\xfe\1a\0" * 60_000 + GIF[BLOCK:], SEGMENTS),
+    (PNG + bytes(2 << 20), "bytes, more than "),
+    (b"II*\0" + bytes(100), "is not a readable JPEG, PNG, WEBP, GIF, BMP image"),
+])
+def test_what_would_take_long_for_its_pixels_is_refused_at_once(tmp_path, monkeypatch, content, problem):
+    """2,000 scans took 47 s, and 24 to 50 MB of small segments 12 to 73 s; embedded or as a file."""
+    monkeypatch.setattr(schema, "_BYTES_BESIDE", 1 << 20)
+    (tmp_path / "a.img").write_bytes(content)
+    for source in (content, str(tmp_path / "a.img")):
+        with pytest.raises(RowError, match=rf"^a:3: field `images\[2\]`: .*{re.escape(problem)}"):
+            open_image(source, LIMIT, "a:3", "images[2]")
+
+
+def test_what_has_a_reason_to_be_large_or_in_parts_is_taken():
+    """A film behind a photograph, in which a scan's mark comes by chance; noise, which a GIF has in blocks of 255 bytes."""
+    film = np.random.default_rng(1).integers(0, 256, 20_000_000, dtype=np.uint8).tobytes()
+    assert film.count(b"\xff\xda") > schema.MAX_SCANS
+    assert open_image(JPEG + film, 1 << 24, "a").tobytes() == open_image(JPEG, LIMIT, "a").tobytes()
+    assert open_image(scanned(90), LIMIT, "a").size == (64, 64)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (2000, 2000), dtype=np.uint8))
+    assert open_image(saved_as(noise, "GIF"), 1 << 24, "a").size == (2000, 2000)
+
+
+@pytest.mark.filterwarnings("ignore:Image size")
+def test_an_image_with_harm_anywhere_is_taken_or_refused():
+    rng = random.Random(0)
+    refused, whole = 0, [saved_as(SMALL, kind) for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "MPO")]
+    for i in range(600):
+        content = bytearray(whole[i % 6])
+        for _ in range(rng.choice((1, 3, 10))):
+            content[rng.randrange(rng.choice((60, 300, len(content))))] = rng.randrange(256)
+        try:
+            assert open_image(bytes(content), 1 << 20, "a:1").mode == "RGB"
+        except RowError as error:
+            refused += 1
+            assert str(error).isprintable() and str(error).startswith("a:1: field `images`: the embedded image ")
+    assert 100 < refused < 500
 
 
 def test_a_selection_of_a_dataset_is_what_is_loaded(tmp_path):
