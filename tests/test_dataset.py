@@ -213,7 +213,7 @@ def test_what_would_take_long_for_its_pixels_is_refused_at_once(tmp_path, monkey
 
 
 def test_what_has_a_reason_to_be_large_or_in_parts_is_taken():
-    """A film behind a photograph, in which a scan's mark comes by chance; noise, which a GIF has in blocks of 255 bytes."""
+    """A film behind a photograph, where a scan's mark comes by chance; noise, which a GIF has in blocks of 255."""
     film = np.random.default_rng(1).integers(0, 256, 20_000_000, dtype=np.uint8).tobytes()
     assert film.count(b"\xff\xda") > schema.MAX_SCANS
     assert open_image(JPEG + film, 1 << 24, "a").tobytes() == open_image(JPEG, LIMIT, "a").tobytes()
