@@ -4,22 +4,32 @@
     checkpoints/step-000050/state.json            step, the trainer's state, optimizer steps, RNG of each rank, versions
     checkpoints/step-000050/manifest.json         size and CRC-32 of every other file
     checkpoints/latest                            name of the checkpoint to resume from
+    checkpoints/damaged-000050                    one that was found damaged, set aside
 
-A checkpoint is written as .tmp-000050, brought to disk and renamed; `latest` is replaced last. It loads on any number
-of ranks. The folder must be one that all ranks see. No pickle is read or written: DCP's default storage keeps its
-`.metadata` as one, so the Hugging Face storage of DCP is used, which has none.
+A checkpoint is written as .tmp-000050, brought to disk and renamed; `latest` is replaced last. Weights that are not
+finite are never written. Where the latest one is damaged, the run goes on from the newest whole one before it, with a
+warning: metrics are cut back to it, and what follows is what followed before. One that cannot be read (rights, a lost
+disk) may be whole, so that is an error.
+
+A checkpoint loads on any number of ranks. The folder must be one that all ranks see. No pickle is read or written:
+DCP's default storage keeps its `.metadata` as one, so the Hugging Face storage of DCP is used, which has none.
 """
 
 import base64
 import json
+import logging
+import math
 import random
 import re
+import shlex
 import shutil
 import sys
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from importlib.metadata import version
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,15 +41,20 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.distributed.tensor import DTensor
 
 from cosmo_rl.data.disk import fsync
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.model.parallel import rank, world
 
-from .rundir import together, write_atomic
+from .rundir import on_main, together, write_atomic
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_NAME = re.compile("step-[0-9]{6,15}")
+_LONGEST_NAME = 80
+"""Bytes read of `latest`, which a user may have written."""
 
 
 def save(
@@ -57,7 +72,8 @@ def save(
     Returns:
         The checkpoint's folder. A step that `latest` names already is not written again.
     Raises:
-        UserError: on every rank, when any rank cannot write (disk full, permissions). Earlier checkpoints are kept.
+        UserError: on every rank, when any rank cannot write (disk full, permissions), or when a weight or moment is
+            not finite. Earlier checkpoints are kept.
     """
     folder = Path(folder)
     target, temp = folder / f"step-{step:06d}", folder / f".tmp-{step:06d}"
@@ -73,9 +89,15 @@ def save(
 
         return together(guarded)
 
+    tensors, optimizer_steps = _tensors(policy, optimizer)
+    if bad := _not_finite(tensors, policy):
+        raise UserError(
+            f"{bad} is not finite after step {step}: no checkpoint of it is written, and earlier ones in {folder} are "
+            "kept; the same settings lead here again, so start in another --run-dir with a lower learning rate "
+            "(--optim.learning-rate)"
+        )
     try:
         attempt(lambda: _prepare(folder, temp), main_only=True)
-        tensors, optimizer_steps = _tensors(policy, optimizer)
         attempt(lambda: _write_shards(tensors, temp))
         sums = attempt(lambda: _checksums(_share(sorted(temp.glob("*.safetensors")))))
         rest = {
@@ -96,34 +118,71 @@ def save(
         kept = [path for path in _complete(folder) if _step(path) <= step][-keep:]
         for path in _complete(folder):
             if path not in kept:
-                shutil.rmtree(path, ignore_errors=True)
+                with suppress(OSError):  # tried again after the next one
+                    _remove(path)
     return target
 
 
 def load_latest(folder: str | Path, policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict | None:
-    """Fill policy, optimizer and RNG from the latest checkpoint; all ranks must call it together.
+    """Fill policy, optimizer and RNG from the latest whole checkpoint; all ranks must call it together.
 
-    The number of ranks may differ from the one that saved; a rank that had no RNG state then keeps its own.
+    The number of ranks may differ from the one that saved; a rank that had no RNG state then keeps its own. A damaged
+    checkpoint is set aside, with a warning, and the newest whole one before it is taken.
     Returns:
         {"step": int, **state} as given to `save`, or None when there is no checkpoint.
     Raises:
-        UserError: on every rank, when the checkpoint misses a file, is damaged, or does not fit the policy.
+        UserError: on every rank, when no whole checkpoint is left, `latest` names none, a file cannot be read, or the
+            checkpoint does not fit the policy.
     """
-    folder = Path(folder)
-    path = together(lambda: None if rank() else _latest(folder))[0]
+    path = _newest_whole(Path(folder))
     if path is None:
         return None
-    together(lambda: _verify(path))
-    saved = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    saved = json.loads((path / "state.json").read_bytes())
     tensors = _targets(path, policy, optimizer, saved["optimizer_steps"])
     try:
         dcp_load(tensors, storage_reader=HuggingFaceStorageReader(path=str(path)))
     except CheckpointException as error:  # a BaseException, raised on all ranks
         causes = "; ".join(str(cause) for cause, _ in error.failures.values())
         raise UserError(_does_not_fit(path, causes)) from None
-    if rank() < len(saved["rng"]):
-        _set_rng_state(saved["rng"][rank()])
+    if bad := _not_finite(tensors, policy):
+        raise UserError(f"{bad} in {path} is not finite: {_mend(path.parent, path.name)}")
+    together(lambda: _restore_rng(path, saved["rng"]))
     return {**saved["state"], "step": saved["step"]}
+
+
+def _newest_whole(folder: Path) -> Path | None:
+    """The checkpoint that `latest` names or, where that is damaged, the newest whole one before it; None: none yet."""
+    path = together(lambda: None if rank() else _latest(folder))[0]
+    damaged: dict[Path, str] = {}
+    while path is not None and (problem := next(filter(None, together(partial(_damage, path))), None)):
+        damaged[path] = problem
+        path = together(partial(_before, path))[0]
+    if path is None and damaged:
+        names = (damaged_path.name for damaged_path in damaged)
+        raise UserError(f"no whole checkpoint is left: {'; '.join(damaged.values())}: {_mend(folder, *names)}")
+    if path is not None and damaged:
+        on_main(partial(_set_aside, damaged, path))
+    return path
+
+
+def _before(path: Path) -> Path | None:
+    """On rank 0 the newest checkpoint with fewer steps."""
+    earlier = [] if rank() else [other for other in _complete(path.parent) if _step(other) < _step(path)]
+    return earlier[-1] if earlier else None
+
+
+def _set_aside(damaged: dict[Path, str], path: Path) -> None:
+    """Continue from `path` in later starts too; rename the damaged ones, which the next save would remove."""
+    write_atomic(path.parent / "latest", path.name + "\n")
+    for old, problem in damaged.items():
+        names = (old.with_name(f"damaged-{_step(old):06d}" + (f"-{n}" if n else "")) for n in count())
+        aside = next(name for name in names if not name.exists())
+        old.rename(aside)
+        logger.warning("%s; set aside as %s", problem, aside)
+    logger.warning(
+        "CONTINUING FROM %s INSTEAD: the steps after it are done again. To use the other once it is mended, stop this "
+        "run, rename it back and write its name into %s", path, path.parent / "latest",
+    )
 
 
 def _tensors(
@@ -164,7 +223,7 @@ def _targets(
 def _prepare(folder: Path, temp: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(".tmp-*"):  # of a run killed while it saved
-        shutil.rmtree(left)
+        _remove(left)
     temp.mkdir()
 
 
@@ -185,16 +244,16 @@ def _commit(temp: Path, target: Path, rest: dict, manifest: dict) -> None:
     for path in temp.iterdir():
         fsync(path)
     fsync(temp)
-    if target.exists():  # not the latest, see save
-        shutil.rmtree(target)
+    if target.exists() or target.is_symlink():  # not the latest, see save
+        _remove(target)
     temp.rename(target)
     fsync(target.parent)
     write_atomic(target.parent / "latest", target.name + "\n")
 
 
-def _share(paths: list[Path]) -> list[Path]:
+def _share(items: list[T]) -> list[T]:
     """This rank's part of a list that is equal on all ranks."""
-    return paths[rank() :: world()]
+    return items[rank() :: world()]
 
 
 def _checksums(paths: list[Path]) -> dict[str, dict[str, int]]:
@@ -208,48 +267,107 @@ def _checksums(paths: list[Path]) -> dict[str, dict[str, int]]:
     return out
 
 
-def _verify(path: Path) -> None:
-    """Raise UserError unless the files that fall to this rank are there and whole."""
-    mend = _mend(path.parent, path.name)
+def _damage(path: Path) -> str | None:
+    """What is wrong with the part of checkpoint `path` that falls to this rank; None: nothing.
+
+    Raises:
+        UserError: a file is there and cannot be read.
+    """
+    file = path / "manifest.json"
     try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        for file in _share([path / name for name in sorted(manifest)]):
-            if _checksums([file])[file.name] != manifest[file.name]:
-                raise UserError(f"{file} is damaged: {mend}")
-    except FileNotFoundError as error:
-        raise UserError(f"checkpoint file {error.filename} is missing: {mend}") from error
+        manifest = json.loads(file.read_bytes())
+        names = manifest.keys() if isinstance(manifest, dict) else set()
+        if "state.json" not in names or not any(name.endswith(".safetensors") for name in names):
+            return f"{file} is damaged: it does not list state.json and shards"
+        if strange := [name for name in names if not re.fullmatch(r"state\.json|\w[\w.-]*\.safetensors", name)]:
+            return f"{file} is damaged: it lists {strange[0][:80]!r}, which is no file of a checkpoint"
+        # the reader takes every shard that lies there, and of two with one tensor the last
+        if more := sorted({shard.name for shard in path.glob("*.safetensors")} - names):
+            return f"{path / more[0]} is not listed in its manifest.json"
+        for name in _share(sorted(names)):
+            file = path / name
+            if not (file.is_file() or not file.exists()) or _checksums([file])[name] != manifest[name]:
+                return f"{file} is damaged"
+        file = path / "state.json"
+        if problem := _misshapen(json.loads(file.read_bytes()), _step(path)):
+            return f"{file} is damaged: {problem}"
+    except FileNotFoundError:
+        return f"{file} is missing"
     except OSError as error:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}; {mend}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path / 'manifest.json'} is damaged: {mend}") from error
+        raise UserError(f"cannot read {file}: {error.strerror}; make it readable, or "
+                        + _mend(path.parent, path.name)) from error
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        return f"{file} is damaged: {error}"
+    return None
+
+
+def _misshapen(saved: object, step: int) -> str | None:
+    """What of a state.json is not as `save` writes it; the RNG states are judged by the generators."""
+    kinds = {"step": int, "state": dict, "optimizer_steps": dict, "rng": list}
+    if not isinstance(saved, dict):
+        return "it is no object"
+    for name, kind in kinds.items():
+        if type(saved.get(name)) is not kind:
+            return f"its `{name}` is {type(saved.get(name)).__name__}, not {kind.__name__}"
+    if saved["step"] != step:
+        return f"its step is {saved['step']}"
+    if not all(type(count) is float and 0 <= count < math.inf for count in saved["optimizer_steps"].values()):
+        return "its `optimizer_steps` are no counts"
+    return None
+
+
+def _not_finite(tensors: dict[str, torch.Tensor], policy: nn.Module) -> str | None:
+    """A trained weight or a moment with NaN or infinity on any rank, the same on all; None: all are finite."""
+    frozen = {f"model.{name}" for name, parameter in policy.named_parameters() if not parameter.requires_grad}
+    names = [name for name in tensors if name not in frozen and tensors[name].is_floating_point()]
+    parts = [tensors[name] for name in names]
+    finite = [(p.to_local() if isinstance(p, DTensor) else p).isfinite().all() for p in parts]
+    here = torch.stack(finite).logical_not().nonzero().flatten().tolist()[:1] if names else []
+    return next((names[found[0]] for found in together(lambda: here) if found), None)
 
 
 def _complete(folder: Path) -> list[Path]:
-    return sorted((path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)), key=_step)
+    return sorted((path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()), key=_step)
 
 
 def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
+def _remove(path: Path) -> None:
+    """A folder with all in it; of a link the link alone."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
+
+
 def _latest(folder: Path) -> Path | None:
     """The checkpoint to resume from; a run killed before the first `latest` left at most one complete folder."""
     pointer = folder / "latest"
-    if not pointer.exists():
+    if not pointer.exists() and not pointer.is_symlink():
         complete = _complete(folder)
         return complete[-1] if complete else None
-    name = pointer.read_text(encoding="utf-8", errors="replace").strip()
+    try:
+        content = b""
+        if pointer.is_file():  # of a pipe the end might never come
+            with pointer.open("rb") as file:
+                content = file.read(_LONGEST_NAME)
+    except OSError as error:
+        raise UserError(f"cannot read {pointer}: {error.strerror}; make it readable") from error
+    name = content.decode("utf-8", "replace").strip()
     path = folder / name
-    if not re.fullmatch(r"step-\d+", name) or not path.is_dir():
+    if not _NAME.fullmatch(name) or not path.is_dir():
         raise UserError(f"{pointer} names {name!r}, which is not there: {_mend(folder, name)}")
     return path
 
 
-def _mend(folder: Path, without: str) -> str:
-    """How to go on without checkpoint `without`."""
-    others = [path.name for path in _complete(folder) if path.name != without]
+def _mend(folder: Path, *without: str) -> str:
+    """How to go on without these checkpoints."""
+    others = [path.name for path in _complete(folder) if path.name not in without]
     if others:
-        return f"restore it, or continue from {others[-1]} by writing that name into {folder / 'latest'}"
+        command = f"echo {others[-1]} > {shlex.quote(str(folder / 'latest'))}"
+        return f"restore it, or continue from {others[-1]}: {command}"
     return f"restore it, or remove {folder.parent} to start the stage again"
 
 
@@ -286,6 +404,16 @@ def _rng_state() -> dict:
         "numpy": [kind, np.asarray(keys).tolist(), *rest],
         "python": random.getstate(),
     }
+
+
+def _restore_rng(path: Path, states: list[dict]) -> None:
+    """This rank's generators as they were; a rank that saved none keeps its own."""
+    try:
+        if rank() < len(states):
+            _set_rng_state(states[rank()])
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise UserError(f"{path / 'state.json'} is damaged: the generators refuse its `rng` ({error}); "
+                        + _mend(path.parent, path.name)) from error
 
 
 def _set_rng_state(state: dict) -> None:

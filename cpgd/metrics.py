@@ -32,6 +32,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from cosmo_rl.data import strict_json
 from cosmo_rl.data.disk import fsync
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.terminal import printable
@@ -42,6 +43,7 @@ from .rundir import write_atomic
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+logger = logging.getLogger(__name__)
 TIMING_FIELDS = ("seconds", "tokens_per_second", "judging")
 """What a step took, not what it did: a verdict is the same from the cache and after three attempts."""
 NO_BREAK = "\u00a0"
@@ -115,19 +117,42 @@ def read_metrics(path: str | Path) -> list[dict]:
 
     A last line without its newline was cut off by a kill and is left out.
     Raises:
-        UserError: a line is not JSON.
+        UserError: a line is no JSON object with a step.
     """
     path = Path(path)
     if not path.exists():
         return []
-    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+    whole, _, _ = path.read_bytes().rpartition(b"\n")
     lines = []
-    for number, line in enumerate(whole.split("\n") if whole else [], start=1):
+    for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: not JSON ({error.msg}); restore the file or remove the line") from error
+            found = strict_json.loads(line.decode())
+        except ValueError as error:  # a UnicodeDecodeError too
+            raise UserError(f"{path}:{number}: not JSON ({error}); restore the file or remove the line") from error
+        if not isinstance(found, dict) or type(found.get("step")) is not int:
+            raise UserError(f"{path}:{number}: no object with a whole number as its `step`; restore the file or remove "
+                            "the line")
+        lines.append(found)
     return lines
+
+
+def _tell_gaps(path: Path, rows: list[dict], step: int) -> None:
+    """Warn where steps 1 to `step` have not one line each, in order: training does not need them, its report does."""
+    steps = [row["step"] for row in rows]
+    spans: list[list[int]] = []
+    for number in sorted(set(range(1, step + 1)).difference(steps)):
+        if spans and number == spans[-1][-1] + 1:
+            spans[-1][1:] = [number]
+        else:
+            spans.append([number])
+    if spans:
+        named = ", ".join("-".join(map(str, span)) for span in spans[:10])
+        more = f" and {len(spans) - 10} more places" if len(spans) > 10 else ""
+        logger.warning("%s has no line of step %s%s, of %d done: the report will be without; restore the file and "
+                       "repeat the command, or go on so", path, named, more, step)
+    if steps != sorted(set(steps)):
+        logger.warning("%s has lines twice or out of order, and so will the report; restore the file and repeat the "
+                       "command, or go on so", path)
 
 
 class MetricsWriter:
@@ -178,12 +203,17 @@ class MetricsWriter:
             self._append(self.warnings_path, rows)
 
     def rewind(self, step: int) -> None:
-        """Cut all files back to the lines of steps <= `step`, the checkpoint's; TensorBoard is rebuilt from them."""
+        """Cut all files back to the lines of steps <= `step`, the checkpoint's; TensorBoard is rebuilt from them.
+
+        Lines of metrics.jsonl that are missing are told.
+        """
         self._rewound = True
         for path in self._all:
             if path not in self._always and not path.exists():
                 continue
             kept = [row for row in read_metrics(path) if row["step"] <= step]
+            if path == self.metrics_path:
+                _tell_gaps(path, kept, step)
             write_atomic(path, "".join(_line(row) for row in kept))
         if not self._tensorboard:
             return

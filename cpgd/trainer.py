@@ -66,6 +66,9 @@ from .update import (
 from .watch import Watch
 
 logger = logging.getLogger(__name__)
+_STATE = {"iteration": int, "skipped_in_row": int, "trained_s": float | int, "sampler": dict, "guard": dict | None,
+          "fingerprint": str, "model_fingerprint": str}
+"""What a checkpoint's state holds, that a resume needs."""
 
 
 class Trainer:
@@ -199,6 +202,10 @@ class Trainer:
         self.model_fingerprint = model_fingerprint(self.start)
         if state is None:
             return
+        if wrong := [name for name, kind in _STATE.items() if not isinstance(state.get(name), kind)]:
+            raise UserError(f"state.json of the checkpoint in {self.run_dir.checkpoints} is without {', '.join(wrong)} "
+                            "as this version writes it: continue with the version that wrote it, or give another "
+                            "--run-dir")
         saved = f"the checkpoint in {self.run_dir.checkpoints} was made with fingerprint"
         if state["fingerprint"] != self.fingerprint:
             raise UserError(f"the data changed: {saved} {state['fingerprint']}, the rows now have {self.fingerprint}; "

@@ -22,6 +22,7 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -284,7 +285,7 @@ class Endpoint:
         self.breaker.succeeded()  # it lives
         self.counts[f"http_{status}"] += 1
         kind = Rejected if status in (400, 413, 422) else EndpointError
-        raise kind(f"{self}: {path} {said}; {_MENDS.get(status, 'see its message')}")
+        raise kind(f"{self}: {path} {said}; {_MENDS.get(status, BASE if status < 300 else 'see its message')}")
 
     def _client(self) -> httpx.AsyncClient:
         loop = asyncio.get_running_loop()
@@ -297,7 +298,8 @@ class Endpoint:
             # Below the 5 s of vLLM's uvicorn: no connection is used while the server is closing it.
             limits = httpx.Limits(max_connections=self.max_in_flight, keepalive_expiry=2.0)
             # Without https no certificates are needed, and loading them takes long.
-            self._http = httpx.AsyncClient(headers=headers, limits=limits, timeout=None,
+            no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=()))  # httpx keeps them all, and sends them back
+            self._http = httpx.AsyncClient(headers=headers, limits=limits, timeout=None, cookies=no_cookies,
                                            verify=self.url.startswith("https"))
         return self._http
 

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
+from . import strict_json
 from .errors import UserError
 from .schema import ImageSource, encoded, open_image
 
@@ -165,13 +166,13 @@ class DiskCache:
     def get(self, key: str) -> Any | None:
         """The reply; None when there is none, or a corrupt one, which is deleted."""
         try:
-            entry = json.loads(self.path(key).read_bytes())
+            entry = strict_json.loads(self.path(key).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
         except OSError as error:
             raise UserError(f"the cache {self.folder} cannot be read ({error.strerror}); give a folder that this user "
                              "may read") from error
-        except (ValueError, RecursionError):
+        except ValueError:
             entry = None
         if not isinstance(entry, dict) or entry.get("key") != key:
             self.drop(key)

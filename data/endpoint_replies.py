@@ -1,6 +1,7 @@
 """What a server's replies must look like, read strictly, and what their messages may say.
 
-A reply of another format, by another model or too long is an `AttemptError`: the same request may fare better.
+A reply of another format, by another model, compressed or too long is an `AttemptError`: the same request may fare
+better.
 """
 
 import json
@@ -10,6 +11,7 @@ from typing import Any
 
 import httpx
 
+from . import strict_json
 from .endpoint_spec import BASE
 
 MAX_REPLY_BYTES = 1 << 22
@@ -24,8 +26,8 @@ class AttemptError(Exception):
     def __init__(self, kind: str, reason: str, mend: str, wait_s: float = 0.0) -> None:
         """
         Args:
-            kind: for counting: timeout, cut, connection, http_STATUS, too_long, no_json, other_format, other_model,
-                given_up.
+            kind: for counting: timeout, cut, connection, http_STATUS, compressed, too_long, no_json, other_format,
+                other_model, given_up.
             wait_s: pause that the server asks for, in seconds.
         """
         super().__init__(reason)
@@ -50,21 +52,30 @@ class ChatReply:
 
 
 async def read_text(response: httpx.Response) -> str:
-    """The text of a streamed reply; raises AttemptError when it is longer than MAX_REPLY_BYTES."""
-    parts, size = [], 0
-    async for part in response.aiter_bytes():
-        size += len(part)
-        if size > MAX_REPLY_BYTES:
+    """The text of a streamed reply; raises AttemptError when it is longer than MAX_REPLY_BYTES, or good and compressed.
+
+    It was asked for as it is, and httpx would decode what comes compressed whatever its size: 300 bytes of nested gzip
+    are gigabytes.
+    """
+    coding = response.headers.get("content-encoding", "").strip().lower()
+    if coding not in ("", "identity"):
+        if response.status_code != 200:  # the status says enough
+            return f"(in Content-Encoding {short(coding)})"
+        raise AttemptError("compressed", f"the reply is in Content-Encoding {short(coding)!r}, and not as it was asked "
+                           "for", "switch compression off in the server, or in the proxy before it")
+    text = bytearray()
+    async for part in response.aiter_raw():
+        text += part
+        if len(text) > MAX_REPLY_BYTES:
             raise AttemptError("too_long", f"the reply is longer than {MAX_REPLY_BYTES} bytes", BASE)
-        parts.append(part)
-    return b"".join(parts).decode("utf-8", "replace")  # JSON is UTF-8, whatever the header says
+    return text.decode("utf-8", "replace")  # JSON is UTF-8, whatever the header says
 
 
 def read_json(text: str, key: str) -> Any:
     """The JSON of a reply, `without_key`; raises AttemptError when it is none."""
     try:
-        return without_key(json.loads(text, parse_constant=int), key)  # int("NaN") raises: it and Infinity are no JSON
-    except (ValueError, RecursionError):
+        return without_key(strict_json.loads(text, parse_constant=int), key)  # int("NaN") raises: it is no JSON
+    except ValueError:
         raise AttemptError("no_json", f"the reply is no JSON: {short(without_key(text, key))!r}", BASE) from None
 
 
@@ -78,6 +89,7 @@ def read_chat(payload: Any, model: str, cached: bool = False) -> ChatReply:
         text = choice["message"]["content"] or ""  # null: the server's reasoning parser found no answer
         if not isinstance(text, str):
             raise TypeError
+        text.encode()  # half a character, as "\\ud800", can be neither written nor asked about: a UnicodeEncodeError
         places = (choice.get("logprobs") or {}).get("content") or []
         first = next((place for place in places if place["token"].strip()), None)
         top = tuple((str(t["token"]), _number(t["logprob"])) for t in first["top_logprobs"] or ()) if first else ()
@@ -116,8 +128,8 @@ def read_models(payload: Any) -> list[str]:
 def message_of(text: str) -> str:
     """What an error reply says: {"error": {"message"}}, {"message"} or {"detail"}, else its text."""
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
+        found = strict_json.loads(text)
+    except ValueError:
         return text
     found = found.get("error", found) if isinstance(found, dict) else found
     return str(found.get("message", found.get("detail", text)) if isinstance(found, dict) else found)

@@ -16,12 +16,14 @@ or the picture would be spoiled, the row is an error:
 - errors: 16-bit, 32-bit and float grey (which values are black and white is not known: 12-bit scans would be nearly
   black if scaled, and Pillow's own conversion clips at 255, nearly white); an animation (its first frame may show
   nothing of what the row asks about); a missing, unreadable, corrupt or cut off file; one side over MAX_ASPECT_RATIO
-  times the other; more pixels than the limit, by the header, before anything is decoded (huge images and bombs).
+  times the other; more pixels than the limit, by the header, before anything is decoded (huge images and bombs); what
+  would take long for its pixels: more than MAX_SCANS passes over them, or a file of little but segments.
 """
 
 import io
 import json
 import os
+import re
 import struct
 import zlib
 from collections.abc import Callable
@@ -35,17 +37,26 @@ from PIL import Image, ImageOps
 from .errors import Problems, RowError, shown
 from .field_names import meant
 from .placeholders import mend, placeholder
+from .strict_json import MAX_DEPTH
 
 TASKS = ("safety", "jailbreak", "value", "knowledge", "general", "math", "mcq", "ifeval", "helpful")
 TAGS = ("image", "text", "combined")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-MAX_DEPTH = 64
-"""Most objects and lists inside one another in a row; a deeper one would exhaust the stack."""
+MAX_TEXT = 1 << 24
+"""Most characters of a text; the longest contexts hold some 4 million."""
 MAX_ASPECT_RATIO = 200
 """Longest over shortest side that Qwen's image processor takes (transformers' `smart_resize`)."""
 RESERVED = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<|im_start|>", "<|im_end|>",
              "<|endoftext|>")
 T = TypeVar("T")
+MAX_SCANS = 100
+"""Passes over a JPEG's pixels: encoders use 10 or so; 2,000 took 47 s."""
+_BYTES_PER_PIXEL, _BYTES_BESIDE = 8, 1 << 26
+"""Longest image file: 16-bit RGBA that does not compress, and what cameras put beside it (previews, a short film)."""
+_READS, _BYTES_PER_READ = 20_000, 64
+"""Reads that a file may take, and one more for so many bytes of it. Pillow reads each segment by itself: 24 MB of those
+with 1 to 12 bytes take 12 s and more. The smallest of use are a GIF's blocks of pixels, 2 reads to 256 bytes."""
+_MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])", re.DOTALL)
 _ANIMATED = ("PNG", "WEBP", "GIF")
 _DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, OverflowError, struct.error, zlib.error)
 """What Pillow raises on corrupt bytes: the first three seen when fuzzing the formats above, the rest in its sources."""
@@ -163,7 +174,8 @@ def open_image(source: ImageSource, max_pixels: int, where: str, field: str = "i
         A PIL image of mode RGB; see the module for what is converted.
     Raises:
         RowError: missing or unreadable file, not a JPEG, PNG, WEBP, GIF or BMP, corrupt or cut off, more than
-            `max_pixels`, one side more than 200 times the other, an animation, or grey of more than 8 bits.
+            `max_pixels`, one side more than 200 times the other, an animation, grey of more than 8 bits, or what would
+            take long for its pixels.
     """
     name = source if isinstance(source, str) else \
         "the PIL image" if isinstance(source, Image.Image) else "the embedded image"
@@ -173,7 +185,15 @@ def open_image(source: ImageSource, max_pixels: int, where: str, field: str = "i
     try:
         if isinstance(source, Image.Image):
             return _decode(source, max_pixels, name, where, field)
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=IMAGE_FORMATS) as image:
+        size, most = len(source) if isinstance(source, bytes) else os.path.getsize(source), \
+            _BYTES_PER_PIXEL * max_pixels + _BYTES_BESIDE
+        if size > most:
+            raise RowError(where, field, f"{name} has {size} bytes, more than {most}", _SHRINK)
+        content = encoded(source)
+        with Image.open(_Metered(content), formats=IMAGE_FORMATS) as image:
+            if image.format in ("JPEG", "MPO") and (scans := _scans(content)) > MAX_SCANS:
+                raise RowError(where, field, f"{name} has {scans} scans, more than {MAX_SCANS}",
+                               "save it again, or remove the row")
             return _decode(image, max_pixels, name, where, field)
     except RowError:
         raise
@@ -201,6 +221,32 @@ def image_size(source: ImageSource) -> tuple[int, int]:
 def encoded(source: str | os.PathLike | bytes) -> bytes:
     """The file's content of an image that is not decoded."""
     return source if isinstance(source, bytes) else Path(source).read_bytes()
+
+
+class _Metered(io.BytesIO):
+    """Bytes that Pillow may not read in too many parts."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(content)
+        self.left = _READS + len(content) // _BYTES_PER_READ
+
+    def read(self, size: int | None = -1) -> bytes:
+        self.left -= 1
+        if self.left < 0:
+            raise OSError("it consists of too many small segments")
+        return super().read(size)
+
+
+def _scans(content: bytes) -> int:
+    """Scans of a JPEG, counted as libjpeg meets them, up to the end of its first picture: films may follow."""
+    if content.count(b"\xff\xda") <= MAX_SCANS:  # nearly always, and at once
+        return 0
+    count, at = 0, 2
+    while count <= MAX_SCANS and (found := _MARKER.search(content, at)) and found[1] != b"\xd9":
+        count += found[1] == b"\xda"
+        alone = found[1] in (b"\x01", b"\xd8")  # all others have a length, their pixels aside
+        at = found.end() + (0 if alone else int.from_bytes(content[found.end():found.end() + 2], "big"))
+    return count
 
 
 _SHRINK = "shrink it, remove the row, or raise --data.max-image-pixels"
@@ -247,6 +293,8 @@ def _text(value: Any, field: str, where: str) -> str:
         raise RowError(where, field, f"is {_kind(value)}, not a string", "put it in quotes")
     if not value.strip():
         raise RowError(where, field, "is empty", "fill it in, or leave an optional field out")
+    if len(value) > MAX_TEXT:
+        raise RowError(where, field, f"has {len(value)} characters, more than {MAX_TEXT}", "shorten it")
     if not value.isascii():
         try:
             value.encode()

@@ -14,15 +14,16 @@ import tempfile
 import weakref
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, Any, AnyStr, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from . import strict_json
 from .errors import UserError
 from .schema import RowError
 
@@ -36,13 +37,17 @@ GROUP_BYTES = 64 << 20
 _SMALL_GROUP_BYTES, _SMALL_GROUP_ROWS = 4 << 20, 1024
 """Size of the row groups that a file with larger ones is rewritten to."""
 _BATCH = 64
-"""Records read at a time from parquet and Arrow; an embedded image may take megabytes."""
+"""Most records read at a time from parquet and Arrow; an embedded image may take megabytes."""
 _BUFFER = 1 << 20
 """Bytes read at a time from each column of a parquet file."""
 _CHUNK = 1 << 20
 """Characters read at a time from a JSON list."""
 _CELL = 1 << 24
 """Longest CSV cell, in characters; the csv module's own limit of 131,072 is below a long prompt."""
+_LINE = 1 << 26
+"""Longest line, or item of a JSON list, in bytes or characters."""
+_RECORD = 1 << 28
+"""Most bytes of a parquet record, uncompressed, on average over its row group; zeros compress many thousandfold."""
 _SEPARATOR = re.compile(r"\s*([\[,\]])\s*")
 
 Found = tuple[int, int, int, Any]
@@ -61,10 +66,11 @@ def read_records(path: Path, *, kinds: tuple[str, ...] = ROW_KINDS, option: str 
         The number is the line in a .jsonl file (blank lines are skipped, and count), else the record's place from 1.
         An embedded image is {"bytes", "path"}, undecoded.
     Raises:
-        RowError: no such file, another kind, not readable, corrupt or cut off; names file, and line or record.
+        RowError: no such file, another kind, not readable, corrupt or cut off, a name given twice, nested too deep, too
+            long; names file, and line or record.
     """
     _check_kind(path, kinds, option)
-    with _named_errors(path):
+    with _named_errors(lambda: str(path)):
         if path.is_dir() or path.suffix in ROW_KINDS:
             for number, _, _, record in open_rows(path, kinds=kinds, option=option).scan():
                 if isinstance(record, RowError):
@@ -91,12 +97,23 @@ class RowFile(ABC):
         self._files = sorted(os.path.abspath(file) for file in files)
         self._stamps = _stamps(self._files)
 
-    @abstractmethod
     def scan(self) -> Iterator[Found]:
         """Every record, with its number (the line of a .jsonl file, else its place from 1) and where it lies.
 
         A line that is no record comes as the RowError that says so, and the next line follows.
+
+        Raises:
+            RowError: it is corrupt from the named record on, or within the records that are read together with it.
         """
+        number = 0
+        with _named_errors(lambda: f"{self.path}:{number + 1}"):
+            for found in self._scan():
+                number = found[0]
+                yield found
+
+    @abstractmethod
+    def _scan(self) -> Iterator[Found]:
+        """`scan`, with the errors of whoever reads."""
 
     def read(self, first: int, second: int) -> Any:
         """The record at a place that `scan` gave.
@@ -111,7 +128,7 @@ class RowFile(ABC):
         if not same:
             raise RowError(str(self.path), "", "it was changed or removed after its rows were checked",
                            "leave row files alone during a run: restore it, or start again with the new rows")
-        with _named_errors(self.path):
+        with _named_errors(lambda: str(self.path)):
             return self._read(first, second)
 
     @abstractmethod
@@ -127,13 +144,15 @@ class JsonLines(RowFile):
         self._handle = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._handle)
 
-    def scan(self) -> Iterator[Found]:
+    def _scan(self) -> Iterator[Found]:
         offset = 0
         with open(self.path, "rb") as file:
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(_lines(file), start=1):
                 try:
                     record = _parse_line(line, offset)
-                except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+                except strict_json.Refused as error:
+                    record = RowError(f"{self.path}:{number}", error.field, error.problem, error.mend)
+                except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
                     record = RowError(f"{self.path}:{number}", "", f"it is not one JSON object in UTF-8 ({error})",
                                       "write one object a line")
                 if record is not _BLANK:
@@ -150,23 +169,31 @@ class Parquet(RowFile):
     To take one record its row group is read, and kept until another one is wanted. A file with row groups over
     GROUP_BYTES (pandas writes a million rows into one) is first rewritten to small ones, into a temporary file without
     a name in TMPDIR, which should not be memory.
+
+    A page whose checksum was written (few writers do) must have it; of others only what breaks their form is noticed.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, [path])
         # as it is by default, all row groups' bytes would be read ahead and held
-        self._file = pq.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False)
+        self._file = pq.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False, page_checksum_verification=True)
+        _check_schema(path, self._file.schema_arrow)
         groups = _groups(self._file)
+        most = max((size // max(rows, 1) for rows, size in groups), default=0)
+        if most > _RECORD:
+            raise RowError(str(path), "", f"the records of a row group take {most} bytes each, more than {_RECORD}",
+                           "store large things as files, and their paths here")
         if max((size for _, size in groups), default=0) > GROUP_BYTES:
             self._file = _regrouped(path, self._file, groups)
             groups = _groups(self._file)
         self._starts = [0, *accumulate(rows for rows, _ in groups)]
         self._held: tuple[int, pa.Table] | None = None
+        self._batch = max(1, min(_BATCH, GROUP_BYTES // max(most, 1)))
 
-    def scan(self) -> Iterator[Found]:
+    def _scan(self) -> Iterator[Found]:
         number = 0
-        for batch in self._file.iter_batches(_BATCH):
-            for record in batch.to_pylist():
+        for batch in self._file.iter_batches(self._batch):
+            for record in _checked(batch):
                 number += 1
                 yield number, number - 1, 0, record
 
@@ -186,11 +213,13 @@ class SavedDataset(RowFile):
                          if dataset else [])
         # as stored: `datasets` itself would decode the images, with no limit
         self._dataset = dataset.with_format("arrow") if dataset else None
+        if dataset:
+            _check_schema(path, dataset.data.schema)
 
-    def scan(self) -> Iterator[Found]:
+    def _scan(self) -> Iterator[Found]:
         if self._dataset is not None:
             tables = cast("Iterator[pa.Table]", self._dataset.iter(_BATCH))
-            for number, record in enumerate((record for table in tables for record in table.to_pylist()), start=1):
+            for number, record in enumerate((record for table in tables for record in _checked(table)), start=1):
                 yield number, number - 1, 0, record
 
     def _read(self, first: int, second: int) -> Any:
@@ -205,7 +234,7 @@ def open_rows(path: Path, *, kinds: tuple[str, ...] = ROW_KINDS, option: str = "
         RowError: as `read_records`.
     """
     _check_kind(path, kinds, option)
-    with _named_errors(path):
+    with _named_errors(lambda: str(path)):
         return SavedDataset(path) if path.is_dir() else {".jsonl": JsonLines, ".parquet": Parquet}[path.suffix](path)
 
 
@@ -218,14 +247,53 @@ def _check_kind(path: Path, kinds: tuple[str, ...], option: str) -> None:
 
 
 @contextmanager
-def _named_errors(path: Path) -> Iterator[None]:
+def _named_errors(where: Callable[[], str]) -> Iterator[None]:
+    """`where` is asked when it comes to it."""
     try:
         yield
     except PermissionError as error:
-        raise RowError(str(path), "", f"it cannot be read ({error.strerror})",
+        raise RowError(where(), "", f"it cannot be read ({error.strerror})",
                        "give this user the right to read it") from error
-    except (pa.ArrowException, OSError) as error:
-        raise RowError(str(path), "", f"it is corrupt or cut off ({error})", "write or download it again") from error
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last of a column name
+        raise RowError(where(), "", f"it is corrupt or cut off ({error})", "write or download it again") from error
+
+
+def _checked(table: pa.Table | pa.RecordBatch) -> list[dict[str, Any]]:
+    """Its records. Lengths and UTF-8 are checked before they are followed: out of the memory, if they are corrupt."""
+    table.validate(full=True)
+    try:
+        return table.to_pylist()
+    except (ValueError, OverflowError, KeyError) as error:  # as a date beyond the year 9999, a time zone that is none
+        raise pa.ArrowInvalid(f"a value that Python does not have: {error}") from error
+
+
+def _check_schema(path: Path, schema: pa.Schema) -> None:
+    """Raise RowError when two columns, or two parts of one, have a name, or lie too deep."""
+    level: list[tuple[str, Iterable[pa.Field]]] = [("", schema)]
+    for _ in range(strict_json.MAX_DEPTH):
+        below = []
+        for within, fields in level:
+            fields = list(fields)
+            names = [field.name for field in fields]
+            if len(set(names)) < len(names):
+                twin = next(name for name in names if names.count(name) > 1)
+                raise RowError(str(path), within + twin, "is the name of two columns", "rename or drop one of them")
+            below += [(f"{within}{field.name}.", [field.type.field(i) for i in range(field.type.num_fields)])
+                      for field in fields if field.type.num_fields]
+        level = below
+    if level:
+        raise RowError(str(path), level[0][0][:80], f"its type is more than {strict_json.MAX_DEPTH} deep", "flatten it")
+
+
+def _lines(file: IO[AnyStr]) -> Iterator[AnyStr]:
+    """The lines of a file; raises RowError for one of more than _LINE bytes, which would be held whole."""
+    number = 0
+    while line := file.readline(_LINE + 1):
+        number += 1
+        if len(line) > _LINE:
+            raise RowError(f"{file.name}:{number}", "", f"the line has more than {_LINE} bytes",
+                           "write one record a line, and an image as a file or in parquet")
+        yield line
 
 
 def _stamps(files: Sequence[str]) -> list[tuple[int, int]]:
@@ -239,7 +307,7 @@ _BLANK = object()
 def _parse_line(line: bytes, offset: int) -> Any:
     """The object of a JSON line that begins `offset` bytes into its file; _BLANK for an empty one."""
     text = line.decode("utf-8" if offset else "utf-8-sig")
-    return json.loads(text, object_pairs_hook=_object_without_twins) if text.strip() else _BLANK
+    return strict_json.loads(text) if text.strip() else _BLANK
 
 
 def _groups(file: pq.ParquetFile) -> list[tuple[int, int]]:
@@ -258,6 +326,8 @@ def _regrouped(path: Path, file: pq.ParquetFile, groups: Sequence[tuple[int, int
             for batch in file.iter_batches(rows):
                 writer.write_batch(batch)
     except OSError as error:
+        if error.errno is None:  # pyarrow's, of a corrupt page
+            raise
         raise RowError(str(path), "", f"there is no room for a copy of it with smaller row groups ({error})",
                        "set TMPDIR to a folder with room, or write it with row_group_size=1000") from error
     return pq.ParquetFile(copy, buffer_size=_BUFFER, pre_buffer=False)
@@ -265,7 +335,7 @@ def _regrouped(path: Path, file: pq.ParquetFile, groups: Sequence[tuple[int, int
 
 def _json_list(path: Path) -> Iterator[tuple[int, Any]]:
     """The objects of a file that is one JSON list; json.load of a 175 MB one takes over a gigabyte."""
-    decode = json.JSONDecoder(object_pairs_hook=_object_without_twins).raw_decode
+    decode = json.JSONDecoder(object_pairs_hook=strict_json.without_twins).raw_decode
     number, text, at, size, due = 0, "", 0, _CHUNK, "["
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -286,16 +356,23 @@ def _json_list(path: Path) -> Iterator[tuple[int, Any]]:
                     except json.JSONDecodeError:  # perhaps only its beginning was read yet
                         pass
                     else:
+                        strict_json.shallow(item)
                         number, due, size = number + 1, ",", _CHUNK
                         yield number, item
                         continue
                 elif not separator and text[at:].strip():
                     raise UserError(f"expected {due!r}, found {text[at:at + 20]!r}")
                 more = file.read(size)
+                if len(text) - at > _LINE:
+                    raise UserError(f"it has more than {_LINE} characters")
                 if not more:
                     raise UserError("it ends within the list" if text.strip() else "it is empty")
                 text, at, size = text[at:] + more, 0, size * 2
-    except (ValueError, RecursionError) as error:
+    except strict_json.Refused as error:
+        raise RowError(f"{path}:{number + 1}", error.field, error.problem, error.mend) from error
+    except RecursionError as error:
+        raise RowError(f"{path}:{number + 1}", "", *strict_json.TOO_DEEP) from error
+    except ValueError as error:
         raise RowError(f"{path}:{number + 1}", "", f"it is not a list of JSON objects in UTF-8 ({error})",
                        "download it again, or convert it to JSON lines") from error
 
@@ -305,22 +382,20 @@ def _cells(path: Path) -> Iterator[tuple[int, Any]]:
     number = 0
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            for record in csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","):
+            reader = csv.DictReader(_lines(file), delimiter="\t" if path.suffix == ".tsv" else ",")
+            strict_json.without_twins([(name, None) for name in reader.fieldnames or ()])
+            for record in reader:
                 number += 1
                 if None in record:
                     raise UserError("it has more cells than the first line has names")
                 yield number, record
+    except RowError:
+        raise
+    except strict_json.Refused as error:
+        raise RowError(f"{path}:1", error.field, error.problem, error.mend) from error
     except (ValueError, csv.Error) as error:
         raise RowError(f"{path}:{max(number, 1)}", "", f"it is not a table in UTF-8 ({error})",
                        "download it again") from error
-
-
-def _object_without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    obj = dict(pairs)
-    if len(obj) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise UserError(f"field {next(n for n in names if names.count(n) > 1)!r} is given twice")
-    return obj
 
 
 def _load_saved(path: Path) -> "Dataset | None":
@@ -331,16 +406,32 @@ def _load_saved(path: Path) -> "Dataset | None":
     if not is_saved_dataset(path):
         raise RowError(str(path), "", "the folder is not a Hugging Face dataset (state.json and dataset_info.json)",
                        "write it with Dataset.save_to_disk, or name row files")
+    if not _arrow_files(path):
+        return None  # `datasets` raises an IndexError then
     from datasets import Dataset, load_from_disk  # here: a run without one would start two seconds later
 
     try:
         dataset = load_from_disk(path)
-    except IndexError:  # what `datasets` does with it
-        return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise RowError(str(path), "", f"datasets cannot load it ({error})", "save it again") from error
     assert isinstance(dataset, Dataset)
     return dataset
+
+
+def _arrow_files(path: Path) -> list[str]:
+    """The names of a saved data set's Arrow files, all in its folder."""
+    state = path / "state.json"
+    try:
+        found = strict_json.loads(state.read_text(encoding="utf-8"))
+        names = [file["filename"] for file in found["_data_files"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RowError(str(state), "", f"it is not what Dataset.save_to_disk writes ({error})",
+                       "save it again") from error
+    for name in names:
+        if not isinstance(name, str) or name != os.path.basename(name) or not (path / name).is_file():
+            raise RowError(str(state), "_data_files", f"it names {name!r}, which is no file of its folder",
+                           "save it again")
+    return names
 
 
 def is_saved_dataset(path: Path) -> bool:

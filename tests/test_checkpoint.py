@@ -2,10 +2,12 @@ import json
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 
 from cosmo_rl.cpgd import checkpoint
 from cosmo_rl.cpgd.checkpoint import load_latest, save
+from cosmo_rl.data.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 STATE = {"sampler": {"epoch": 1, "cursor": 7, "carry": [0.1, 0.2]}, "trained_s": 0.1 + 0.2}
@@ -210,29 +213,176 @@ SHARD = "shard-00001-model-00001-of-00001.safetensors"
     ("state.json", _cut), ("state.json", _flip), ("state.json", Path.unlink),
     ("manifest.json", _cut), ("manifest.json", Path.unlink),
 ])
-def test_damage_names_the_file_and_the_mend(tmp_path, file, harm):
+def test_a_damaged_one_is_set_aside_for_the_one_before(tmp_path, file, harm, caplog):
+    """The run goes on without anybody's choice, and says so; nothing that could be mended is lost."""
     net, optimizer = make()
     save(tmp_path, 1, net, optimizer, {"mark": "first"}, keep=2)
+    first = full(net)
+    train(net, optimizer, 1)
     save(tmp_path, 2, net, optimizer, {"mark": "second"}, keep=2)
     harm(tmp_path / "step-000002" / file)
-    mend = "restore it, or continue from step-000001"
-    with pytest.raises(ValueError, match=rf"step-000002/{file} is (missing|damaged): {mend}"):
+    assert load_latest(tmp_path, net, optimizer) == {"mark": "first", "step": 1}
+    assert_equal(full(net), first)
+    said = "\n".join(record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert re.search(rf"step-000002/{re.escape(file)} is (missing|damaged).*; set aside as .*/damaged-000002\n", said)
+    assert f"CONTINUING FROM {tmp_path / 'step-000001'} INSTEAD" in said
+
+    save(tmp_path, 2, net, optimizer, {"mark": "again"}, keep=1)
+    assert sorted(os.listdir(tmp_path)) == ["damaged-000002", "latest", "step-000002"]
+    caplog.clear()
+    assert load_latest(tmp_path, net, optimizer) == {"mark": "again", "step": 2}
+    assert "CONTINUING" not in caplog.text
+
+    harm(tmp_path / "step-000002" / file)  # now the only one
+    with pytest.raises(UserError, match=rf"no whole checkpoint is left: .*step-000002/{file} is (missing|damaged).*: "
+                                        rf"restore it, or remove {tmp_path.parent}"):
         load_latest(tmp_path, net, optimizer)
-    (tmp_path / "latest").write_text("step-000001")
-    state = load_latest(tmp_path, net, optimizer)
-    assert state == {"mark": "first", "step": 1}
+    assert (tmp_path / "step-000002").exists(), "not set aside: there is nothing to go on from"
 
 
-def test_latest_names_a_missing_checkpoint(tmp_path):
+def _rewritten(path: Path, **changes) -> None:
+    """A state.json of another content, with the manifest made to agree: as by hand, or by another version."""
+    state = json.loads((path / "state.json").read_text()) | changes
+    (path / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | checkpoint._checksums([path / "state.json"])))
+
+
+HOSTILE = {
+    "{}": ("manifest.json is damaged: it does not list", lambda path: (path / "manifest.json").write_text("{}")),
+    "null": ("manifest.json is damaged: it does not list", lambda path: (path / "manifest.json").write_text("null")),
+    "list": ("manifest.json is damaged: it does not list",
+             lambda path: (path / "manifest.json").write_text('["state.json", "a.safetensors"]')),
+    "deep": ("manifest.json is damaged: maximum recursion",
+             lambda path: (path / "manifest.json").write_text("[" * 100_000)),
+    "latin": ("manifest.json is damaged: 'utf-8'", lambda path: (path / "manifest.json").write_bytes(b'{"\xe9": 1}')),
+    "entry": ("state.json is damaged", lambda path: _relisted(path, **{"state.json": "fine"})),
+    "no_state": ("does not list state.json", lambda path: (path / "manifest.json").write_text(
+        json.dumps(checkpoint._checksums([path / SHARD])))),
+    "outside": ("it lists '../state.json', which is no file", lambda path: _relisted(path, **{"../state.json": {}})),
+    "absolute": ("it lists '/etc/x.safetensors', which", lambda path: _relisted(path, **{"/etc/x.safetensors": {}})),
+    "extra": ("another.safetensors is not listed",
+              lambda path: shutil.copy(path / SHARD, path / "another.safetensors")),
+    "link": ("x.safetensors is not listed", lambda path: (path / "x.safetensors").symlink_to(path / SHARD)),
+    "folder": (f"{SHARD} is damaged", lambda path: ((path / SHARD).unlink(), (path / SHARD).mkdir())),
+    "state_null": ("`state` is NoneType, not dict", lambda path: _rewritten(path, state=None)),
+    "step_text": ("`step` is str, not int", lambda path: _rewritten(path, step="2")),
+    "step_true": ("`step` is bool, not int", lambda path: _rewritten(path, step=True)),
+    "step_other": ("its step is 7", lambda path: _rewritten(path, step=7)),
+    "rng_object": ("`rng` is dict, not list", lambda path: _rewritten(path, rng={})),
+    "counts": ("`optimizer_steps` are no counts", lambda path: _rewritten(path, optimizer_steps={"embed.weight": "1"})),
+    "nan": ("`optimizer_steps` are no counts",
+            lambda path: _rewritten(path, optimizer_steps={"embed.weight": float("nan")})),
+}
+
+
+def _relisted(path: Path, **entries) -> None:
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | entries))
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_content_is_damage(tmp_path, case):
     net, optimizer = make()
-    save(tmp_path, 1, net, optimizer, {}, keep=1)
-    for name in ("step-000009", "../step-000001", ""):
-        (tmp_path / "latest").write_text(name)
-        with pytest.raises(ValueError, match=r"latest names .*which is not there: restore it, or continue"):
-            load_latest(tmp_path, net, optimizer)
-    shutil.rmtree(tmp_path / "step-000001")
-    with pytest.raises(ValueError, match="to start the stage again"):
+    path = save(tmp_path, 2, net, optimizer, {}, keep=1)
+    message, harm = HOSTILE[case]
+    harm(path)
+    with pytest.raises(UserError, match=f"no whole checkpoint is left: .*{re.escape(message)}"):
         load_latest(tmp_path, net, optimizer)
+
+
+@pytest.mark.parametrize("rng", [
+    [{}], [None], ["text"], [{"torch": "*", "cuda": None, "numpy": [], "python": []}],
+    [{"torch": "AAAA", "cuda": None, "numpy": ["MT19937", [1], 0, 0, 0.0], "python": [3, [], None]}],
+])
+def test_a_generator_state_that_is_none(tmp_path, rng):
+    net, optimizer = make()
+    _rewritten(save(tmp_path, 2, net, optimizer, {}, keep=1), rng=rng)
+    with pytest.raises(UserError, match=r"step-000002/state\.json is damaged: the generators refuse its `rng`"):
+        load_latest(tmp_path, net, optimizer)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("what", ["weight", "moment"])
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, value, what):
+    """With keep=1 they would replace the last good ones."""
+    net, optimizer = make()
+    train(net, optimizer, 1)
+    net.frozen.weight.data[0, 0] = float("nan")  # as it came: no fault of the training
+    save(tmp_path, 1, net, optimizer, {}, keep=1)
+    broken: Any = net.layers[1].weight
+    (broken.data if what == "weight" else optimizer.state[broken]["exp_avg_sq"])[2, 3] = value
+    name = {"weight": "model", "moment": "exp_avg_sq"}[what]
+    with pytest.raises(UserError, match=rf"^{name}\.layers\.1\.weight is not finite after step 2: .*--optim\.l"):
+        save(tmp_path, 2, net, optimizer, {}, keep=1)
+    assert sorted(os.listdir(tmp_path)) == ["latest", "step-000001"]
+    assert load_latest(tmp_path, net, optimizer) == {"step": 1}
+
+
+def test_weights_that_are_not_finite_are_not_loaded(tmp_path, monkeypatch):
+    """Of a version that still saved them."""
+    net, optimizer = make()
+    net.score.bias.data[0] = float("nan")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_not_finite", lambda *_: None)
+        save(tmp_path, 1, net, optimizer, {}, keep=1)
+    with pytest.raises(UserError, match=r"^model\.score\.bias in .*step-000001 is not finite: restore it, or remove"):
+        load_latest(tmp_path, net, optimizer)
+
+
+def test_what_else_may_lie_among_the_checkpoints(tmp_path):
+    """Links, and files where folders are expected: what a link leads to is never removed."""
+    net, optimizer = make()
+    folder, away = tmp_path / "checkpoints", tmp_path / "away"
+    save(away, 1, net, optimizer, {"mark": 1}, keep=1)
+    folder.mkdir()
+    (folder / "step-000001").symlink_to(away / "step-000001")
+    (folder / ".tmp-000009").symlink_to(away)
+    (folder / "step-000007").write_text("a file")
+    (folder / f"step-{'9' * 5000}"[:250]).mkdir()
+    assert load_latest(folder, net, optimizer) == {"mark": 1, "step": 1}, "moved to another disk"
+    save(folder, 2, net, optimizer, {"mark": 2}, keep=1)
+    assert not (folder / "step-000001").is_symlink() and (away / "step-000001" / SHARD).exists()
+    assert load_latest(folder, net, optimizer) == {"mark": 2, "step": 2}
+
+
+@pytest.mark.parametrize("content", [
+    "step-000009", "../step-000001", "", "step-000001/..", "/", "step-000001\nstep-000001", "\0", "\x1b[31m",
+    "step-" + "9" * 5000, "step-\u0661\u0661\u0661\u0661\u0661\u0661", b"\xff\xfe", Path.mkdir, os.mkfifo,
+    lambda path: path.symlink_to("nowhere"),
+])
+def test_latest_names_a_missing_checkpoint(tmp_path, content):
+    """Nobody knows what its writer wanted, so it is an error, with a command to go on by."""
+    net, optimizer = make()
+    path, pointer = save(tmp_path, 1, net, optimizer, {}, keep=1), tmp_path / "latest"
+    pointer.unlink()
+    if callable(content):
+        content(pointer)
+    else:
+        pointer.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=r"latest names .*which is not there: restore it, or continue from step-000001: "
+                                        rf"echo step-000001 > {pointer}$") as caught:
+        load_latest(tmp_path, net, optimizer)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 700
+    shutil.rmtree(path)
+    with pytest.raises(UserError, match="to start the stage again"):
+        load_latest(tmp_path, net, optimizer)
+
+
+def test_an_unreadable_file_is_no_damage(tmp_path, monkeypatch):
+    """A disk that is away for an hour must not cost the steps since the checkpoint before."""
+    net, optimizer = make()
+    for step in (1, 2):
+        save(tmp_path, step, net, optimizer, {}, keep=2)
+
+    def denied(paths):
+        raise PermissionError(13, "Permission denied", str(paths[0]))
+
+    monkeypatch.setattr(checkpoint, "_checksums", denied)
+    with pytest.raises(UserError, match=r"^cannot read .*step-000002/.*: Permission denied; make it readable, or "
+                                        r"restore it, or continue from step-000001: echo"):
+        load_latest(tmp_path, net, optimizer)
+    assert sorted(os.listdir(tmp_path)) == ["latest", "step-000001", "step-000002"]
 
 
 def test_another_model_does_not_fit(tmp_path):
@@ -297,6 +447,28 @@ def _two_ranks(rank: int, folder: str, expected: dict[str, torch.Tensor]) -> Non
     assert "cannot write checkpoint" in message and "step-000005" in message, message
     dist.barrier()
     assert sorted(os.listdir(f"{folder}/two")) == ["latest", "step-000004"]
+
+    # Weights of one rank's part are not finite: both hear of it.
+    kept = full(net)
+    bias: Any = net.score.bias.data  # one element, on the first rank
+    if rank == 0:
+        bias.to_local().fill_(float("nan"))
+    try:
+        save(f"{folder}/two", 5, net, optimizer, STATE, keep=1)
+    except UserError as error:
+        message = str(error)
+    assert message.startswith("model.score.bias is not finite after step 5"), message
+    load_latest(f"{folder}/two", net, optimizer)
+
+    # Damage that one rank sees, in its share of the files: both go back to the same one.
+    save(f"{folder}/two", 6, net, optimizer, STATE, keep=2)
+    if rank == 0:
+        _flip(sorted(Path(f"{folder}/two/step-000006").glob("*.safetensors"))[1])
+    dist.barrier()
+    train(net, optimizer, 1)
+    assert load_latest(f"{folder}/two", net, optimizer) == {**STATE, "step": 4}
+    assert_equal(full(net), kept)
+    assert sorted(os.listdir(f"{folder}/two")) == ["damaged-000006", "latest", "step-000004"]
     dist.destroy_process_group()
 
 

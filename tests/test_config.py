@@ -97,8 +97,9 @@ def test_hash_knows_every_setting_but_the_place():
 def test_what_a_resumed_run_may_change():
     """A new field that is free is a decision: it moves nothing that is learnt from by more than rounding."""
     assert free_fields() == {
-        "run_dir", "resume", "steps", "model.gradient_checkpointing", "model.attention", "model.liger", "model.export_dtype",
-        "data.max_prompt_tokens", "data.max_image_pixels", "rollout.batch_size", "rollout.canary_limit",
+        "run_dir", "resume", "steps", "model.gradient_checkpointing", "model.attention", "model.liger",
+        "model.export_dtype", "data.max_prompt_tokens", "data.max_image_pixels", "rollout.batch_size",
+        "rollout.canary_limit",
         "reward.judge_cache", "reward.failure_budget", "optim.max_nonfinite", "batch.layout", "batch.max_tokens",
         "checkpoint.every", "checkpoint.keep", "eval.every", "eval.batch_size", "eval.guard", "eval.guard_drop",
         "log.tensorboard", "log.samples"}

@@ -1,6 +1,8 @@
 """Rows from files: the three formats agree, and every bad file, row or image is one error with its place."""
 
+import io
 import json
+import random
 import re
 import shutil
 import struct
@@ -15,7 +17,7 @@ from datasets import Dataset, DatasetDict, Features, Sequence, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from cosmo_rl.data import dataset
+from cosmo_rl.data import dataset, schema
 from cosmo_rl.data.dataset import fingerprint, load_rows
 from cosmo_rl.data.schema import RowError, open_image, parse_row
 
@@ -168,6 +170,75 @@ def test_a_decompression_bomb_is_told_from_its_header(tmp_path):
           limit=16_777_216)
 
 
+def saved_as(image: Image.Image, kind: str, **options) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def scanned(times: int) -> bytes:
+    """A progressive JPEG of 64 x 64 with its last scan so often."""
+    whole = saved_as(Image.new("L", (64, 64), 90), "JPEG", progressive=True)
+    last = whole.rindex(b"\xff\xda")
+    return whole[:last] + whole[last:-2] * times + whole[-2:]
+
+
+SMALL = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+PNG, JPEG, GIF = (saved_as(SMALL, kind) for kind in ("PNG", "JPEG", "GIF"))
+EMPTY_CHUNK = bytes(4) + b"teSt" + zlib.crc32(b"teSt").to_bytes(4, "big")
+SOS, BLOCK = scanned(2000).index(b"\xff\xda"), GIF.index(b",\0\0\0\0")
+SCANS, SEGMENTS = "has 101 scans, more than 100; save it again", "(it consists of too many small segments); replace it"
+
+
+@pytest.mark.parametrize(("content", "problem"), [
+    (scanned(2000), SCANS),
+    (scanned(2000).replace(b"\xff\xda", b"\xff\xff\xff\xda"), SCANS),  # filled up
+    (scanned(2000)[:2] + b"\xff\xe5\0\x06\xff\xd9\xff\xd9" + scanned(2000)[2:], SCANS),  # an end that is none
+    (scanned(2000)[:SOS] + b"\xff\xd0\xff\xd3" + scanned(2000)[SOS:], SCANS),
+    (PNG[:33] + EMPTY_CHUNK * 60_000 + PNG[33:], SEGMENTS), (PNG[:-12] + EMPTY_CHUNK * 60_000 + PNG[-12:], SEGMENTS),
+    (JPEG[:2] + b"\xff\xfe\0\2" * 60_000 + JPEG[2:], SEGMENTS),
+    (JPEG[:2] + b"\xff\xe5\0\2" * 60_000 + JPEG[2:], SEGMENTS),
+    (JPEG[:2] + b"\xff" * 60_000 + JPEG[2:], SEGMENTS),
+    (GIF[:BLOCK] + b"!\xfe\1a\0" * 60_000 + GIF[BLOCK:], SEGMENTS),
+    (PNG + bytes(2 << 20), "bytes, more than "),
+    (b"II*\0" + bytes(100), "is not a readable JPEG, PNG, WEBP, GIF, BMP image"),
+])
+def test_what_would_take_long_for_its_pixels_is_refused_at_once(tmp_path, monkeypatch, content, problem):
+    """2,000 scans took 47 s, and 24 to 50 MB of small segments 12 to 73 s; embedded or as a file."""
+    monkeypatch.setattr(schema, "_BYTES_BESIDE", 1 << 20)
+    (tmp_path / "a.img").write_bytes(content)
+    for source in (content, str(tmp_path / "a.img")):
+        with pytest.raises(RowError, match=rf"^a:3: field `images\[2\]`: .*{re.escape(problem)}"):
+            open_image(source, LIMIT, "a:3", "images[2]")
+
+
+def test_what_has_a_reason_to_be_large_or_in_parts_is_taken():
+    """A film behind a photograph, where a scan's mark comes by chance; noise, which a GIF has in blocks of 255."""
+    film = np.random.default_rng(1).integers(0, 256, 20_000_000, dtype=np.uint8).tobytes()
+    assert film.count(b"\xff\xda") > schema.MAX_SCANS
+    assert open_image(JPEG + film, 1 << 24, "a").tobytes() == open_image(JPEG, LIMIT, "a").tobytes()
+    assert open_image(JPEG + b"\0\2" + scanned(2000), 1 << 24, "a").size == (64, 64)  # nobody looks behind
+    assert open_image(scanned(90), LIMIT, "a").size == (64, 64)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (2000, 2000), dtype=np.uint8))
+    assert open_image(saved_as(noise, "GIF"), 1 << 24, "a").size == (2000, 2000)
+
+
+@pytest.mark.filterwarnings("ignore:Image size")
+def test_an_image_with_harm_anywhere_is_taken_or_refused():
+    rng = random.Random(0)
+    refused, whole = 0, [saved_as(SMALL, kind) for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "MPO")]
+    for i in range(600):
+        content = bytearray(whole[i % 6])
+        for _ in range(rng.choice((1, 3, 10))):
+            content[rng.randrange(rng.choice((60, 300, len(content))))] = rng.randrange(256)
+        try:
+            assert open_image(bytes(content), 1 << 20, "a:1").mode == "RGB"
+        except RowError as error:
+            refused += 1
+            assert str(error).isprintable() and str(error).startswith("a:1: field `images`: the embedded image ")
+    assert 100 < refused < 500
+
+
 def test_a_selection_of_a_dataset_is_what_is_loaded(tmp_path):
     Dataset.from_list([row(str(i)) for i in range(600)]).select(range(599, 0, -2)).save_to_disk(tmp_path / "saved")
     rows = load_rows([tmp_path / "saved"], max_image_pixels=LIMIT)
@@ -176,8 +247,15 @@ def test_a_selection_of_a_dataset_is_what_is_loaded(tmp_path):
 
 @pytest.mark.parametrize(("line", "parts"), [
     ('{"id": "b", ', ["a.jsonl:3: it is not one JSON object", "; write one object a line"]),
-    ('{"id": "b", "id": "c"}', ["a.jsonl:3: ", "field 'id' is given twice"]),
-    ("[" * 100_000, ["a.jsonl:3: it is not one JSON object"]),
+    ('{"id": "b", "id": "c"}', ["a.jsonl:3: field `id`: is given twice; keep one of them"]),
+    ("[" * 100_000, ["a.jsonl:3: lists and objects lie more than 64 deep within each other; flatten it"]),
+    *(('{"id": "b", "attack": ' + "[" * n + "]" * n + "}", ["a.jsonl:3: field `attack`: lists and objects lie more"])
+      for n in (64, 480, 700)),
+    ('{"id": "b", "attack": {"name": 1, "name": 2}}', ["a.jsonl:3: field `name`: is given twice; keep one of them"]),
+    (row("b", **{"n" * 100_000: 1}), ["a.jsonl:3: field `nnnnnn", "nn...nn", "nnn`: there is no such field; remove"]),
+    (row("b", **{"a\n\x1b[31m": 1}), [r"a.jsonl:3: field `a\n\x1b[31m`: there is no such field"]),
+    (row("b", task="t" * 100_000), ["a.jsonl:3: field `task`: unknown task 'ttt", "ttt...ttt", "give one of safety"]),
+    (row("b", answer="x" * (1 << 24) + "x"), ["a.jsonl:3: field `answer`: has 16777217 characters, more than 1677721"]),
     ('["b"]', ["a.jsonl:3: a row is an object of fields, not a list"]),
     (row("b", task="safte"), ["a.jsonl:3: field `task`: unknown task 'safte'; give one of safety, jailbreak"]),
     (row("b", answer=3), ["a.jsonl:3: field `answer`: is a number, not a string; put it in quotes"]),
@@ -205,7 +283,7 @@ def test_a_bad_line_is_named_by_file_and_line(tmp_path, line, parts):
     (folder / "text.png").write_text("not found")
     (folder / "empty.png").touch()
     message = fails([write(folder / "a.jsonl", [row("a", images=["x.png"]), "", line, row("d")])], *parts)
-    assert message.startswith(str(folder / "a.jsonl") + ":3: ")
+    assert message.startswith(str(folder / "a.jsonl") + ":3: ") and message.isprintable() and len(message) < 1000
 
 
 def test_the_first_bad_image_in_row_order_is_reported(tmp_path):
@@ -309,7 +387,7 @@ def test_a_folder_that_is_no_dataset_is_named(tmp_path):
         broken = tmp_path / f"broken-{name}"
         shutil.copytree(tmp_path / "two" / "test", broken)
         (broken / name).write_bytes((broken / name).read_bytes()[:30])
-        assert re.match(f"{re.escape(str(broken))}: .*; ", fails([broken], "again"))
+        assert re.match(f"{re.escape(str(broken))}(/state.json)?: .*; ", fails([broken], "again"))
 
 
 def test_fingerprint_follows_content_not_place(tmp_path):

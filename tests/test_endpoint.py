@@ -2,17 +2,20 @@
 
 import asyncio
 import base64
+import contextlib
 import gc
+import gzip
 import io
 import json
 import logging
 import math
+import socket
 import subprocess
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -129,6 +132,7 @@ def test_a_reply_of_another_format_is_named(oracle, message):
     *({"model": "judge", "choices": [{"message": {"content": "good"}, "logprobs": {"content": [
         {"token": "good", "top_logprobs": [{"token": "good", "logprob": logprob}]}]}}]}
       for logprob in (3.0, "nan", "-0.1", True, None, math.inf, math.nan, 10 ** 400)),
+    {"model": "judge", "choices": [{"message": {"content": "half a character: \ud800"}}]},
 ])
 def test_no_other_json_passes_for_a_chat_completion(payload):
     with pytest.raises(AttemptError, match=r"is no chat completion|is by model"):
@@ -136,12 +140,15 @@ def test_no_other_json_passes_for_a_chat_completion(payload):
 
 
 @pytest.mark.parametrize("text", ["NaN", '{"model": NaN}', "[Infinity]", "[-Infinity]", "", "<html>", "{'a': 1}",
-                                  "[" * 100_000, "[" * 700 + "]" * 700, "1" * 5000])
+                                  "[" * 100_000, "[" * 700 + "]" * 700, "1" * 5000, "[" * 65 + "]" * 65,
+                                  '{"a":' * 65 + "1" + "}" * 65,
+                                  '{"model": "judge", "model": "judge"}', '[{"a": {"b": 1, "b": 2}}]'])
 def test_what_is_no_json_is_refused(text):
     with FaultServer() as server:
         server.chat = lambda body: {"raw": text}
         with pytest.raises(EndpointError, match="the reply is no JSON"):
             use(server, ask, attempts=1)
+    assert endpoint_replies.read_json('{"a":' * 64 + "1" + "}" * 64, "")
 
 
 def test_a_reply_that_does_not_end_is_left(monkeypatch):
@@ -150,6 +157,110 @@ def test_a_reply_that_does_not_end_is_left(monkeypatch):
         server.chat = lambda body: {"raw": "[" + "1," * 2_000_000}
         with pytest.raises(EndpointError, match="the reply is longer than 100000 bytes"):
             use(server, ask, attempts=1)
+
+
+def bomb(times: int = 3, size: int = 1 << 26) -> bytes:
+    """`size` zeros, gzipped so often."""
+    packed = bytes(size)
+    for _ in range(times):
+        packed = gzip.compress(packed)
+    return packed
+
+
+def replying(reply: bytes | Iterable[bytes], action: Callable[[Endpoint], Coroutine[Any, Any, Any]], **options) -> Any:
+    """`action` on an endpoint that answers each request with these bytes, and then closes."""
+    ended = threading.Event()
+
+    def serve() -> None:
+        while not ended.is_set():
+            with contextlib.suppress(OSError):  # the client had enough, or the listener was closed
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(1 << 16)
+                    for part in [reply] if isinstance(reply, bytes) else reply:
+                        connection.sendall(part)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        try:
+            return use(f"http://127.0.0.1:{listener.getsockname()[1]}", action, **options)
+        finally:
+            ended.set()
+            listener.shutdown(socket.SHUT_RDWR)
+
+
+def http(status: str = "200 OK", body: bytes = b"", *headers: str) -> bytes:
+    return "\r\n".join([f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", *headers, "", ""]).encode() + body
+
+
+GOOD = json.dumps({"model": "judge", "data": [{"id": "judge", "probs": [0.5]}],
+                   "choices": [{"message": {"content": "good"}}]}).encode()
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+WAYS = {"chat": ask, "classify": lambda endpoint: endpoint.classify("text"), "verify": Endpoint.verify}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("coding", ["gzip", "gzip, gzip, gzip", "deflate", "br", "zstd", "GZIP", "identity, gzip", "x"])
+def test_a_compressed_reply_is_refused_before_it_is_decoded(way, coding, monkeypatch):
+    """64 MiB in 150 bytes; the decoder of httpx is never made."""
+    monkeypatch.setattr(httpx.Response, "_get_content_decoder", lambda response: 1 / 0)
+    with pytest.raises(EndpointError, match=r"the reply is in Content-Encoding '.*switch compression off"):
+        replying(http("200 OK", bomb() if "zip" in coding else b"x", f"Content-Encoding: {coding}"), WAYS[way],
+                 attempts=1)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_reply_as_it_is_is_taken(way):
+    replying(http("200 OK", GOOD, "Content-Type: text/html; charset=utf-16", "Content-Encoding: Identity"), WAYS[way])
+
+
+@pytest.mark.parametrize(("reply", "message"), [
+    (http("401 No", bomb(), "Content-Encoding: gzip"), r"HTTP 401 '\(in Content-Encoding gzip\)'; name the "),
+    (http("204 No Content"), "HTTP 204 ''; give the base URL"),
+    (http("200 OK", b"<html>", "Content-Type: text/html"), "the reply is no JSON: '<html>'; give the base URL"),
+    (http("200 OK", b"data: {}\n\n", "Content-Type: text/event-stream"), "the reply is no JSON"),
+    (http("302 Found", b"", "Location: http://[bad"), "HTTP 302 .*give the URL that it leads to"),
+    (http("302 Found", b"", "Location: file:///etc/passwd"), "HTTP 302 .*give the URL that it leads to"),
+    (http("200 OK", GOOD, *(f"X-{i}: {'y' * 1000}" for i in range(200))), "RemoteProtocolError"),
+    (http("200 OK", GOOD, "X: " + "y" * 200_000), "RemoteProtocolError"),
+    (http("200 OK", GOOD, "Content-Length: 7"), "RemoteProtocolError"),
+    (http("999 What", GOOD), "HTTP 999|RemoteProtocolError"),
+    (http("400 No", b'{"error": {"message": ' + b"[" * 900 + b"]" * 900 + b"}}"), r"HTTP 400 '\{\"error"),
+    (b"\x16\x03\x01\x02\x00", "RemoteProtocolError"), (b"", "RemoteProtocolError"),
+    (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\n" + bomb(), "RemoteProtocolError"),
+    (CHUNKED + b"ffffffffffffffff\r\n" + GOOD, "RemoteProtocolError"), (CHUNKED + b"-1\r\n", "RemoteProtocolError"),
+    (CHUNKED + b"1;" + b"x" * 200_000 + b"\r\n", "RemoteProtocolError"),
+])
+def test_a_hostile_reply_is_a_failed_call(reply, message):
+    with pytest.raises(EndpointError, match=message):
+        replying(reply, ask, attempts=1)
+
+
+@pytest.mark.parametrize(("part", "message"), [
+    (b"1\r\nx\r\n" * 1000, "longer than 500 bytes"),  # chunks of one byte, without end
+    (b"HTTP/1.1 100 Continue\r\n\r\n", r"no reply within 0\.3 s"),
+    (b" ", r"no reply within 0\.3 s|RemoteProtocolError"),  # of the status line
+])
+def test_a_reply_that_never_ends_is_left(monkeypatch, part, message):
+    monkeypatch.setattr(endpoint_replies, "MAX_REPLY_BYTES", 500)
+
+    def parts() -> Iterator[bytes]:
+        yield CHUNKED if b"x" in part else b""
+        while True:
+            yield part
+
+    with pytest.raises(EndpointError, match=message):
+        replying(parts(), ask, attempts=1, timeout_s=0.3)
+
+
+def test_a_server_s_cookies_are_not_kept():
+    async def twice(endpoint: Endpoint) -> int:
+        await asyncio.gather(ask(endpoint), endpoint.verify())
+        assert endpoint._http is not None
+        return len(endpoint._http.cookies.jar)
+
+    assert replying(http("200 OK", GOOD, "Set-Cookie: a=b; Path=/"), twice) == 0
 
 
 class Redirecting(BaseHTTPRequestHandler):
@@ -558,8 +669,9 @@ def test_a_cache_that_cannot_be_read_is_told(tmp_path):
 def test_a_cache_entry_that_is_nested_too_deep_is_corrupt(tmp_path):
     cache = DiskCache(tmp_path)
     cache.put("ab" * 20, 1)
-    cache.path("ab" * 20).write_text("[" * 100_000)
-    assert cache.get("ab" * 20) is None and not list(tmp_path.rglob("*.json"))
+    for depth in (65, 500, 100_000):
+        cache.path("ab" * 20).write_text(f'{{"key": "{"ab" * 20}", "reply": {"[" * depth}{"]" * depth}}}')
+        assert cache.get("ab" * 20) is None and not list(tmp_path.rglob("*.json"))
 
 
 def test_a_reply_that_the_server_gave_up_is_asked_again():

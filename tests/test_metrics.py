@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cosmo_rl.cpgd import metrics
 from cosmo_rl.cpgd.metrics import MetricsWriter, ProgressView, Stderr, read_metrics, reward_stats
+from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.terminal import printable
 
 
@@ -103,6 +104,39 @@ def test_bad_line_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"metrics\.jsonl:2: not JSON"):
         read_metrics(path)
     assert read_metrics(tmp_path / "absent.jsonl") == []
+
+
+@pytest.mark.parametrize("line", [
+    b"nonsense", b"", b"\xff", b"[" * 100_000, b'{"step": 2, "a": ' + b"[" * 700 + b"]" * 700 + b"}",
+    b'{"step": 2, "step": 3}', b"null", b"[]", b"2", b"{}", b'{"step": "2"}', b'{"step": 2.0}', b'{"step": true}',
+    b'{"step": null}',
+])
+def test_a_line_that_is_none_is_named_and_not_dropped(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"^\S+metrics\.jsonl:2: no.*; restore the file or remove the line$"):
+        MetricsWriter(tmp_path, tensorboard=False).rewind(3)
+    assert len(path.read_bytes().split(b"\n")) == 4
+
+
+@pytest.mark.parametrize(("steps", "said"), [
+    (range(1, 13), ""), ([], "has no line of step 1-9, of 9 done"), ([1, 2, 4, 5, 9], "step 3, 6-8, of 9 done"),
+    ([2, *range(5, 10)], "step 1, 3-4, of 9"), ([1, 2, 3, 3, *range(4, 10)], "twice or out of order"),
+    ([2, 1, *range(3, 10)], "twice or out of order"),
+])
+def test_a_hole_is_told_on_resume(tmp_path, caplog, steps, said):
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in steps))
+    MetricsWriter(tmp_path, tensorboard=False).rewind(9)
+    assert said in caplog.text and bool(said) == bool(caplog.text)
+    caplog.clear()
+    MetricsWriter(tmp_path, tensorboard=False).rewind(-1)
+    assert not caplog.text, "a new start"
+
+
+def test_many_holes_are_told_shortly(tmp_path, caplog):
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in range(2, 9001, 2)))
+    MetricsWriter(tmp_path, tensorboard=False).rewind(9000)
+    assert "step 1, 3, 5, 7, 9, 11, 13, 15, 17, 19 and 4490 more places, of 9000 done" in caplog.text
 
 
 def test_sync_brings_every_file_there_is_to_disk(tmp_path, monkeypatch):

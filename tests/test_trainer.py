@@ -11,6 +11,7 @@ import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import runs
@@ -355,3 +356,22 @@ def test_embedded_data(folder):
     report = json.loads((folder / "embedded" / "stage2" / "report.json").read_text())
     assert report["before"].keys() == report["after_greedy"].keys() and len(report["before"]) == 9
     assert len(runs.lines_of(folder / "embedded")) == 2
+
+
+@pytest.mark.parametrize(("changes", "named"), [
+    ({"iteration": None}, "iteration"), ({"sampler": [], "fingerprint": 3}, "sampler, fingerprint"),
+    ({"guard": "warn"}, "guard"), ({"trained_s": "1"}, "trained_s"), ({"model_fingerprint": {}}, "model_fingerprint"),
+])
+def test_a_state_of_another_shape_is_named(tmp_path, monkeypatch, changes, named):
+    """It is checked before anything of it is taken; here on a stand-in that has no more than is looked at."""
+    state = {"step": 1, "iteration": 1, "skipped_in_row": 0, "trained_s": 0.5, "sampler": {}, "guard": None,
+             "fingerprint": "a", "model_fingerprint": "b"}
+    monkeypatch.setattr(trainer, "fingerprint", lambda rows: "another")
+    monkeypatch.setattr(trainer, "model_fingerprint", lambda start: "b")
+    run = SimpleNamespace(run_dir=SimpleNamespace(checkpoints=tmp_path), policy=None, optimizer=None, rows=[], start="")
+    monkeypatch.setattr(trainer, "load_latest", lambda *_: state)
+    with pytest.raises(UserError, match=r"^the data changed"):  # the shape is right
+        trainer.Trainer._resume(run)  # type: ignore[arg-type]
+    monkeypatch.setattr(trainer, "load_latest", lambda *_: state | changes)
+    with pytest.raises(UserError, match=rf"^state\.json of the checkpoint in {tmp_path} is without {named} as this"):
+        trainer.Trainer._resume(run)  # type: ignore[arg-type]

@@ -332,6 +332,9 @@ def open_seats(config: RewardConfig, *, patience_s: float = 30.0) -> dict[str, S
 async def verify_seats(seats: Mapping[str, Seat]) -> None:
     """Ask every server for its models; raises EndpointError, all complaints in one."""
     found = await asyncio.gather(*(endpoint.verify() for endpoint in _endpoints(seats)), return_exceptions=True)
+    for error in found:
+        if error is not None and not isinstance(error, EndpointError):
+            raise error  # a bug of ours
     complaints = [str(error) for error in found if isinstance(error, EndpointError)]
     if complaints:
         raise EndpointError(" | ".join(complaints))
