@@ -54,13 +54,18 @@ def given_path(config: Config, run: Path) -> Path | None:
     return TINY_PATH if config.stage > 0 else None
 
 
+def prompt_files(path: Path) -> list[str]:
+    """The files of the model folder `path` that decide a prompt's tokens and where a response ends."""
+    return [name for name in ("tokenizer.json", "preprocessor_config.json", "config.json", "tokenizer_config.json",
+                              "chat_template.jinja", "chat_template.json", "generation_config.json")
+            if (path / name).is_file()]
+
+
 def model_fingerprint(path: Path) -> str:
-    """16 hex digits over all of the model folder `path` that decides a prompt's tokens and where a response ends."""
+    """16 hex digits over the `prompt_files` of the model folder `path`."""
     digest = hashlib.blake2b(digest_size=8)
-    for name in ("tokenizer.json", "preprocessor_config.json", "config.json",  # a folder of these alone: as ever
-                 "tokenizer_config.json", "chat_template.jinja", "chat_template.json", "generation_config.json"):
-        if (path / name).is_file():
-            digest.update(hashlib.blake2b((path / name).read_bytes()).digest())
+    for name in prompt_files(path):
+        digest.update(hashlib.blake2b((path / name).read_bytes()).digest())
     return digest.hexdigest()
 
 

@@ -52,7 +52,7 @@ from .rollout.hf import HFEngine
 from .rundir import RunDir, on_main, together
 from .selection import pass_rates, select
 from .sft import sft_micros
-from .sources import load_training_rows, model_fingerprint, start_path
+from .sources import load_training_rows, model_fingerprint, prompt_files, start_path
 from .update import (
     StepResult,
     check_canary,
@@ -146,9 +146,9 @@ class Trainer:
             if not config.data.eval_path:  # else the rows are the same
                 self.watched = {}
                 together(lambda: self.watched.update(eval_suite(config, "validation", load)))
-        ruled = self._by_words()
         self._resume()
         on_main(lambda: self.run_dir.adopt(config))
+        ruled = self._by_words()
         if rank() == 0:
             print(introduce(config.data.system_prompt, self.rows[0], self.processor, sys.stdout.encoding), flush=True)
         self.metrics = MetricsWriter(folder, config.log.tensorboard)  # used on rank 0 only, as the view
@@ -211,8 +211,8 @@ class Trainer:
             raise UserError(f"the data changed: {saved} {state['fingerprint']}, the rows now have {self.fingerprint}; "
                              "restore the data or give another --run-dir")
         if state["model_fingerprint"] != self.model_fingerprint:
-            raise UserError(f"the model folder changed: {saved} {state['model_fingerprint']}, tokenizer, "
-                             f"chat template, preprocessor and config files of {self.start} now have "
+            raise UserError(f"the model folder changed: {saved} {state['model_fingerprint']}, "
+                             f"{', '.join(prompt_files(self.start))} of {self.start} now have "
                              f"{self.model_fingerprint}; restore them or give another --run-dir")
         if state.get("function_digest", "") != self.function_digest:
             raise UserError(f"the reward changed: the checkpoint in {self.run_dir.checkpoints} was made with another "
