@@ -85,6 +85,7 @@ KINDS = {  # kind -> (reference, right answers, wrong ones that look alike)
          "***64***.", "$**64**$", "__64__", "_64_.", "The area is _64_.", "The area is *64*.", r"\boxed{**64**}",
          "Therefore, the area is **64 cm\xb2**.", "The area is `64` cm\xb2.", "\u201c64\u201d", "64\u3002",
          "**64**\u3002", "**64**,", "(**64**)", r"\boxed{<answer>64</answer>}", "So it is <answer>64</answer>.",
+         "<ANSWER>64</ANSWER>", "65 <Answer>64</Answer>",
          "<answer>65</answer> <answer>64</answer>", r"\boxed{65} <answer>64</answer>", "65 <answer>64</answer>",
          "The area is **64**, not **65**.", "The area is **64** cm\xb2", "So the total:\n\n**64**.", "__**64**__",
          "**_64_**.", "**The area is 64**.", r"$\boxed{**64**}$", "**64**%", "**<answer>64</answer>**",

@@ -17,6 +17,7 @@ from .format import boxes
 LENGTH = 4_000
 """Characters of a text that are read: from its last box or <answer>, or else its last lines or sentences."""
 
+_TAG = re.compile("</?answer>", re.IGNORECASE)
 _DELIMITED = re.compile(r"(?<!\\)\$|\\[()\[\]]")
 _NAMED = re.compile(r"\\(?:begin|end|text|textbf|mathrm|mbox|operatorname)\*?\s*\{[^{}]*\}|\\[a-zA-Z]+")
 _PROSE = re.compile(r"[A-Za-z]{4}|(?<![A-Za-z])(?:an|and|are|for|has|is|it|of|or|so|the|to|was|we)(?![A-Za-z])|\n|"
@@ -119,7 +120,7 @@ def _reading(text: str, without: re.Pattern[str] | None = None) -> tuple[str, bo
 
     That is the last \boxed{...} or <answer>, or what of these stands in the other; else all.
     """
-    text = text.strip()
+    text = _TAG.sub(lambda tag: tag[0].lower(), text.strip())
     at = max(text.rfind(r"\boxed"), text.rfind("<answer>"))
     if len(text) > LENGTH and at >= 0:
         text = text[max(at - 200, 0):][:LENGTH]  # with what denies it
@@ -136,7 +137,7 @@ def _reading(text: str, without: re.Pattern[str] | None = None) -> tuple[str, bo
             text, boxed = before.rpartition("<answer>")[2], False
         else:
             break
-    text = _notation(re.sub("</?answer>", " ", text).strip("*` \t\r\n"))
+    text = _notation(_TAG.sub(" ", text).strip("*` \t\r\n"))
     return (text.rstrip("."), True) if boxed else (text, False)
 
 
