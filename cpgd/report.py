@@ -151,7 +151,8 @@ def print_table(report: dict, title: str = "", console: Console | None = None) -
         table.add_row(Text(LABELS.get(name, name)), *(_share(report[key], name) for key in keys))
         parts = _divisions(report, name)
         for label, part in parts[:MAX_PARTS]:
-            table.add_row(Text(f"  {shortened(printable(label), MAX_SHOWN)}", overflow="fold"), *(_share(part, key) for key in keys))
+            table.add_row(Text(f"  {shortened(printable(label), MAX_SHOWN)}", overflow="fold"),
+                          *(_share(part, key) for key in keys))
         if len(parts) > MAX_PARTS:
             table.add_row(Text(f"  and {len(parts) - MAX_PARTS} more in report.json"))
     console = console or Console()
