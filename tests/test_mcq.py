@@ -138,12 +138,14 @@ def test_a_kind_of_answers(options, index, answers):
 
 @pytest.mark.parametrize("part", [
     "[", "(", "$", "**", "_", "`", "answer is ", "not ", r"\boxed{", "<answer>", "</answer>", "B ", r"\text{", " ",
+    r"\boxed{}", r"\boxed{x}", "<answer>x</answer>", "answer: x\n",
 ])
 def test_a_long_answer_names_none_and_takes_little_time(part):
     """And no recursion: deep brackets would have ended the run."""
     started = time.process_time()
     for text in (part * (20_000 // len(part)), part * 100):
         assert choice(text + "A or B", COLOURS) is None
+    assert choice(part * (100_000 // len(part)) + "A or B", ("red " * 500, "blue")) is None
     assert time.process_time() - started < 1
 
 

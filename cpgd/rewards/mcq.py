@@ -30,8 +30,8 @@ _LONGEST = 1_000
 def choice(answer: str, options: Sequence[str]) -> int | None:
     """Index of the one option that an answer names; None when it names none, or several."""
     if said := given(answer):
-        named = {_said(text, options) for text in said}
-        return named.pop() if len(named) == 1 else None
+        first = _said(said[0], options)
+        return None if first is None or any(_said(text, options) != first for text in set(said)) else first
     return _said(answer, options)
 
 
