@@ -120,7 +120,7 @@ FRACTIONS = (r"$\frac{1}{2}$", r"$\frac{1}{3}$", "2", "3")
      "The answer is neither A nor B", "Answer: anything but B", "Answer: all except B", "Answer: B or maybe C",
      "<answer>A</answer><answer>B</answer>", r"\boxed{A} <answer>B</answer>",
      r"<answer>B</answer> \boxed{A}", r"<answer>not \boxed{B}</answer>",
-     "not <ANSWER>B</ANSWER>", "<answer></answer>B",
+     "not <ANSWER>B</ANSWER>", r"I don't think the answer is \boxed{B}", "<answer></answer>B",
      "<answer>B and C</answer>", "not <answer>B</answer>", "a dog", "\u0412", "\xdf", "\u24b7", "\U0001d401", "B.B",
      "BB", "B B", "B, B", "(B)(B)", "Option B or C", "Options B", "Both B", "B is wrong", "B?", "[B], [C]", "> B",
      "- B", "B: red", "\u200bB"]),

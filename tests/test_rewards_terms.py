@@ -134,7 +134,7 @@ def test_what_only_sets_an_answer_off_is_taken_off(answer, reference):
     ("<answer>red", "red"), (r"\boxed{red", "red"), ("Answer:", "red"), ("The answer is: ", "red"), ("x_1", "x1"),
     ("`x < y`", "x > y"), (r"\text{a} or \text{b}", "a"), ("answers: red", "red"),
     ("*", "red"), ("**", "red"), ("**Answer:** **", "red"), (r"not \boxed{red}", "red"),
-    ("It isn't <answer>red</answer>", "red"),
+    ("It isn't <answer>red</answer>", "red"), (r"I doubt the answer is \boxed{red}", "red"),
     (r"<answer>not \boxed{red}</answer>", "red"), (r"<answer>red</answer> \boxed{blue}", "red"), ("#", "red"),
     ("#1", "1"),
     (r"\boxed{blue} <answer>red</answer>", "red"), (r"\boxed{<answer>red</answer> blue}", "red"), ("answer red", "red"),

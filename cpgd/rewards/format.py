@@ -20,7 +20,7 @@ _WORD = re.compile(r"-?\d+(?:\.\d+)?|\w+(?:'\w+)*")
 _TAGGED = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL | re.IGNORECASE)
 _GIVEN = re.compile(r"\\boxed|<answer>", re.IGNORECASE)
 _DENIED = re.compile(r"(?:\b(?:not|never|wrong|incorrect|false|doubt|neither|nor)|n't)(?: +(?:think|believe|say|true|"
-                     r"the|case|that|it|is|be|correct|right|final|best))*[ $*]*\Z", re.IGNORECASE)
+                     r"the|case|that|it|is|be|correct|right|final|best|answer|option|choice))*[ $*]*\Z", re.IGNORECASE)
 IS = r"(?:\s+(?:is|(?:must|should|would) be)\b\s*:?|\s*[:=]|\s*\n)"
 """Pattern of what follows the word answer, before the answer."""
 IS_CHINESE = "\u7b54\u6848(?:\u662f|\u4e3a|:)+"
