@@ -108,7 +108,7 @@ FRACTIONS = (r"$\frac{1}{2}$", r"$\frac{1}{3}$", "2", "3")
      "Ans: B", "Answer = B", "The answer is \u201cB\u201d.", "Answer: {B}", "Answer: B (blue)", "B (blue)",
      "<answer>The answer is B</answer>", "<answer>B</answer><answer>B</answer>", "A <answer>B</answer>", "<answer>B",
      "B</answer>", "I think A or B.\n<answer>blue</answer>", "<answer>(B)</answer> is it", "### B",
-     "<ANSWER>B</ANSWER>", "A <Answer>(b)</Answer>", "\u201eB\u201c"]),
+     "<ANSWER>B</ANSWER>", "A <Answer>(b)</Answer>", "<ANSWER>B", "\u201eB\u201c"]),
     (NUMBERS, None, [r"\boxed{\textbf{(B)}\ 5.0}", r"\boxed{\textbf{(B)}, \textbf{(C)}}",
      r"\boxed{\textbf{(B)}} \boxed{\textbf{(C)}}", r"\boxed{\text{B or C}}", r"\boxed{\text{not B}}", r"not \boxed{B}",
      r"The answer isn't \boxed{B}.", r"It is not $\boxed{B}$", r"\text{B}\quad 4.2"]),
