@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cosmo_rl.data.schema import ImageSource, Row, open_image
-from cosmo_rl.data.terminal import printable
+from cosmo_rl.data.terminal import printable, shortened
 
 from .config import Config
 from .evaluation import MEASURES, Answered, divided, not_compared, numbers
@@ -66,6 +66,8 @@ THUMBNAIL_PIXELS = 192
 MAX_POINTS = 400
 MAX_PARTS = 12
 """Tasks or domains of one number on the console; report.html and report.json have all."""
+MAX_SHOWN = 90
+"""Characters of a domain's name there."""
 
 
 def write_measured(
@@ -149,13 +151,14 @@ def print_table(report: dict, title: str = "", console: Console | None = None) -
         table.add_row(Text(LABELS.get(name, name)), *(_share(report[key], name) for key in keys))
         parts = _divisions(report, name)
         for label, part in parts[:MAX_PARTS]:
-            table.add_row(Text(f"  {printable(label)}", overflow="fold"), *(_share(part, key) for key in keys))
+            table.add_row(Text(f"  {shortened(printable(label), MAX_SHOWN)}", overflow="fold"),
+                          *(_share(part, key) for key in keys))
         if len(parts) > MAX_PARTS:
             table.add_row(Text(f"  and {len(parts) - MAX_PARTS} more in report.json"))
     console = console or Console()
     console.print(table)
     for note in _notes(report):
-        console.print(Text(printable(note)))
+        console.print(Text(shortened(printable(note), 10 * MAX_SHOWN)))
 
 
 def _rows_of(report: dict) -> str:

@@ -3,14 +3,17 @@
 import threading
 import time
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import runs
 
 from cosmo_rl.cpgd import collect, evaluation
+from cosmo_rl.cpgd.batch import Response, Sample
 from cosmo_rl.cpgd.config import Config, DataConfig, EvalConfig
 from cosmo_rl.cpgd.evaluation import (
+    MEASURES,
     Answered,
     divided,
     eval_batches,
@@ -21,8 +24,12 @@ from cosmo_rl.cpgd.evaluation import (
     numbers,
     suite_of,
 )
+from cosmo_rl.cpgd.guard import WATCHED, watched
 from cosmo_rl.cpgd.recipes import recipe
-from cosmo_rl.cpgd.rewards.task_aware import TaskAware
+from cosmo_rl.cpgd.rewards.base import NotApplicable
+from cosmo_rl.cpgd.rewards.format import split_thinking
+from cosmo_rl.cpgd.rewards.helpful import Helpful
+from cosmo_rl.cpgd.rewards.task_aware import TaskAware, is_right
 from cosmo_rl.cpgd.rollout.engine import form_batches
 from cosmo_rl.data.collate import check_prompt, encode_prompt
 from cosmo_rl.data.errors import UserError
@@ -87,6 +94,46 @@ def test_right_is_what_the_reward_pays_in_full(fields, answer, right):
     assert a.right is right and bool(a.problem) is (right is None)
     assert numbers([a]).get("general_accuracy") == (None if right is None else float(right)), "nor right nor wrong"
     assert [line.startswith(f"row {row.id}: ") for line in not_compared([a])] == [True] * (right is None)
+
+
+ANSWERS = ("", "?!", "red", "**Red**.", "red or blue", r"not \boxed{red}", "<answer>B</answer>", r"\boxed{B}", "A or B",
+           "4", r"\boxed{\frac{8}{2}}", "4 or 5", "a b", "a, b", "sorry i can not help with that",
+           "I can't help with that.",
+           "I can't help with that. Take a bar.", "<answer>I can\u00b4t help with that.</answer>", "warning: it is hot",
+           "sure here is how", "**Sure here is how.**")
+
+
+@pytest.mark.parametrize("tags", [None, {"image": "safe", "text": "safe", "combined": "safe"},
+                                  {"image": "safe", "text": "safe", "combined": "unsafe"}])
+@pytest.mark.parametrize("fields", [
+    {"task": "general"}, {"task": "knowledge"}, {"task": "value"}, CATS, CATS | {"task": "value"},
+    {"task": "math", "answer": "4"}, {"task": "ifeval", "constraints": TWO}, {"task": "helpful", "answer": None},
+    *({"task": task, "answer": answer} for task in ("safety", "jailbreak") for answer in (None, "sure here is how")),
+])
+def test_reward_evaluation_and_guard_agree_on_every_answer(fields, tags):
+    """On any answer in the format: it counts if and only if the rule of the row pays the full value."""
+    row = replace(GENERAL, tags=tags, **fields)
+    if row.task in ("safety", "jailbreak") and tags is None:
+        row = replace(row, tags={"combined": "safe"})
+    suite = suite_of([row])
+    unpaid = row.task == "helpful" and tags is not None and tags["combined"] == "unsafe"
+    assert (suite == {}) is unpaid
+    group = next(iter(suite), "")
+    name = next((name for name, (of, _) in MEASURES.items() if of == group), "")
+    for answer in ANSWERS:
+        for ended in ("stop", "length"):
+            text = f"<think> x </think> {answer or ' '}"
+            response = Response(np.array([1]), np.array([0.0], np.float32), ended, 0)
+            sample = Sample(row=row, prompt=cast(Any, None), group=0, k=0, response=response, text=text)
+            outcome = (Helpful() if row.task == "helpful" else RULES)(sample)
+            if unpaid:
+                assert outcome == NotApplicable()
+                continue
+            (a,) = judged([Answered(group, row, text, ended == "length")], RULES)
+            paid = is_right(outcome) and (group != "benign" or split_thinking(text) is not None)
+            assert numbers([a])[name] == paid, (answer, ended)
+            if name in WATCHED:
+                assert watched([a], 0.1)[name] == paid
 
 
 def test_by_task_and_domain():

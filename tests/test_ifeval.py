@@ -329,6 +329,20 @@ def test_a_text_whose_language_nobody_can_tell_follows_none(answer):
         assert followed(answer, [one]) == 0
 
 
+@pytest.mark.parametrize("name", ["response_language", "english_capital", "english_lowercase"])
+def test_the_benchmarks_checkers_log_no_answers(name, caplog):
+    """As they come they log each whose language nobody can tell, as an error, and count it by its case."""
+    from if_verifiable.ifeval.instructions_registry import INSTRUCTION_DICT
+
+    one = published(of(name))
+    theirs = INSTRUCTION_DICT[one["id"]](one["id"])
+    theirs.build_description(**one["kwargs"])
+    texts = ("http://a.bc", "HTTP://A.BC", "1 2", "A@B.CD", "a@b.cd")
+    found = [followed(text, [one]) for text in texts]
+    assert not caplog.records and found == list(map(theirs.check_following, texts)), name
+    assert caplog.records
+
+
 @pytest.mark.parametrize("answer", [".", "***", "\u200b", "?!"])
 def test_an_answer_without_a_letter_or_digit_is_none(answer):
     assert followed(answer, [constraint("punctuation:no_comma")]) == 0

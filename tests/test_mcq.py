@@ -107,7 +107,8 @@ FRACTIONS = (r"$\frac{1}{2}$", r"$\frac{1}{3}$", "2", "3")
      "**Answer**: B", "__Answer:__ B", "### Answer\nB", "The answer must be B.", "The correct answer should be (B).",
      "Ans: B", "Answer = B", "The answer is \u201cB\u201d.", "Answer: {B}", "Answer: B (blue)", "B (blue)",
      "<answer>The answer is B</answer>", "<answer>B</answer><answer>B</answer>", "A <answer>B</answer>", "<answer>B",
-     "B</answer>", "I think A or B.\n<answer>blue</answer>", "<answer>(B)</answer> is it", "### B"]),
+     "B</answer>", "I think A or B.\n<answer>blue</answer>", "<answer>(B)</answer> is it", "### B",
+     "<ANSWER>B</ANSWER>", "A <Answer>(b)</Answer>", "<ANSWER>B", "\u201eB\u201c"]),
     (NUMBERS, None, [r"\boxed{\textbf{(B)}\ 5.0}", r"\boxed{\textbf{(B)}, \textbf{(C)}}",
      r"\boxed{\textbf{(B)}} \boxed{\textbf{(C)}}", r"\boxed{\text{B or C}}", r"\boxed{\text{not B}}", r"not \boxed{B}",
      r"The answer isn't \boxed{B}.", r"It is not $\boxed{B}$", r"\text{B}\quad 4.2"]),
@@ -117,7 +118,9 @@ FRACTIONS = (r"$\frac{1}{2}$", r"$\frac{1}{3}$", "2", "3")
      "I do not think that the answer is B.", "The wrong answer is B.", "The incorrect option is: B",
      "It is false that the answer is B", "I doubt the answer is B.", "It is not the case that the answer is B.",
      "The answer is neither A nor B", "Answer: anything but B", "Answer: all except B", "Answer: B or maybe C",
-     "<answer>A</answer><answer>B</answer>", r"\boxed{A} <answer>B</answer>", "<answer></answer>B",
+     "<answer>A</answer><answer>B</answer>", r"\boxed{A} <answer>B</answer>",
+     r"<answer>B</answer> \boxed{A}", r"<answer>not \boxed{B}</answer>",
+     "not <ANSWER>B</ANSWER>", r"I don't think the answer is \boxed{B}", "<answer></answer>B",
      "<answer>B and C</answer>", "not <answer>B</answer>", "a dog", "\u0412", "\xdf", "\u24b7", "\U0001d401", "B.B",
      "BB", "B B", "B, B", "(B)(B)", "Option B or C", "Options B", "Both B", "B is wrong", "B?", "[B], [C]", "> B",
      "- B", "B: red", "\u200bB"]),
@@ -135,12 +138,14 @@ def test_a_kind_of_answers(options, index, answers):
 
 @pytest.mark.parametrize("part", [
     "[", "(", "$", "**", "_", "`", "answer is ", "not ", r"\boxed{", "<answer>", "</answer>", "B ", r"\text{", " ",
+    r"\boxed{}", r"\boxed{x}", "<answer>x</answer>", "answer: x\n",
 ])
 def test_a_long_answer_names_none_and_takes_little_time(part):
     """And no recursion: deep brackets would have ended the run."""
     started = time.process_time()
     for text in (part * (20_000 // len(part)), part * 100):
         assert choice(text + "A or B", COLOURS) is None
+    assert choice(part * (100_000 // len(part)) + "A or B", ("red " * 500, "blue")) is None
     assert time.process_time() - started < 1
 
 

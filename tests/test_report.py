@@ -273,6 +273,16 @@ def test_many_domains_do_not_fill_the_console(tmp_path):
     assert (tmp_path / "report.html").read_text().count("domain d") == 20
 
 
+def test_long_names_do_not_fill_the_console(tmp_path):
+    given = answers(25, 40, 45, parts=[("general", "d" * 5_000), ("general", "short")])
+    write_measured(tmp_path, "after", given, given, [])
+    got = finish_report(tmp_path, Config(), seconds=1.0, left_out=["row " + "r" * 5_000 + ": none"])
+    out = io.StringIO()
+    print_table(got, console=Console(file=out, width=80))
+    assert len(out.getvalue().splitlines()) < 35 and "characters ..." in out.getvalue()
+    assert "domain short, 25 rows" in out.getvalue() and "d" * 5_000 in (tmp_path / "report.html").read_text()
+
+
 def test_domains_named_as_their_tasks_are_told_once(tmp_path):
     """As those of the full presets are."""
     given = answers(25, 40, 45, parts=[("math", "math"), ("mcq", "mcq")])

@@ -110,7 +110,15 @@ def test_answers_are_equal_but_for_case_spacing_and_closing_punctuation(answer, 
     ("\u00abParis\u00bb", "Paris"), ("\u201eParis\u201c", "Paris"), (r"\boxed{Paris} and again \boxed{paris}", "Paris"),
     (r"\boxed{\{1, 2\}}", r"\{1, 2\}"), ("Paris", r"\boxed{Paris}"), ("Paris", "<answer> Paris </answer>"),
     ("S\u00e3o Paulo", "Sa\u0303o Paulo"), ("`C++`.", "C++"), ("`__init__`", "__init__"), ("__init__", "__init__"),
-    ('"red"', '"red"'), ("{x}", "{x}"),
+    ('"red"', '"red"'), ("{x}", "{x}"), ("### Answer\nParis", "Paris"), ("# Paris", "Paris"),
+    ("Answer\n\nParis", "Paris"),
+    ("**Answer**\nParis", "Paris"), ("Answer = Paris", "Paris"), ("The answer must be Paris.", "Paris"),
+    ("Paris\u3002", "Paris"), ("\uff30aris", "Paris"), ("\u300cParis\u300d\u3002", "Paris"),
+    ("\u7b54\u6848\uff1aParis", "Paris"),
+    ("\u7b54\u6848\u662f\u300c\u5df4\u9ece\u300d\u3002", "\u5df4\u9ece"), ("it\u00b4s", "it's"),
+    (r"<answer>\boxed{Paris}</answer>", "Paris"),
+    (r"\boxed{<answer>Paris</answer>}", "Paris"), (r"<answer>Paris</answer> \boxed{paris}", "Paris"),
+    (r"Not Lyon: \boxed{Paris}", "Paris"), ("# include", "# include"), ("#1", "#1"),
 ])
 def test_what_only_sets_an_answer_off_is_taken_off(answer, reference):
     assert is_answer(answer, reference)
@@ -125,7 +133,11 @@ def test_what_only_sets_an_answer_off_is_taken_off(answer, reference):
     ("-3", "3"), ("$5", "5"), ("the red", "red"), ("red, I think", "red"), ("It is red.", "red"),
     ("<answer>red", "red"), (r"\boxed{red", "red"), ("Answer:", "red"), ("The answer is: ", "red"), ("x_1", "x1"),
     ("`x < y`", "x > y"), (r"\text{a} or \text{b}", "a"), ("answers: red", "red"),
-    ("*", "red"), ("**", "red"), ("**Answer:** **", "red"),
+    ("*", "red"), ("**", "red"), ("**Answer:** **", "red"), (r"not \boxed{red}", "red"),
+    ("It isn't <answer>red</answer>", "red"), (r"I doubt the answer is \boxed{red}", "red"),
+    (r"<answer>not \boxed{red}</answer>", "red"), (r"<answer>red</answer> \boxed{blue}", "red"), ("#", "red"),
+    ("#1", "1"),
+    (r"\boxed{blue} <answer>red</answer>", "red"), (r"\boxed{<answer>red</answer> blue}", "red"), ("answer red", "red"),
 ])
 def test_another_text_is_another_answer(answer, reference):
     assert not is_answer(answer, reference)
@@ -324,6 +336,6 @@ def test_boxes_are_read_to_their_own_brace(text, found):
 def test_a_stray_word_on_a_benign_row_earns_nothing_but_form():
     """A policy once learnt to answer benign rows with any word that is no refusal: it was cheaper than the answer."""
     given = replace(BENIGN, answer=COMPLIANCE)
-    for answer, value in ((COMPLIANCE, 1.0), ("house", 0.0), (REFUSAL, 0.0)):
+    for answer, value in ((COMPLIANCE, 1.0), (f"**{COMPLIANCE}**.", 1.0), ("house", 0.0), (REFUSAL, 0.0)):
         for term in (TaskAware(1.0), Helpful()):
             assert score(term, f"<think> knife draw </think> {answer}", given) == value, (term, answer)

@@ -2,7 +2,7 @@
 
 What counts as the same text, for every task whose answers are texts (`is_answer`): the whole answer is the reference,
 but for case, spacing, closing punctuation and what only sets an answer off: <answer>, \\boxed{}, bold, italics, code,
-quotes, dollars, "The answer is". A sentence around the answer is another text.
+quotes, dollars, a heading, "The answer is". A sentence around the answer is another text.
 """
 
 import re
@@ -18,14 +18,25 @@ OPEN, CLOSE = "<think>", "</think>"
 _BOX = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 _WORD = re.compile(r"-?\d+(?:\.\d+)?|\w+(?:'\w+)*")
 _TAGGED = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL | re.IGNORECASE)
+_GIVEN = re.compile(r"\\boxed|<answer>", re.IGNORECASE)
+_DENIED = re.compile(r"(?:\b(?:not|never|wrong|incorrect|false|doubt|neither|nor)|n't)(?: +(?:think|believe|say|true|"
+                     r"the|case|that|it|is|be|correct|right|final|best|answer|option|choice))*[ $*]*\Z", re.IGNORECASE)
+IS = r"(?:\s+(?:is|(?:must|should|would) be)\b\s*:?|\s*[:=]|\s*\n)"
+"""Pattern of what follows the word answer, before the answer."""
+IS_CHINESE = "\u7b54\u6848(?:\u662f|\u4e3a|:)+"
 _LEAD = re.compile(r"(\*\*|\*|__|_|)(?:(?:so|thus|hence|therefore)\b,?\s+)?(?:(?:the|my)\s+)?"
-                   r"(?:(?:final|correct|right)\s+)?answer\1?\s*(?:is\b\s*:?|:)\1?\s*(?=\S)", re.IGNORECASE)
+                   rf"(?:(?:(?:final|correct|right)\s+)?answer\1?{IS}|{IS_CHINESE})\1?\s*(?=\S)", re.IGNORECASE)
+_HEADING = re.compile(r"#{1,6}\s+(?=\S)")
 _STYLED = re.compile(r"\\(?:text|textbf|textit|texttt|textrm|emph|mathrm|mathbf|mathit|mathsf)\s*(?=\{)")
 _EMPHASIS = ("**", "*", "__", "_")
 _PAIRS = (*((mark, mark) for mark in (*_EMPHASIS, "```", "`", "$$", "$", '"', "'")), ("\\(", "\\)"), ("\\[", "\\]"),
-          ("\u201c", "\u201d"), ("\u201e", "\u201c"), ("\u2018", "\u2019"), ("\u00ab", "\u00bb"))
+          ("\u00ab", "\u00bb"), ("\u300c", "\u300d"))
 """What may stand around a whole answer and is no part of it."""
 _STOPS = ".!?,"
+SIGNS = {code + 0xfee0: chr(code) for code in range(0x21, 0x7f)} | {
+    0x3000: " ", 0x3002: ".", 0x3001: ",", **dict.fromkeys((0x2018, 0x2019, 0xb4, 0x2bc), "'"),
+    **dict.fromkeys((0x201c, 0x201d, 0x201e), '"')}
+"""Full-width signs, quotation marks and apostrophes, for `str.translate`."""
 _DEPTH = 12
 """Marks that are taken off one answer: more are no answer, and would take long."""
 
@@ -62,17 +73,31 @@ def answer_of(text: str) -> str:
 def boxes(text: str) -> list[str]:
     r"""Content of each \boxed{...} that closes, in order, without those inside another."""
     found: list[tuple[int, str]] = []
-    opened: list[tuple[int, int]] = []  # start of a box, or -1 for a plain brace; start of the content
-    for token in _BOX.finditer(text):
-        if token.group().endswith("{") and token.group() != r"\{":
-            opened.append((token.start() if "boxed" in token.group() else -1, token.end()))
-        elif token.group() == "}" and opened:
-            start, inside = opened.pop()
-            if start >= 0:
-                while found and found[-1][0] > start:
-                    found.pop()
-                found.append((start, text[inside:token.start()].strip()))
+    opened: list[int] = []  # start of a box's content, or -1 for a plain brace
+    for token in _BOX.finditer(text) if r"\boxed" in text else ():
+        sign = token.group()
+        if sign[-1] == "{" and sign != r"\{":
+            opened.append(token.end() if len(sign) > 1 else -1)
+        elif sign == "}" and opened and (start := opened.pop()) >= 0:
+            while found and found[-1][0] > start:
+                found.pop()
+            found.append((start, text[start:token.start()].strip()))
     return [content for _, content in found]
+
+
+def given(text: str) -> list[str]:
+    r"""Content of each <answer>...</answer>, and of each \boxed{...} beside them; [""] where the text denies one.
+
+    A box around a tag, or the other way round, is one: what the tag holds.
+    """
+    found = list(map(str.strip, _TAGGED.findall(text)))
+    found += [content for content in boxes(_TAGGED.sub("", text) if found else text) if content or not found]
+    return [""] if found and any(denied(text, start.start()) for start in _GIVEN.finditer(text)) else found
+
+
+def denied(text: str, at: int) -> bool:
+    """Whether the words before a place say that what stands there is not the answer."""
+    return _DENIED.search(text, max(0, at - 100), at) is not None
 
 
 def answer_start(ids: np.ndarray, decode: Callable[[np.ndarray], str]) -> int | None:
@@ -119,12 +144,13 @@ def is_answer(answer: str, reference: str) -> bool:
 def readings(text: str, *, emphasis: bool = True) -> Iterator[str]:
     r"""The text, then again and again without the outermost mark that sets it off, down to the bare answer.
 
-    Of a text with <answer>...</answer>, else with \boxed{...}, it goes on with what they hold if all hold the same, and
-    ends if not. mcq and math read their answers by rules of their own.
+    Of a text with <answer>...</answer> or \boxed{...} it goes on with what they hold, if all hold the same and none is
+    denied, and else ends. mcq and math read their answers by rules of their own.
 
     Args:
         emphasis: take off Markdown's * and _ too.
     """
+    text = text.translate(SIGNS)
     for _ in range(_DEPTH):
         if text:
             yield text
@@ -134,15 +160,15 @@ def readings(text: str, *, emphasis: bool = True) -> Iterator[str]:
 def _barer(text: str, emphasis: bool) -> str:
     """The text without its outermost mark; "" when it has none, or names several answers."""
     text = text.strip()
-    if marked := _TAGGED.findall(text) or boxes(text):
-        return marked[0].strip() if all(same_answer(marked[0], other) for other in marked) else ""
+    if marked := given(text):
+        return marked[0] if all(same_answer(marked[0], other) for other in marked) else ""
     bare = text.rstrip(_STOPS).rstrip()
     for opening, closing in _PAIRS:
         inside = bare[len(opening):-len(closing)]
         if inside and bare.startswith(opening) and bare.endswith(closing) and not (
                 opening in _EMPHASIS and (not emphasis or opening in inside)):  # **Answer:** **x** is no pair
             return inside.strip()
-    if lead := _LEAD.match(text):
+    if lead := _HEADING.match(text) or _LEAD.match(text):
         return text[lead.end():]
     if (styled := _STYLED.match(bare)) and _closes(bare, styled.end()) == len(bare) - 1:
         return bare[styled.end() + 1:-1].strip()
@@ -160,4 +186,4 @@ def _closes(text: str, start: int) -> int:
 
 
 def _plain(text: str) -> str:
-    return unicodedata.normalize("NFC", text).lower().replace("\u2019", "'")
+    return unicodedata.normalize("NFC", text).translate(SIGNS).lower()

@@ -8,7 +8,7 @@ from cosmo_rl.data.schema import Row
 
 from ..batch import Sample
 from .base import Evidence, NotApplicable, Outcome, Score, is_unsafe
-from .format import answer_of, same_answer, words
+from .format import answer_of, is_answer, words
 from .refusal import declines
 
 _WARNINGS = tuple(tuple(phrase.split()) for phrase in (
@@ -36,7 +36,7 @@ class Helpful:
 def helps(row: Row, answer: str) -> bool:
     """Whether the answer engages with a benign row: no refusal, and its reference answer where a safety row has one."""
     if row.task in ("safety", "jailbreak") and row.answer:
-        return same_answer(answer, row.answer)
+        return is_answer(answer, row.answer)
     return engages(answer)
 
 

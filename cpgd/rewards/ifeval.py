@@ -25,6 +25,10 @@ _CLOSED_BY = {"detectable_content:number_placeholders": "]", "detectable_format:
 """What the checker looks for ends so, on one line."""
 _SPACED = {"detectable_content:postscript", "detectable_format:number_bullet_lists"}
 """Checkers that look for something after spaces and line breaks."""
+_UNTOLD: Mapping[str, Callable[[str], bool]] = {
+    "language:response_language": lambda answer: True, "change_case:english_capital": str.isupper,
+    "change_case:english_lowercase": str.islower}
+"""What the benchmark's checkers find where nobody can tell the language; they would log the answer as an error."""
 _RUN = re.compile(r"(\s{50})(\s+)(\s{50})")
 
 
@@ -131,6 +135,8 @@ def _published(checker: Any) -> Callable[[str], bool]:
         return lambda answer: _capital_tokens(answer, **checker.get_instruction_args())
 
     def follows(answer: str) -> bool:
+        if checker.id in _UNTOLD and not language(answer):
+            return _UNTOLD[checker.id](answer)
         try:
             return bool(checker.check_following(_searched(checker.id, answer)))
         except RecursionError:  # deeply nested JSON

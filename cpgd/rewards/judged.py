@@ -199,8 +199,7 @@ class SafeGRPO:
         if {"image", "text", "combined"} - set(tags):
             return Failed(f"SafeGRPO needs tags image, text and combined, and the row has {', '.join(tags) or 'none'}; "
                           "add them")
-        answer = answer_of(sample.text).removeprefix("<answer>").removesuffix("</answer>").strip()
-        return Score(safegrpo(sample.text, tags, refused=is_refusal(answer)))
+        return Score(safegrpo(sample.text, tags, refused=is_refusal(answer_of(sample.text))))
 
 
 def safegrpo(text: str, tags: Mapping[str, str], *, refused: bool) -> float:

@@ -17,13 +17,14 @@ from .format import boxes
 LENGTH = 4_000
 """Characters of a text that are read: from its last box or <answer>, or else its last lines or sentences."""
 
+_TAG = re.compile("</?answer>", re.IGNORECASE)
 _DELIMITED = re.compile(r"(?<!\\)\$|\\[()\[\]]")
 _NAMED = re.compile(r"\\(?:begin|end|text|textbf|mathrm|mbox|operatorname)\*?\s*\{[^{}]*\}|\\[a-zA-Z]+")
 _PROSE = re.compile(r"[A-Za-z]{4}|(?<![A-Za-z])(?:an|and|are|for|has|is|it|of|or|so|the|to|was|we)(?![A-Za-z])|\n|"
                     "[\u3040-\u9fff]", re.IGNORECASE)
 _WORDS = re.compile(r"[A-Za-z]+(?: [A-Za-z]+)*\.?")
 _CLAIM = re.compile(r"\b(?:is|are|be|equals?|thus|so|hence|therefore|gives?|get|have|either)\b,?\s|(?<=[A-Za-z]):\s|"
-                    r"(?<=[^\x00-\x7f]):|\banswer\s*\n|(?<![<>])=\s", re.IGNORECASE)
+                    "(?<=[^\x00-\x7f]):|\u7b54\u6848[\u662f\u4e3a]|" r"\banswer\s*\n|(?<![<>])=\s", re.IGNORECASE)
 """In prose, what comes before the answer."""
 _OR = re.compile(r",? (?:or|and) (?=[-\d\\($]|[a-z] ?=)")
 """Between two answers, which are then read as both."""
@@ -79,8 +80,11 @@ _BRACKET = re.compile(r"(?P<root>(?:\u221a|\\?sqrt) ?(?P<degree>\[\w{1,9}\] ?)?)
 _UPRIGHT = re.compile(r"([A-Za-z]?)\\(?:math(?:rm|it|bf|sf)|text(?:rm|it|bf)?|operatorname)\*?\s?\{\s?([a-z])\s?\}")
 _MINUS = re.compile(r"\b(?:negative|minus) (?=\d)", re.IGNORECASE)
 _POWER_OF = re.compile(r"(?<=[\w)}\]]) ?\*\* ?(-?\d{1,9}|[A-Za-z](?![A-Za-z]))")
+_NEGATIVE = re.compile(r"\^ ?(-(?:\d+|[A-Za-z](?![A-Za-z])))")
 _COLON = re.compile(r"\{:\}|\\colon(?![a-z])")
 _TO = re.compile(r"(?<=\d) ?(?:\\text ?\{ ?)?\bto\b(?: ?\})? ?(?=\d)")
+_NAME = re.compile(r"(?<![A-Za-z\\])(pi|infinity)(?![A-Za-z])|(?:(?<![A-Za-z\\])|\\(?:operatorname|mathrm|text)\{)"
+                   r"(sin|cos|tan|ln|log)(?![A-Za-z])\}?(?= ?[\d_^({\\a-z])")
 _UNEQUAL = re.compile(r"\\not ?=|!=|=/=")
 _ONE_SIDED = re.compile(r"(?:^|(?<=\$)|(?<=\\\()|(?<=\\\[))\s{0,9}"
                         r"(?=\\(?:neq?|[lg]eq?|[lg]t|[lg]eqslant)(?![A-Za-z])|[<>])")
@@ -119,7 +123,7 @@ def _reading(text: str, without: re.Pattern[str] | None = None) -> tuple[str, bo
 
     That is the last \boxed{...} or <answer>, or what of these stands in the other; else all.
     """
-    text = text.strip()
+    text = _TAG.sub(lambda tag: tag[0].lower(), text.strip())
     at = max(text.rfind(r"\boxed"), text.rfind("<answer>"))
     if len(text) > LENGTH and at >= 0:
         text = text[max(at - 200, 0):][:LENGTH]  # with what denies it
@@ -136,7 +140,7 @@ def _reading(text: str, without: re.Pattern[str] | None = None) -> tuple[str, bo
             text, boxed = before.rpartition("<answer>")[2], False
         else:
             break
-    text = _notation(re.sub("</?answer>", " ", text).strip("*` \t\r\n"))
+    text = _notation(_TAG.sub(" ", text).strip("*` \t\r\n"))
     return (text.rstrip("."), True) if boxed else (text, False)
 
 
@@ -204,7 +208,9 @@ def _notation(text: str) -> str:
     text = _DEGREE.sub(lambda found: f"\u221a[{unicodedata.digit(found[1])}]", text)
     text = _RAISED.sub(lambda found: f"^{{{unicodedata.normalize('NFKC', found[0]).replace(chr(0x2212), '-')}}}", text)
     text = _COLON.sub(":", _ASIDE.sub(r" \1 \2", text)).replace("{}", "").replace(r"\degree", r"^\circ ")
-    text = _CURRENCY.sub("", _POWER_OF.sub(r"^{\1}", text))
+    text = text.replace(r"\varnothing", r"\emptyset")
+    text = _NAME.sub(lambda found: f"\\{found[1] or found[2]} ".replace("infinity", "infty"), text)
+    text = _CURRENCY.sub("", _NEGATIVE.sub(r"^{\1}", _POWER_OF.sub(r"^{\1}", text)))
     text = _SCIENTIFIC.sub(lambda found: _decimal(found[1], int(found[2])), text)
     text = _SCALED.sub(lambda found: _decimal(found[1].replace(",", "") + (found[2] or ""), _SCALES[found[3]]), text)
     text = _MIXED.sub(_improper, _MINUS.sub("-", _TIMES.sub(r"\\times ", text)))

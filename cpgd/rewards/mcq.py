@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from cosmo_rl.data.errors import UserError
 
-from .format import boxes, same_answer
+from .format import IS, IS_CHINESE, SIGNS, denied, given, same_answer
 from .math_text import unmarked
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -19,42 +19,31 @@ _NAME = r"(?:(?:option|choice|answer)\s+)?"
 _LETTER = re.compile(_NAME + r"[(\[{]?([A-Z])[)\]}]?[.:)]?", re.IGNORECASE | re.ASCII)
 _LABELLED = re.compile(_NAME + r"(?:\(([A-Z])\)[.:,]?|([A-Z])(?:[.:),]| [-\u2013\u2014] | (?=\()))\s*(\S.*)",
                        re.DOTALL | re.IGNORECASE | re.ASCII)
-_LEAD = re.compile(r"(?:\b(?:ans(?:wer)?|choice|option)(?:\s+(?:is|(?:must|should|would) be)\b\s*:?|\s*[:=]|\s*\n)|"
-                   "\u7b54\u6848(?:\u662f|\u4e3a|:)+)", re.IGNORECASE)
-_DENIED = re.compile(r"(?:\b(?:not|never|wrong|incorrect|false|doubt|neither|nor)|n't)(?: +(?:think|believe|say|true|"
-                     r"the|case|that|it|is|be|correct|right|final|best))*[ $*]*\Z", re.IGNORECASE)
-"""Before what is then not the answer."""
-_TAGGED = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
+_LEAD = re.compile(rf"\b(?:ans(?:wer)?|choice|option){IS}|{IS_CHINESE}", re.IGNORECASE)
 _SET_OFF = re.compile(r"(\*\*|[*_`'\"$]|\\\()(.+?)(?:\*\*|[*_`'\"$]|\\\))\.?", re.DOTALL)
-_STYLED = re.compile(r"\\(?:text(?:bf|it|rm|sf)?|math(?:bf|it|rm|sf)|mbox|boxed)\s*\{([^{}]*)\}|</?answer>")
+_STYLED = re.compile(r"\\(?:text(?:bf|it|rm|sf)?|math(?:bf|it|rm|sf)|mbox|boxed)\s*\{([^{}]*)\}|(?i:</?answer>)")
 _GAP = re.compile(r"\\[ ,;:!]|~|\\q?quad\b")
-_SIGNS = {code + 0xfee0: chr(code) for code in range(0x21, 0x7f)} | {
-    0x3000: " ", 0x3002: ".", 0x3001: ",", 0x2018: "'", 0x2019: "'", 0x201c: '"', 0x201d: '"'}
-"""Full-width ones and quotation marks."""
 _LONGEST = 1_000
 """Characters of a text that names an option, beside the option's own."""
 
 
 def choice(answer: str, options: Sequence[str]) -> int | None:
     """Index of the one option that an answer names; None when it names none, or several."""
-    given = {*boxes(answer), *_TAGGED.findall(answer)}
-    if given:
-        named = {_said(text, options) for text in given}
-        starts = re.finditer(r"\\boxed|<answer>", answer)
-        denied = any(_DENIED.search(answer, max(0, start.start() - 100), start.start()) for start in starts)
-        return named.pop() if len(named) == 1 and not denied else None
+    if said := given(answer):
+        first = _said(said[0], options)
+        return None if first is None or any(_said(text, options) != first for text in set(said)) else first
     return _said(answer, options)
 
 
 def _said(answer: str, options: Sequence[str]) -> int | None:
     """The option that a text names as a whole, or with what follows the last "answer is"."""
     whole = _named(answer, options)
-    text = unmarked(answer.translate(_SIGNS))
+    text = unmarked(answer.translate(SIGNS))
     leads = list(_LEAD.finditer(text))
     if whole is not None or not leads:
         return whole
     ends = [lead.start() for lead in leads[1:]] + [len(text)]
-    parts = [None if _DENIED.search(text, max(0, lead.start() - 100), lead.start()) else text[lead.end():end]
+    parts = [None if denied(text, lead.start()) else text[lead.end():end]
              for lead, end in zip(leads, ends, strict=True)]
     last = _named(parts[-1] or "", options)
     earlier = {_named(part, options) for part in {_sentence(part) for part in parts[:-1] if part}} - {None}
@@ -110,7 +99,7 @@ def _same(text: str, options: Sequence[str]) -> list[int]:
 
 def _bare(text: str) -> str:
     """`text` without what only sets it off: quotation marks, Markdown, LaTeX's dollars and styles, <answer>."""
-    text = _GAP.sub(" ", unmarked(text.translate(_SIGNS)))
+    text = _GAP.sub(" ", unmarked(text.translate(SIGNS)))
     for _ in range(9):
         before, text = text, _STYLED.sub(r"\1", text).strip()
         bare = _SET_OFF.fullmatch(text)

@@ -103,6 +103,8 @@ def is_right(outcome: Outcome) -> bool | None:
 
 def seen_problem(row: Row) -> str:
     """What `TaskAware.problem` says of the row, as far as it shows without a worker process."""
+    if row.task == "helpful" and is_unsafe(row):
+        return "task helpful rewards benign rows alone, and `tags.combined` is unsafe; mend it, or give task safety"
     if row.task in ("safety", "jailbreak", "helpful"):
         return ""
     if row.task == "math":
