@@ -19,7 +19,7 @@ import torch
 from cosmo_rl.cpgd import dryrun, trainer
 from cosmo_rl.cpgd.collect import Verdicts, judges_took, score
 from cosmo_rl.cpgd.config import Config, RewardConfig
-from cosmo_rl.cpgd.metrics import reward_stats
+from cosmo_rl.cpgd.metrics import read_metrics, reward_stats
 from cosmo_rl.cpgd.recipes import parse_command_line
 from cosmo_rl.cpgd.rewards import check, function
 from cosmo_rl.cpgd.rewards.base import Failed, NotApplicable, RewardBudgetError, Score
@@ -519,9 +519,12 @@ def test_a_run_is_trained_by_it_on_one_and_two_ranks(tmp_path, write, rows):
     runs.train(command("score", "one", moved), tmp_path / "logs").check()
     (tmp_path / "one" / "stage2" / "report.json").unlink()
     changed = write(path.read_text().replace("% 10", "% 9"), "changed.py")
-    done = runs.train(command("score", "one", changed), tmp_path / "logs")
-    assert done.code == 1 and "Traceback" not in done.err[0], done.err[0]
-    assert "the reward changed: the checkpoint in" in done.err[0] and "changed.py:score" in done.err[0]
+    more = len(one) + 2
+    done = runs.train([*command("score", "one", changed), "--steps", more], tmp_path / "logs").check()
+    assert f"step {more - 1}: {changed}:score, or a module beside it, is not what it was" in done.err[0], done.err[0]
+    told = read_metrics(tmp_path / "one" / "stage2" / "warnings.jsonl")
+    assert ["is not what it was" in line["warning"] for line in told].count(True) == 1 and len(
+        runs.lines_of(tmp_path / "one")) == more
 
 
 def test_a_run_with_a_bad_one_stops_before_sampling(tmp_path, write, rows):

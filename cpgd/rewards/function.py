@@ -10,8 +10,8 @@ the same value, or a resumed run differs. A plain function is called in the trai
 other, without a limit of time. An `async def` one is called while sampling goes on, as judges are, for IN_FLIGHT
 responses of each rank at once and LIMIT_S seconds each; it must not block the event loop.
 
-FILE may import the modules beside it, by their plain names; an installed package of the same name comes first. What a
-resume compares is the content of FILE and of those modules.
+FILE may import the modules beside it, by their plain names; an installed package of the same name comes first. A run
+that is resumed with another content of FILE, or of those modules, goes on (they were mended, say) and tells it.
 """
 
 import asyncio
