@@ -272,7 +272,7 @@ def test_the_card_holds_the_prompt_word_for_word(tmp_path):
     assert "# cosmo-rl, stage 2: safety, value and general" in text and "started from `Qwen2.5-VL-7B`" in text
     assert f"```text\n{THINK}\n```" in text and "secret" not in text and "Preset 7b, 2400 optimizer steps" in text
     assert "Rewarded was the form `<think>...</think>`" in text
-    assert "started from `stage1/hf of the same run`" in card(config, tmp_path / "stage1" / "hf")
+    assert "started from `stage1/hf`" in card(config, tmp_path / "stage1" / "hf")
     odd = replace(config, data=replace(config.data, system_prompt="Write\n````\ncode\n````"))
     assert "`````text\nWrite\n````\ncode\n````\n`````" in card(odd, tmp_path)
     plain = card(recipe("tiny", 2), tmp_path)
