@@ -71,7 +71,7 @@ def test_a_value_none_or_a_reason(said, wanted):
 
 
 @pytest.mark.parametrize(("said", "reason"), [
-    (1.0000001, r"returned 1; map it to \[0, 1\]"), (-0.5, r"returned -0\.5; map it"), (2, "returned 2; map it"),
+    (1.0000001, r"returned 1\.0000001; map it to \[0, 1\]"), (-0.5, r"returned -0\.5; map it"), (2, r"returned 2\.0;"),
     (float("nan"), "returned nan; map it"), (float("inf"), "returned a number beyond 1e300; map it"),
     (-float("inf"), "beyond 1e300"), (10**400, "beyond 1e300"), (10**5000, "beyond 1e300"), (100, "returned 100"),
     (True, "type bool; return float"), (False, "type bool"), (np.bool_(True), "type numpy.bool"),
@@ -86,6 +86,19 @@ def test_anything_else_fails_with_the_mend_and_is_never_clipped(said, reason):
     assert isinstance(found, Failed)
     assert re.search(reason, found.reason), found.reason
     assert "\n" not in found.reason and len(found.reason) < 400
+
+
+def test_gradients_that_it_switches_off_stay_on_for_the_training(write):
+    path = write("""
+        import torch
+        torch.set_grad_enabled(False)
+        def score(row, response):
+            torch.set_grad_enabled(False)
+            return 0.5
+    """)
+    score = load_function(f"{path}:score")
+    assert torch.is_grad_enabled()
+    assert score(sample()) == Score(0.5) and torch.is_grad_enabled()
 
 
 def test_a_long_reason_is_cut():

@@ -57,7 +57,7 @@ def test_a_file_gives_its_text(tmp_path, content, wanted):
 
 @pytest.mark.parametrize("text", [
     "Think.", "Think in <think>...</think>, and/or say so.", "\u5148<think>\u601d\u8003</think>\u3002", "x" * 5000,
-    "a.b", "Answer in one word", "think: first", "yes\nno", "C:\\prompts are paths", "use \\boxed{}", THINK,
+    "a.b", "\u662f/\u5426", "think: first", "yes\nno", "C:\\prompts are paths", "use \\boxed{}", THINK,
 ])
 def test_a_text_is_itself(text):
     assert read_prompt(text) == text
@@ -69,7 +69,8 @@ def test_a_text_is_itself(text):
     (" \n", "the text is empty; fill it in, or give '' for no system prompt"),
     ("prompts/think.txt", "there is no file prompts/think.txt, or it cannot be reached; correct the path, or give the"),
     ("think.txt", "there is no file think.txt"), ("./think", "there is no file"), ("~/none/think", "there is no file"),
-    ("prompt.jinja", "there is no file"), ("/", "/ is a folder or no regular file; give a file in it"),
+    ("prompt.jinja", "there is no file"), ("Think.TXT", "there is no file"), ("\u601d\u8003.txt", "there is no file"),
+    ("C:\\think.md", "there is no file"), ("/", "/ is a folder or no regular file; give a file in it"),
     ("/dev/null", "/dev/null is a folder or no regular file"), (".", "is a folder"),
     *((f"Think. {token} Go on.", f"the text holds the reserved token {re.escape(token)}; remove it")
       for token in RESERVED),

@@ -26,6 +26,8 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
 
+import torch
+
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.schema import Row
 from cosmo_rl.data.terminal import printable, shortened
@@ -135,16 +137,17 @@ def outcome_of(said: object) -> Outcome:
     if isinstance(said, int | float) and not isinstance(said, bool):
         if 0 <= said <= 1:
             return Score(float(said))
-        shown = f"{said:g}" if not abs(said) > 1e300 else "a number beyond 1e300"
+        shown = repr(float(said)) if not abs(said) > 1e300 else "a number beyond 1e300"
         return Failed(f"the function returned {shown}; map it to [0, 1]")
     kind = f"{type(said).__module__}.{type(said).__qualname__}".removeprefix("builtins.")
     return Failed(f"the function returned a value of type {kind}; return float(...) of it, None, or a reason as text")
 
 
 def attempt(users: Callable[[], object]) -> object:
-    """What a user's code returns, or what it raised, as a value."""
+    """What a user's code returns, or what it raised, as a value. It may have switched gradients off: not for us."""
     try:
-        return users()
+        with torch.no_grad():  # restores what was
+            return users()
     # The one broad except of the trainer: this code is not ours and may raise anything, which is told with its
     # traceback. sys.exit() in it must not end a rank. KeyboardInterrupt and cancellation go on.
     except (Exception, SystemExit) as error:
