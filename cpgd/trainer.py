@@ -67,7 +67,7 @@ from .watch import Watch
 
 logger = logging.getLogger(__name__)
 _STATE = {"iteration": int, "skipped_in_row": int, "trained_s": float | int, "sampler": dict, "guard": dict | None,
-          "fingerprint": str, "model_fingerprint": str}
+          "watch": dict | None, "fingerprint": str, "model_fingerprint": str}
 """What a checkpoint's state holds, that a resume needs."""
 
 

@@ -366,7 +366,8 @@ def test_embedded_data(folder):
 
 @pytest.mark.parametrize(("changes", "named"), [
     ({"iteration": None}, "iteration"), ({"sampler": [], "fingerprint": 3}, "sampler, fingerprint"),
-    ({"guard": "warn"}, "guard"), ({"trained_s": "1"}, "trained_s"), ({"model_fingerprint": {}}, "model_fingerprint"),
+    ({"guard": "warn"}, "guard"), ({"watch": [1]}, "watch"),
+    ({"trained_s": "1"}, "trained_s"), ({"model_fingerprint": {}}, "model_fingerprint"),
 ])
 def test_a_state_of_another_shape_is_named(tmp_path, monkeypatch, changes, named):
     """It is checked before anything of it is taken; here on a stand-in that has no more than is looked at."""
