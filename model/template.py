@@ -26,6 +26,8 @@ PROBES: tuple[tuple[str, list[dict[str, Any]]], ...] = (
         {"role": "user", "content": [{"type": "text", "text": BEFORE}, _IMAGE, {"type": "text", "text": BETWEEN},
                                      _IMAGE, {"type": "text", "text": AFTER}]}]),
 )
+LONGEST = 100_000
+"""Characters of a probe's text, at most."""
 
 
 def read_jinja(folder: Path) -> str | None:
@@ -83,6 +85,8 @@ def check_template(folder: Path, name: str, processor: Any) -> None:
             text = processor.chat_text(messages)
         except UserError as error:
             raise UserError(f"{refuse} ({error}); {mend}") from error
+        if len(text) > LONGEST:  # to read it would take minutes and many GB
+            raise UserError(f"{refuse} (it writes {len(text):,} characters for a few words); {mend}")
         place, images = 0, 0
         for message in messages:
             content = message["content"]

@@ -85,6 +85,7 @@ BROKEN = {
     "range": ("{{ range(10 ** 9) | list }}", "fails: Range too big"),
     "division": ("{{ 1 / 0 }}", "fails: division by zero"), "type": ("{{ 1 + 'a' }}", "fails: unsupported operand"),
     "key": ("{{ messages[99]['x'] }}", "fails: "), "call": ("{{ 5() }}", "fails: 'int' object is not callable"),
+    "flood": ("{{ 'a' * 10 ** 8 }}" + IMAGE_TEMPLATE, r"writes 100,000,\d+ characters for a few words"),
     "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails: maximum recursion"),
     "include": ("{% include 'config.json' %}", "fails: "), "empty": ("", "drops, moves or changes"),
 }
