@@ -24,7 +24,7 @@ def write_card(folder: Path, config: Config, start: Path) -> None:
 def card(config: Config, start: Path) -> str:
     """The text of `write_card`."""
     path = Path(os.path.abspath(start))
-    base = f"{path.parent.name}/hf of the same run" if path.name == "hf" else path.name
+    base = f"{path.parent.name}/hf" if path.name == "hf" else path.name  # a stage's; of which run is not known
     prompt = config.data.system_prompt
     fence = "`" * max(3, *(len(ticks) + 1 for ticks in re.findall("`+", prompt)), 0)
     given = [

@@ -23,12 +23,15 @@ from typing import TypeVar, cast
 
 from cosmo_rl.data.disk import fsync
 from cosmo_rl.data.errors import UserError
+from cosmo_rl.data.terminal import shortened
 
 from .config import Config, identity
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 ABSENT = "(absent)"
+LONGEST_VALUE = 150
+"""Characters of a setting in a message: of two system prompts the mend must still be in torchrun's line."""
 
 
 def die_with_parent() -> None:
@@ -126,10 +129,11 @@ def _flat(nested: dict, prefix: str = "") -> dict[str, object]:
     return out
 
 
-def _differences(theirs: dict[str, object], ours: dict[str, object]) -> list[tuple[str, object, object]]:
-    """(name, value there, value here) of what is not the same."""
+def _differences(theirs: dict[str, object], ours: dict[str, object]) -> list[tuple[str, str, str]]:
+    """(name, value there, value here) of what is not the same, to be shown."""
     pairs = [(name, theirs.get(name, ABSENT), ours.get(name, ABSENT)) for name in sorted(theirs.keys() | ours.keys())]
-    return [(name, there, here) for name, there, here in pairs if there != here]
+    return [(name, shortened(repr(there), LONGEST_VALUE), shortened(repr(here), LONGEST_VALUE))
+            for name, there, here in pairs if there != here]
 
 
 class RunDir:
@@ -245,7 +249,7 @@ class RunDir:
             all_theirs, theirs = _flat(before), _flat(identity(before))  # the latter changes it
         except (ValueError, KeyError, TypeError, AttributeError) as error:  # no JSON, or no such settings
             raise UserError(f"{saved} is damaged ({error}); restore it or give another --run-dir") from error
-        differing = [f"{name} is {there!r} there and {here!r} here"
+        differing = [f"{name} is {there} there and {here} here"
                      for name, there, here in _differences(theirs, _flat(config.identity()))]
         if self._untrained():
             if differing:
@@ -258,7 +262,7 @@ class RunDir:
                 "to continue it, give another --run-dir, or remove the folder"
             )
         else:
-            self.changed = [f"{name} {there!r} -> {here!r}"
+            self.changed = [f"{name} {there} -> {here}"
                             for name, there, here in _differences(all_theirs, _flat(config.to_dict()))
                             if name not in ("run_dir", "resume")]
 

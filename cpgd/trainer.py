@@ -67,7 +67,7 @@ from .watch import Watch
 
 logger = logging.getLogger(__name__)
 _STATE = {"iteration": int, "skipped_in_row": int, "trained_s": float | int, "sampler": dict, "guard": dict | None,
-          "fingerprint": str, "model_fingerprint": str}
+          "watch": dict | None, "fingerprint": str, "model_fingerprint": str}
 """What a checkpoint's state holds, that a resume needs."""
 
 
@@ -106,6 +106,7 @@ class Trainer:
         self.engine = HFEngine(sampler.to(device), self.processor, config.rollout)
         self.loss_fn = rl_loss(config)
         self.step, self.iteration, self.skipped_in_row, self.trained_s = 0, 0, 0, 0.0
+        self.other_reward = False
 
     def _load(self) -> None:
         """Rows and their rewards, which may fail on one host only; nothing is returned that would go to other ranks."""
@@ -153,6 +154,9 @@ class Trainer:
             print(introduce(config.data.system_prompt, self.rows[0], self.processor, sys.stdout.encoding), flush=True)
         self.metrics = MetricsWriter(folder, config.log.tensorboard)  # used on rank 0 only, as the view
         on_main(lambda: self.metrics.rewind(self.step or -1))  # a try without a checkpoint may have measured step 0
+        if self.other_reward and self.step < config.steps:  # as when it failed, and our own error said to mend it
+            self._tell(self.step + 1, [f"{config.reward.function}, or a module beside it, is not what it was at the "
+                                       "checkpoint: rewards are by the new one from here on"])
         if suite and config.stage > 0:
             if not self.step:  # again, if it is there: a try without a checkpoint may have had another model
                 self._measure(suite, "before")
@@ -214,10 +218,7 @@ class Trainer:
             raise UserError(f"the model folder changed: {saved} {state['model_fingerprint']}, "
                              f"{', '.join(prompt_files(self.start))} of {self.start} now have "
                              f"{self.model_fingerprint}; restore them or give another --run-dir")
-        if state.get("function_digest", "") != self.function_digest:
-            raise UserError(f"the reward changed: the checkpoint in {self.run_dir.checkpoints} was made with another "
-                            f"content of {self.config.reward.function}, or of a module beside it; restore it or give "
-                            "another --run-dir")
+        self.other_reward = state.get("function_digest", "") != self.function_digest
         self.step, self.iteration = state["step"], state["iteration"]
         if self.step > self.config.steps:
             raise UserError(f"--steps is {self.config.steps}, and step {self.step} is done in "
@@ -437,6 +438,10 @@ def main(config: Config) -> int:
             if rank() == 0:
                 logger.info("stage %d is finished in %s", config.stage, run.stage_dir)
                 finish_report(run.stage_dir, config, seconds=None)
+                if run.changed:
+                    logger.warning("not done, as the stage is finished: %s; remove %s and repeat the command to have "
+                                   "hf/ and the report made anew", ", ".join(run.changed),
+                                   run.stage_dir / "report.json")
         else:
             trainer = Trainer(config, run, device)
             try:

@@ -20,8 +20,8 @@ MAX_BYTES = 1 << 20
 """Of a file; a longer one is no prompt."""
 SHOWN = 1500
 """Characters of a text that are shown."""
-_PATH = re.compile(r"(?:[\w.~@+-]*/)+[\w.~@+-]*|[\w.~@+-]+\.(?:txt|md|text|prompt|jinja2?|json|ya?ml)", re.ASCII)
-"""A text that must be meant as a file's name."""
+_PATH = re.compile(r"(?a:(?:[\w.~@+-]*/)+[\w.~@+-]*)|\S+\.(?i:txt|md|text|prompt|jinja2?|json|ya?ml)")
+"""A text that must be meant as a file's name; slashes between letters of scripts without spaces are no sign of it."""
 
 
 def read_prompt(value: str) -> str:

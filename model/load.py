@@ -30,7 +30,7 @@ from cosmo_rl.data.errors import MissingPackage, UserError
 from .folder import BROKEN, check_folder, load_config, read_object, reading, side_files, told
 from .folder import empty_model as empty_model
 from .liger import use_liger
-from .template import check_template, choose_template
+from .template import check_template, choose_template, read_jinja
 from .tiny import TINY_PATH as TINY_PATH
 
 
@@ -111,7 +111,7 @@ def load_processor(path: str | Path, resize_pixels: int | None = None, *, with_w
             does not write pictures and words as they are (see `template.check_template`).
     """
     folder = check_folder(path, with_weights)
-    config = load_config(folder)
+    config, jinja = load_config(folder), read_jinja(folder)
     with reading(folder, "its tokenizer is broken", "copy tokenizer.json and tokenizer_config.json again"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with reading(folder, "preprocessor_config.json cannot be used", "copy it again"):
@@ -119,7 +119,7 @@ def load_processor(path: str | Path, resize_pixels: int | None = None, *, with_w
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True, **limit)
     eos_ids = _eos_ids(folder, tokenizer)
     _check_tokens(folder, tokenizer, config)
-    template, tokenizer.chat_template = choose_template(folder, tokenizer)
+    template, tokenizer.chat_template = choose_template(folder, tokenizer, jinja)
     processor = Processor(tokenizer, image_processor, config, eos_ids, template, side_files(folder))
     check_template(folder, template, processor)
     _check_pictures(folder, processor)
@@ -162,15 +162,19 @@ def _check_pictures(folder: Path, processor: Processor) -> None:
         wanted = getattr(vision, "spatial_merge_size" if name == "merge_size" else name)
         if getattr(made, name) != wanted:
             raise UserError(f"{wrong} has {name} {getattr(made, name)}, and config.json {wanted}; {mend}")
+    size: Any = made.size
+    if not (type(size.shortest_edge) is type(size.longest_edge) is int and size.shortest_edge > 0):
+        raise UserError(f"{wrong} has {dict(size)} for the pixels of a picture; give two whole numbers above 0 as "
+                        "min_pixels and max_pixels")
+    if size.shortest_edge > size.longest_edge:
+        raise UserError(f"{wrong} wants at least {size.shortest_edge} pixels of a picture, and at most "
+                        f"{size.longest_edge} are allowed (--data.resize-pixels, else max_pixels there); raise that, "
+                        "or lower min_pixels")
     with reading(folder, "preprocessor_config.json cannot be used for a picture", mend):
         picture = Image.new("RGB", (96, 64))
         features = made(images=[picture], return_tensors="np")
         patches, grid = np.asarray(features["pixel_values"]), features["image_grid_thw"][0]
         count = made.get_number_of_image_patches(picture.height, picture.width)
-    size: Any = made.size
-    if not (type(size.shortest_edge) is type(size.longest_edge) is int and size.shortest_edge > 0):
-        raise UserError(f"{wrong} has {dict(size)} for the pixels of a picture; give two whole numbers above 0 as "
-                        "min_pixels and max_pixels")
     wanted = int(grid.prod()), processor.dummy_image()[0].shape[1]
     if patches.shape != wanted or count != wanted[0] or not np.isfinite(patches.astype(np.float64)).all():
         raise UserError(f"{wrong} makes {patches.shape} numbers of a picture, where the model takes {wanted}, all "
@@ -209,6 +213,9 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, attentio
     if config.tie_word_embeddings and model.lm_head.weight is not model.get_input_embeddings().weight:
         raise UserError(f"model folder {folder}: tie_word_embeddings is true in config.json, and lm_head.weight is not "
                         "the embedding; set it to false if the head is its own, or remove that tensor")
+    if bad := next((name for name, parameter in model.named_parameters() if not parameter.isfinite().all()), None):
+        raise UserError(f"model folder {folder}: tensor {bad} holds a number that is not finite; copy *.safetensors "
+                        "again, or start from weights before they diverged")
     if freeze_vision:
         model.model.visual.requires_grad_(False)
         model.model.visual.merger.requires_grad_(True)

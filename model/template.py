@@ -26,22 +26,38 @@ PROBES: tuple[tuple[str, list[dict[str, Any]]], ...] = (
         {"role": "user", "content": [{"type": "text", "text": BEFORE}, _IMAGE, {"type": "text", "text": BETWEEN},
                                      _IMAGE, {"type": "text", "text": AFTER}]}]),
 )
+LONGEST = 100_000
+"""Characters of a probe's text, at most."""
 
 
-def choose_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+def read_jinja(folder: Path) -> str | None:
+    """Content of chat_template.jinja, None without one; to be asked before AutoTokenizer, which reads it too.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if not (folder / JINJA).is_file():
+        return None
+    with reading(folder, f"{JINJA} cannot be read", "copy it again, or save it as UTF-8"):
+        return (folder / JINJA).read_text(encoding="utf-8-sig")  # a byte order mark would begin every prompt
+
+
+def choose_template(folder: Path, tokenizer: PreTrainedTokenizerBase, jinja: str | None) -> tuple[str, str]:
     """(name of its file, template): chat_template.jinja, else chat_template.json, else the tokenizer's own.
 
+    Args:
+        jinja: of `read_jinja`.
     Raises:
         UserError: there is none, or its file does not hold one.
     """
-    if (folder / JINJA).is_file():
-        with reading(folder, f"{JINJA} cannot be read", "copy it again"):
-            return JINJA, (folder / JINJA).read_text(encoding="utf-8")
+    if jinja is not None:
+        return JINJA, jinja
     own = not (folder / JSON).is_file()
     name, found = (OWN, tokenizer.chat_template) if own else (JSON, read_object(folder, JSON).get("chat_template"))
     if isinstance(found, list):  # of named ones; the tokenizer's list is a dict by now
-        found = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
-    if isinstance(found, dict):
+        found = next((one.get("template") for one in found if isinstance(one, dict) and one.get("name") == "default"),
+                     None)
+    elif isinstance(found, dict):
         found = found.get("default")
     if found is None and own:
         raise UserError(f"model folder {folder}: the tokenizer has no chat template; add {JINJA}")
@@ -69,6 +85,8 @@ def check_template(folder: Path, name: str, processor: Any) -> None:
             text = processor.chat_text(messages)
         except UserError as error:
             raise UserError(f"{refuse} ({error}); {mend}") from error
+        if len(text) > LONGEST:  # to read it would take minutes and many GB
+            raise UserError(f"{refuse} (it writes {len(text):,} characters for a few words); {mend}")
         place, images = 0, 0
         for message in messages:
             content = message["content"]

@@ -140,6 +140,14 @@ def test_tensors_that_the_config_has_no_place_for(copy):
     refused(load_model, copy, r"12 tensors have no place in the model .*layers\.2\.")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite(copy, value):
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.norm.weight"][3] = value
+    save_file(tensors, copy / "model.safetensors")
+    refused(load_model, copy, r"tensor model\.language_model\.norm\.weight holds a number that is not finite; copy")
+
+
 @pytest.mark.parametrize("equal", [True, False])
 def test_a_tied_head_beside_one_of_its_own(copy, equal):
     tensors = load_file(copy / "model.safetensors")

@@ -19,7 +19,7 @@ import torch
 from cosmo_rl.cpgd import dryrun, trainer
 from cosmo_rl.cpgd.collect import Verdicts, judges_took, score
 from cosmo_rl.cpgd.config import Config, RewardConfig
-from cosmo_rl.cpgd.metrics import reward_stats
+from cosmo_rl.cpgd.metrics import read_metrics, reward_stats
 from cosmo_rl.cpgd.recipes import parse_command_line
 from cosmo_rl.cpgd.rewards import check, function
 from cosmo_rl.cpgd.rewards.base import Failed, NotApplicable, RewardBudgetError, Score
@@ -71,7 +71,7 @@ def test_a_value_none_or_a_reason(said, wanted):
 
 
 @pytest.mark.parametrize(("said", "reason"), [
-    (1.0000001, r"returned 1; map it to \[0, 1\]"), (-0.5, r"returned -0\.5; map it"), (2, "returned 2; map it"),
+    (1.0000001, r"returned 1\.0000001; map it to \[0, 1\]"), (-0.5, r"returned -0\.5; map it"), (2, r"returned 2\.0;"),
     (float("nan"), "returned nan; map it"), (float("inf"), "returned a number beyond 1e300; map it"),
     (-float("inf"), "beyond 1e300"), (10**400, "beyond 1e300"), (10**5000, "beyond 1e300"), (100, "returned 100"),
     (True, "type bool; return float"), (False, "type bool"), (np.bool_(True), "type numpy.bool"),
@@ -86,6 +86,19 @@ def test_anything_else_fails_with_the_mend_and_is_never_clipped(said, reason):
     assert isinstance(found, Failed)
     assert re.search(reason, found.reason), found.reason
     assert "\n" not in found.reason and len(found.reason) < 400
+
+
+def test_gradients_that_it_switches_off_stay_on_for_the_training(write):
+    path = write("""
+        import torch
+        torch.set_grad_enabled(False)
+        def score(row, response):
+            torch.set_grad_enabled(False)
+            return 0.5
+    """)
+    score = load_function(f"{path}:score")
+    assert torch.is_grad_enabled()
+    assert score(sample()) == Score(0.5) and torch.is_grad_enabled()
 
 
 def test_a_long_reason_is_cut():
@@ -519,9 +532,12 @@ def test_a_run_is_trained_by_it_on_one_and_two_ranks(tmp_path, write, rows):
     runs.train(command("score", "one", moved), tmp_path / "logs").check()
     (tmp_path / "one" / "stage2" / "report.json").unlink()
     changed = write(path.read_text().replace("% 10", "% 9"), "changed.py")
-    done = runs.train(command("score", "one", changed), tmp_path / "logs")
-    assert done.code == 1 and "Traceback" not in done.err[0], done.err[0]
-    assert "the reward changed: the checkpoint in" in done.err[0] and "changed.py:score" in done.err[0]
+    more = len(one) + 2
+    done = runs.train([*command("score", "one", changed), "--steps", more], tmp_path / "logs").check()
+    assert f"step {more - 1}: {changed}:score, or a module beside it, is not what it was" in done.err[0], done.err[0]
+    told = read_metrics(tmp_path / "one" / "stage2" / "warnings.jsonl")
+    assert ["is not what it was" in line["warning"] for line in told].count(True) == 1 and len(
+        runs.lines_of(tmp_path / "one")) == more
 
 
 def test_a_run_with_a_bad_one_stops_before_sampling(tmp_path, write, rows):

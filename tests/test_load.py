@@ -60,6 +60,11 @@ def test_resize_pixels_bounds_the_image_tokens(copy):
     assert [g.tolist() for g in grids] == [[1, 8, 16], [1, 8, 16], [1, 4, 8]]
 
 
+def test_resize_pixels_below_what_the_model_sees():
+    with pytest.raises(UserError, match=r"at least 3136 pixels .*at most 784 are allowed \(--data\.resize-pixels"):
+        load_processor(tiny_case.folder(), 784)
+
+
 def test_dummy_image_is_one_token():
     pixels, grid = tiny_case.processor().dummy_image()
     model = load_model(tiny_case.folder())
@@ -235,6 +240,8 @@ def test_a_generation_config_that_transformers_would_not_save(copy):
     ("preprocessor_config.json", {"size": {"height": 56, "width": 56}}, "cannot be used|for the pixels"),
     ("preprocessor_config.json", {"size": {"shortest_edge": "abc", "longest_edge": 3136}}, "for the pixels|cannot be"),
     ("preprocessor_config.json", {"size": {"shortest_edge": 0, "longest_edge": 3136}}, "for the pixels|cannot be"),
+    ("preprocessor_config.json", {"size": {"shortest_edge": 10**10, "longest_edge": 3136}},  # 30 GB if tried
+     "at least 10000000000 pixels of a picture, and at most 3136 are allowed"),
     ("tokenizer_config.json", {"model_max_length": "abc"}, "its tokenizer cannot be used"),
     ("tokenizer_config.json", {"eos_token": None}, "eos token None"),
     ("tokenizer_config.json", {"pad_token": None}, "pad token None"),

@@ -57,7 +57,7 @@ def test_a_file_gives_its_text(tmp_path, content, wanted):
 
 @pytest.mark.parametrize("text", [
     "Think.", "Think in <think>...</think>, and/or say so.", "\u5148<think>\u601d\u8003</think>\u3002", "x" * 5000,
-    "a.b", "Answer in one word", "think: first", "yes\nno", "C:\\prompts are paths", "use \\boxed{}", THINK,
+    "a.b", "\u662f/\u5426", "think: first", "yes\nno", "C:\\prompts are paths", "use \\boxed{}", THINK,
 ])
 def test_a_text_is_itself(text):
     assert read_prompt(text) == text
@@ -69,7 +69,8 @@ def test_a_text_is_itself(text):
     (" \n", "the text is empty; fill it in, or give '' for no system prompt"),
     ("prompts/think.txt", "there is no file prompts/think.txt, or it cannot be reached; correct the path, or give the"),
     ("think.txt", "there is no file think.txt"), ("./think", "there is no file"), ("~/none/think", "there is no file"),
-    ("prompt.jinja", "there is no file"), ("/", "/ is a folder or no regular file; give a file in it"),
+    ("prompt.jinja", "there is no file"), ("Think.TXT", "there is no file"), ("\u601d\u8003.txt", "there is no file"),
+    ("C:\\think.md", "there is no file"), ("/", "/ is a folder or no regular file; give a file in it"),
     ("/dev/null", "/dev/null is a folder or no regular file"), (".", "is a folder"),
     *((f"Think. {token} Go on.", f"the text holds the reserved token {re.escape(token)}; remove it")
       for token in RESERVED),
@@ -272,7 +273,7 @@ def test_the_card_holds_the_prompt_word_for_word(tmp_path):
     assert "# cosmo-rl, stage 2: safety, value and general" in text and "started from `Qwen2.5-VL-7B`" in text
     assert f"```text\n{THINK}\n```" in text and "secret" not in text and "Preset 7b, 2400 optimizer steps" in text
     assert "Rewarded was the form `<think>...</think>`" in text
-    assert "started from `stage1/hf of the same run`" in card(config, tmp_path / "stage1" / "hf")
+    assert "started from `stage1/hf`" in card(config, tmp_path / "stage1" / "hf")
     odd = replace(config, data=replace(config.data, system_prompt="Write\n````\ncode\n````"))
     assert "`````text\nWrite\n````\ncode\n````\n`````" in card(odd, tmp_path)
     plain = card(recipe("tiny", 2), tmp_path)

@@ -15,6 +15,7 @@ import torch.multiprocessing as mp
 
 from cosmo_rl.cpgd import rundir
 from cosmo_rl.cpgd.config import Config, ObjectiveConfig
+from cosmo_rl.cpgd.ending import LONGEST
 from cosmo_rl.cpgd.rundir import RunDir, together, write_atomic
 from cosmo_rl.data.errors import UserError
 
@@ -121,6 +122,17 @@ def test_without_other_steps_nothing_is_said_of_the_learning_rate(tmp_path, capl
     run.adopt(other)
     run.close()
     assert caplog.messages == ["settings changed since the last start: model.attention 'sdpa' -> 'flash_attention_2'"]
+
+
+def test_long_settings_leave_room_for_the_mend(tmp_path):
+    """As two system prompts: torchrun's summary shows one line of some length."""
+    prompted = lambda text: replace(CONFIG, data=replace(CONFIG.data, system_prompt=text * 700))
+    RunDir(tmp_path, 2, prompted("a")).close()
+    (tmp_path / "stage2" / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(UserError, match=r"data\.system_prompt is 'a+ \[\.\.\. 552 characters \.\.\.\] a+' there and 'b+"
+                                        r".*another --run-dir, or remove the folder$") as caught:
+        RunDir(tmp_path, 2, prompted("b"))
+    assert len(str(caught.value)) < LONGEST
 
 
 def test_a_free_setting_does_not_carry_another_along(tmp_path):

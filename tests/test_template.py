@@ -85,6 +85,7 @@ BROKEN = {
     "range": ("{{ range(10 ** 9) | list }}", "fails: Range too big"),
     "division": ("{{ 1 / 0 }}", "fails: division by zero"), "type": ("{{ 1 + 'a' }}", "fails: unsupported operand"),
     "key": ("{{ messages[99]['x'] }}", "fails: "), "call": ("{{ 5() }}", "fails: 'int' object is not callable"),
+    "flood": ("{{ 'a' * 10 ** 8 }}" + IMAGE_TEMPLATE, r"writes 100,000,\d+ characters for a few words"),
     "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails: maximum recursion"),
     "include": ("{% include 'config.json' %}", "fails: "), "empty": ("", "drops, moves or changes"),
 }
@@ -104,7 +105,8 @@ def test_a_template_that_is_refused(bare, name, source):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"chat_template": null}', '{"chat_template": 5}',
-                                  '{"chat_template": []}', '{"chat_template": {"tools": "x"}}', "\udcff"])
+                                  '{"chat_template": []}', '{"chat_template": [5, {"name": [1], "template": "x"}]}',
+                                  '{"chat_template": {"tools": "x"}}', "\udcff"])
 def test_a_template_file_without_a_template(bare, text):
     (bare / "chat_template.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError, match=r"chat_template\.json (cannot be read|holds a|has no text)"):
@@ -113,8 +115,13 @@ def test_a_template_file_without_a_template(bare, text):
 
 def test_a_jinja_file_that_is_no_text(bare):
     (bare / "chat_template.jinja").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match=r"model folder .*; copy"):
+    with pytest.raises(UserError, match=r"chat_template\.jinja cannot be read .*; copy it again, or save it as UTF-8"):
         load_processor(bare)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_template(bare):
+    (bare / "chat_template.jinja").write_bytes(b"\xef\xbb\xbf" + IMAGE_TEMPLATE.encode())
+    assert load_processor(bare).chat_text([{"role": "user", "content": "a"}]).startswith("<|im_start|>system")
 
 
 def test_no_template_at_all(bare):

@@ -345,6 +345,12 @@ def test_finished_stage(folder, data, reference):
     before = {path: path.stat().st_mtime_ns for path in (reference / "stage2").rglob("*")}
     done = runs.train(runs.small(*data, "--run-dir", reference), folder / "logs").check()
     assert "stage 2 is finished" in done.err[0] and "Unsafe rows refused" in done.out[0]
+    assert "not done" not in done.err[0]
+    assert {path: path.stat().st_mtime_ns for path in (reference / "stage2").rglob("*")} == before
+    other = runs.small(*data, "--run-dir", reference, "--model.export-dtype", "bfloat16")
+    done = runs.train(other, folder / "logs").check()
+    assert ("not done, as the stage is finished: model.export_dtype 'float32' -> 'bfloat16'; remove "
+            f"{reference / 'stage2' / 'report.json'} and repeat the command") in done.err[0]
     assert {path: path.stat().st_mtime_ns for path in (reference / "stage2").rglob("*")} == before
 
 
@@ -360,7 +366,8 @@ def test_embedded_data(folder):
 
 @pytest.mark.parametrize(("changes", "named"), [
     ({"iteration": None}, "iteration"), ({"sampler": [], "fingerprint": 3}, "sampler, fingerprint"),
-    ({"guard": "warn"}, "guard"), ({"trained_s": "1"}, "trained_s"), ({"model_fingerprint": {}}, "model_fingerprint"),
+    ({"guard": "warn"}, "guard"), ({"watch": [1]}, "watch"),
+    ({"trained_s": "1"}, "trained_s"), ({"model_fingerprint": {}}, "model_fingerprint"),
 ])
 def test_a_state_of_another_shape_is_named(tmp_path, monkeypatch, changes, named):
     """It is checked before anything of it is taken; here on a stand-in that has no more than is looked at."""

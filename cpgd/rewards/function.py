@@ -10,8 +10,8 @@ the same value, or a resumed run differs. A plain function is called in the trai
 other, without a limit of time. An `async def` one is called while sampling goes on, as judges are, for IN_FLIGHT
 responses of each rank at once and LIMIT_S seconds each; it must not block the event loop.
 
-FILE may import the modules beside it, by their plain names; an installed package of the same name comes first. What a
-resume compares is the content of FILE and of those modules.
+FILE may import the modules beside it, by their plain names; an installed package of the same name comes first. A run
+that is resumed with another content of FILE, or of those modules, goes on (they were mended, say) and tells it.
 """
 
 import asyncio
@@ -25,6 +25,8 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
+
+import torch
 
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.schema import Row
@@ -135,16 +137,17 @@ def outcome_of(said: object) -> Outcome:
     if isinstance(said, int | float) and not isinstance(said, bool):
         if 0 <= said <= 1:
             return Score(float(said))
-        shown = f"{said:g}" if not abs(said) > 1e300 else "a number beyond 1e300"
+        shown = repr(float(said)) if not abs(said) > 1e300 else "a number beyond 1e300"
         return Failed(f"the function returned {shown}; map it to [0, 1]")
     kind = f"{type(said).__module__}.{type(said).__qualname__}".removeprefix("builtins.")
     return Failed(f"the function returned a value of type {kind}; return float(...) of it, None, or a reason as text")
 
 
 def attempt(users: Callable[[], object]) -> object:
-    """What a user's code returns, or what it raised, as a value."""
+    """What a user's code returns, or what it raised, as a value. It may have switched gradients off: not for us."""
     try:
-        return users()
+        with torch.no_grad():  # restores what was
+            return users()
     # The one broad except of the trainer: this code is not ours and may raise anything, which is told with its
     # traceback. sys.exit() in it must not end a rank. KeyboardInterrupt and cancellation go on.
     except (Exception, SystemExit) as error:
