@@ -186,7 +186,7 @@ def test_every_image_of_a_conversation_has_its_place(tmp_path):
 @pytest.mark.parametrize(("talk", "part"), [
     ([], "is not a list of turns"),
     ([{"role": "user", "content": "a"}], "conversations[0]`: is not an object of from, value"),
-    ([{"from": "bot", "value": "a"}], "field `from`: is 'bot'; give one of 'human', 'user'"),
+    ([{"from": "bot", "value": "a"}], "field `conversations[0].from`: is 'bot'; give one of 'human', 'user'"),
     ([{"from": "gpt", "value": "a"}], "is a reply that no human turn comes before"),
     ([{"from": "human", "value": "a"}], "ends without a reply"),
     ([{"from": "human", "value": "<image><image>"}, {"from": "gpt", "value": "b"}], "2 <image> placeholders for 1"),
