@@ -368,6 +368,17 @@ def test_half_a_character_rejects_its_record_only(tmp_path, capsys, field, part)
     assert part in table and table.encode() and len(out.read_text().splitlines()) == 1
 
 
+def test_names_of_files_do_not_steer_the_terminal(tmp_path, capsys):
+    source, out = tmp_path / "\x1b[2J.jsonl", tmp_path / "\x1b]0;.jsonl"
+    lines(source, [{"question": "q", "answer": "#### 3"}, {"question": "q", "answer": "none"}])
+    conversion.main(["--name", "gsm8k", "--in", str(source), "--out", str(out)])
+    table = capsys.readouterr().out
+    assert "\\x1b[2J.jsonl:2: field `answer`" in table and table.startswith(str(tmp_path)) and "\x1b" not in table
+    with pytest.raises(SystemExit, match=r"\\x1b\[2J\.jsonl:1: field `level`") as ended:
+        conversion.main(["--name", "hendrycks_math", "--in", str(source), "--out", str(tmp_path / "b.jsonl")])
+    assert "\x1b" not in str(ended.value)
+
+
 @pytest.mark.parametrize("images", [None, []])
 def test_a_set_of_pictures_gives_no_row_without_one(tmp_path, images):
     lines(tmp_path / "g.jsonl", [{"images": images, "problem": "Find x.", "answer": "3"}])
