@@ -206,10 +206,11 @@ class Trainer:
         self.model_fingerprint = model_fingerprint(self.start)
         if state is None:
             return
+        other = lambda names: UserError(
+            f"state.json of the checkpoint in {self.run_dir.checkpoints} is without {names} as this version writes it: "
+            "continue with the version that wrote it, or give another --run-dir")
         if wrong := [name for name, kind in _STATE.items() if not isinstance(state.get(name), kind)]:
-            raise UserError(f"state.json of the checkpoint in {self.run_dir.checkpoints} is without {', '.join(wrong)} "
-                            "as this version writes it: continue with the version that wrote it, or give another "
-                            "--run-dir")
+            raise other(", ".join(wrong))
         saved = f"the checkpoint in {self.run_dir.checkpoints} was made with fingerprint"
         if state["fingerprint"] != self.fingerprint:
             raise UserError(f"the data changed: {saved} {state['fingerprint']}, the rows now have {self.fingerprint}; "
@@ -224,9 +225,13 @@ class Trainer:
             raise UserError(f"--steps is {self.config.steps}, and step {self.step} is done in "
                             f"{self.run_dir.checkpoints}; give at least {self.step}, or another --run-dir")
         self.skipped_in_row, self.trained_s = state["skipped_in_row"], state["trained_s"]
-        self.sampler.load_state_dict(state["sampler"])
-        self.guard.load_state_dict(state.get("guard"))
-        self.watch.load_state_dict(state.get("watch"))
+        part = "sampler"
+        try:
+            self.sampler.load_state_dict(state[part])
+            self.guard.load_state_dict(state.get(part := "guard"))
+            self.watch.load_state_dict(state.get(part := "watch"))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise other(part) from error
         self.guard.enforce()
         logger.info("resumed at step %d", self.step)
 

@@ -13,6 +13,7 @@ import httpx
 
 from . import strict_json
 from .endpoint_spec import BASE
+from .terminal import shortened
 
 MAX_REPLY_BYTES = 1 << 22
 """Longer replies are cut off; a verdict with its log-probs takes a few thousand."""
@@ -145,7 +146,8 @@ def without_key(found: Any, key: str) -> Any:
 
 
 def short(text: str) -> str:
-    return text if len(text) <= 200 else text[:200] + "..."
+    """As much of what a server says as a message holds."""
+    return shortened(text, 200)
 
 
 def _number(found: Any) -> float:

@@ -85,6 +85,6 @@ class Problems:
 def shown(value: object, limit: int = 80) -> str:
     """What came from a file, in one line: control characters escaped, the middle of a long one left out."""
     text = str(value)
-    if len(text) > limit:
+    if len(text) > limit:  # to less than the limit: errors that are made again from their `args` stay as they are
         text = f"{text[:limit // 2]}...{text[-limit // 4:]}"
     return printable(text)

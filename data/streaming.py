@@ -14,6 +14,7 @@ import tempfile
 import weakref
 from abc import ABC, abstractmethod
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
@@ -276,7 +277,7 @@ def _check_schema(path: Path, schema: pa.Schema) -> None:
             fields = list(fields)
             names = [field.name for field in fields]
             if len(set(names)) < len(names):
-                twin = next(name for name in names if names.count(name) > 1)
+                twin = Counter(names).most_common(1)[0][0]
                 raise RowError(str(path), within + twin, "is the name of two columns", "rename or drop one of them")
             below += [(f"{within}{field.name}.", [field.type.field(i) for i in range(field.type.num_fields)])
                       for field in fields if field.type.num_fields]

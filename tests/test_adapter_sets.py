@@ -1,6 +1,7 @@
 """What the adapters of single sets refuse, by place, field and mend, and that the rewards take what they write."""
 
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -76,6 +77,9 @@ BAD = [
     ("llava", {"video": "a.mp4"}, "`video`: is there: a row holds images only; leave the record out"),
     ("llava", {"videos": ["a.mp4"], "image": "1.png"}, "`videos`: is there: a row holds images only"),
     ("llava", {"audio": "a.wav"}, "`audio`: is there: a row holds images only"),
+    ("llava", {"video_path": "a.mp4"}, "`video_path`: is there: a row holds images only"),
+    ("llava", {"conversations": [{"from": "bot", "value": "a"}]}, "`conversations[0].from`: is 'bot'; give one of"),
+    ("llava", {"conversations": [{"from": "human", "value": 3}]}, "`conversations[0].value`: is int, not a text"),
     ("llava", {"conversations": TALK("<video>\nWhat happens?", "b")},
      "`messages[0].content`: holds <video>, which the model would read as words; remove the row: videos are not read"),
     ("llava", {"conversations": TALK("a?", "see <video>")}, "`chosen`: holds <video>"),
@@ -100,6 +104,11 @@ BAD = [
     ("mmmu", {"options": "['a', 'b'"}, "`options`: is no list written as Python does: \"['a', 'b'\"; write it as"),
     ("mmmu", {"options": "__import__('os').getcwd()"}, "`options`: is no list written as Python does"),
     ("mmmu", {"options": "[" * 5000}, "`options`: is no list written as Python does"),
+    ("mmmu", {"options": "{{}}"}, "`options`: is no list written as Python does"),
+    ("mmmu", {"options": "{[1]: 2}"}, "`options`: is no list written as Python does"),
+    ("mmmu", {"options": f"[0x{'f' * 5000}, 2]"}, "`options`: is no list written as Python does: '[0xfff"),
+    ("mmmu", {"options": str(list(range(27)))}, "`answer`: is one of 27 choices, more than there are letters"),
+    ("mmmu", {"question": f"See <image {'9' * 5000}>"}, "holds <image 9999"),
     ("mmmu", {"options": "'a'"}, "`options`: is str, not a list of texts"),
     ("mmmu", {"options": "['a', '']"}, "`options[1]`: is missing or blank"),
     ("mmmu", {"options": "['a', None]"}, "`options[1]`: is missing or blank"),
@@ -121,6 +130,7 @@ BAD = [
     ("multimodal_open_r1", {"problem": "<image><image>?"}, "`problem`: holds 2 <image> placeholders for 1 images"),
     ("rlvr_ifeval", {"ground_truth": "{"}, "`ground_truth`: is not a text that holds JSON"),
     ("rlvr_ifeval", {"ground_truth": "[" * 100_000}, "`ground_truth`: is not a text that holds JSON"),
+    ("rlvr_ifeval", {"ground_truth": '{"N": 1, "N": 2}'}, "holds JSON (field 'N' is given twice)"),
     ("rlvr_ifeval", {"ground_truth": "[]"}, "`ground_truth`: holds [], not an object of func_name and arguments"),
     ("rlvr_ifeval", {"ground_truth": {"func_name": "validate_title"}}, "`ground_truth`: is dict, not a text"),
     ("rlvr_ifeval", {"ground_truth": None}, "`ground_truth`: is missing or blank"),
@@ -186,6 +196,20 @@ def test_a_bad_record_is_told_by_place_and_field_and_the_others_stay(tmp_path, n
     (error,) = found
     assert str(error).startswith(f"{tmp_path / 'a.jsonl'}:2: field `") and part in str(error), str(error)
     assert error.args[3]
+
+
+@pytest.mark.parametrize(("name", "change"), [
+    ("multimodal_open_r1", {"solution": "<answer>" * 30_000}),
+    ("mathv360k", {"conversations": TALK("q?", "The answer is 5" + "." * 300_000 + "x")}),
+    ("mathv360k", {"conversations": TALK("(A) 1\n(B) 2" + " " * 300_000 + "x", "The answer is C")})])
+def test_a_long_text_is_read_in_one_pass(tmp_path, name, change):
+    """Patterns that look again from each place took minutes."""
+    picture(tmp_path / "1.png", 0)
+    lines(tmp_path / "a.jsonl", [{**GOOD[name], **change}])
+    found: list[RowError] = []
+    started = time.perf_counter()
+    assert not list(adapter(name)(tmp_path / "a.jsonl", reject=found.append)) and found
+    assert time.perf_counter() - started < 5
 
 
 @pytest.mark.parametrize("name", [name for name in GOOD if len(layout(name).fields) == 1])

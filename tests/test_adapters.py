@@ -186,7 +186,7 @@ def test_every_image_of_a_conversation_has_its_place(tmp_path):
 @pytest.mark.parametrize(("talk", "part"), [
     ([], "is not a list of turns"),
     ([{"role": "user", "content": "a"}], "conversations[0]`: is not an object of from, value"),
-    ([{"from": "bot", "value": "a"}], "field `from`: is 'bot'; give one of 'human', 'user'"),
+    ([{"from": "bot", "value": "a"}], "field `conversations[0].from`: is 'bot'; give one of 'human', 'user'"),
     ([{"from": "gpt", "value": "a"}], "is a reply that no human turn comes before"),
     ([{"from": "human", "value": "a"}], "ends without a reply"),
     ([{"from": "human", "value": "<image><image>"}, {"from": "gpt", "value": "b"}], "2 <image> placeholders for 1"),
@@ -366,6 +366,17 @@ def test_half_a_character_rejects_its_record_only(tmp_path, capsys, field, part)
     conversion.main(["--name", "jailbreakv_28k", "--in", str(tmp_path / "a.jsonl"), "--out", str(out)])
     table = capsys.readouterr().out
     assert part in table and table.encode() and len(out.read_text().splitlines()) == 1
+
+
+def test_names_of_files_do_not_steer_the_terminal(tmp_path, capsys):
+    source, out = tmp_path / "\x1b[2J.jsonl", tmp_path / "\x1b]0;.jsonl"
+    lines(source, [{"question": "q", "answer": "#### 3"}, {"question": "q", "answer": "none"}])
+    conversion.main(["--name", "gsm8k", "--in", str(source), "--out", str(out)])
+    table = capsys.readouterr().out
+    assert "\\x1b[2J.jsonl:2: field `answer`" in table and table.startswith(str(tmp_path)) and "\x1b" not in table
+    with pytest.raises(SystemExit, match=r"\\x1b\[2J\.jsonl:1: field `level`") as ended:
+        conversion.main(["--name", "hendrycks_math", "--in", str(source), "--out", str(tmp_path / "b.jsonl")])
+    assert "\x1b" not in str(ended.value)
 
 
 @pytest.mark.parametrize("images", [None, []])

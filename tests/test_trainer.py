@@ -20,10 +20,14 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from cosmo_rl.cpgd import trainer, update
+from cosmo_rl.cpgd.config import EvalConfig
+from cosmo_rl.cpgd.guard import Guard
 from cosmo_rl.cpgd.metrics import MetricsWriter, read_metrics
 from cosmo_rl.cpgd.rollout.hf import HFEngine
+from cosmo_rl.cpgd.watch import Watch
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.mini import general_rows, safety_rows
+from cosmo_rl.data.sampler import PromptSampler
 from cosmo_rl.model.parallel import rank
 
 
@@ -379,6 +383,25 @@ def test_a_state_of_another_shape_is_named(tmp_path, monkeypatch, changes, named
     monkeypatch.setattr(trainer, "load_latest", lambda *_: state)
     with pytest.raises(UserError, match=r"^the data changed"):  # the shape is right
         trainer.Trainer._resume(run)  # type: ignore[arg-type]
+    monkeypatch.setattr(trainer, "load_latest", lambda *_: state | changes)
+    with pytest.raises(UserError, match=rf"^state\.json of the checkpoint in {tmp_path} is without {named} as this"):
+        trainer.Trainer._resume(run)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("changes", "named"), [
+    ({"sampler": {}}, "sampler"), ({"sampler": {"cursor": {"a": None}, "epoch": {"a": 0}}}, "sampler"),
+    ({"guard": {}}, "guard"), ({"watch": {}}, "watch"), ({"watch": 5}, "watch"), ({"watch": {"on": 5}}, "watch")])
+def test_parts_of_a_state_of_another_shape_are_named(tmp_path, monkeypatch, changes, named):
+    """As by another version: they are looked into where they are taken."""
+    parts = {"sampler": PromptSampler(["a"], {"a": 1.0}, 0), "guard": Guard(EvalConfig()), "watch": Watch()}
+    state = {"step": 1, "iteration": 1, "skipped_in_row": 0, "trained_s": 0.5, "fingerprint": "a",
+             "model_fingerprint": "b", **{name: part.state_dict() for name, part in parts.items()}}
+    monkeypatch.setattr(trainer, "fingerprint", lambda rows: "a")
+    monkeypatch.setattr(trainer, "model_fingerprint", lambda start: "b")
+    run = SimpleNamespace(run_dir=SimpleNamespace(checkpoints=tmp_path), policy=None, optimizer=None, rows=[], start="",
+                          function_digest="", config=SimpleNamespace(steps=2), **parts)
+    monkeypatch.setattr(trainer, "load_latest", lambda *_: state)
+    trainer.Trainer._resume(run)  # type: ignore[arg-type]
     monkeypatch.setattr(trainer, "load_latest", lambda *_: state | changes)
     with pytest.raises(UserError, match=rf"^state\.json of the checkpoint in {tmp_path} is without {named} as this"):
         trainer.Trainer._resume(run)  # type: ignore[arg-type]

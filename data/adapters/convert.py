@@ -28,6 +28,7 @@ from PIL import Image
 from ..disk import fsync
 from ..errors import UserError
 from ..schema import RowError, open_image
+from ..terminal import printable
 from .reading import named_files
 from .registry import adapter, layout, table
 
@@ -96,7 +97,7 @@ class Summary:
         if self.rejected:
             lines.append(f"{'rejected':<38}{self.left_out:>9}")
             lines += [f"{count:>9}  as {self.examples[reason]}" for reason, count in self.rejected.most_common()]
-        return "\n".join(lines).encode(errors="backslashreplace").decode()  # a terminal takes no half characters
+        return printable("\n".join(lines), keep="\n")
 
 
 def convert(options: Convert) -> Summary:
@@ -217,8 +218,8 @@ def main(args: list[str] | None = None) -> None:
     try:
         summary = convert(options)
     except (UserError, OSError) as error:
-        sys.exit(f"convert: {error}")
-    print(f"{options.out}\n{summary.table()}")
+        sys.exit(f"convert: {printable(str(error), keep=chr(10))}")
+    print(f"{printable(options.out)}\n{summary.table()}")
 
 
 if __name__ == "__main__":

@@ -36,8 +36,8 @@ def turns_of(record: Record) -> list[tuple[str, str]]:
         field = f"conversations[{i}]"
         if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
             raise record.bad(field, "is not an object of from, value")
-        part = Record(turn, record.where, record.roots)
-        made.append((part.choice("from", _ROLES), part.text("value")))
+        part = Record({f"{field}.{name}": value for name, value in turn.items()}, record.where, record.roots)
+        made.append((part.choice(f"{field}.from", _ROLES), part.text(f"{field}.value")))
     return made
 
 

@@ -23,7 +23,7 @@ LAYOUT = Layout(
     name="mathv360k", source="Zhiqiang007/MathV360K", licence="mixed (that of each source set)",
     files=("train_samples_all_tuning.json",), tasks=("general", "math", "mcq"), roots=("data_images", ""),
     fields=(frozenset({"image", "conversations"}),))
-_ANSWER = re.compile(r"(?:the )?(?:answer|solution)(?: is:?|:)\s*(.*?)[\s.]*", re.IGNORECASE | re.DOTALL)
+_ANSWER = re.compile(r"(?:the )?(?:answer|solution)(?: is:?|:)\s*(.*)", re.IGNORECASE | re.DOTALL)
 
 
 def rows(source: Source, *, images: str | Path | None = None, reject: Reject = fail) -> Iterator[dict[str, Any]]:
@@ -38,7 +38,7 @@ def _rows(record: Record) -> Iterator[dict[str, Any]]:
                          "one reply")
     (_, question), (_, reply) = turns
     stated = _ANSWER.fullmatch(reply)
-    answer = stated[1] if stated else reply.strip().rstrip(".")
+    answer = (stated[1] if stated else reply).rstrip(". \t\r\n")
     if len(answer) > SHORT or not answer:
         raise record.bad("conversations[1]", f"states no short answer: {reply[:60]!r}")
     images, name = record.image("image"), record.data["image"]

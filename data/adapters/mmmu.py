@@ -34,7 +34,7 @@ from .reading import (
 
 LAYOUT = Layout(name="mmmu", source="MMMU/MMMU", licence="Apache-2.0", tasks=("mcq", "math", "general"), files=(),
                 fields=(frozenset({"question", "options", "answer", "image_1"}),))
-_PLACE = re.compile(r"<image[ _]?(\d+)>", re.IGNORECASE)
+_PLACE = re.compile(r"<image[ _]?(\d{1,3})>", re.IGNORECASE)
 
 
 def rows(source: Source, *, images: str | Path | None = None, reject: Reject = fail) -> Iterator[dict[str, Any]]:
@@ -58,15 +58,15 @@ def _rows(record: Record) -> Iterator[dict[str, Any]]:
 
 
 def _choices(record: Record) -> list[str]:
-    value = record.data["options"]
-    if isinstance(value, str):
-        try:
-            value = ast.literal_eval(value.strip())  # literals alone: nothing is run
-        except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
-            raise record.bad("options", f"is no list written as Python does: {value[:60]!r}",
-                             "write it as ['x', 'y']") from error
-    if isinstance(value, list):
-        value = [str(item) if isinstance(item, int | float) else item for item in value]
+    value = written = record.data["options"]
+    try:
+        if isinstance(written, str):
+            value = ast.literal_eval(written.strip())  # literals alone: nothing is run
+        if isinstance(value, list):
+            value = [str(item) if isinstance(item, int | float) else item for item in value]
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:  # TypeError: of {{}}
+        raise record.bad("options", f"is no list written as Python does: {written[:60]!r}",
+                         "write it as ['x', 'y']") from error
     return Record({"options": value}, record.where, record.roots).texts("options")
 
 

@@ -20,7 +20,6 @@ from .reading import SHORT, Layout, Record, Reject, Source, adapt, asked, fail, 
 LAYOUT = Layout(name="multimodal_open_r1", source="lmms-lab/multimodal-open-r1-8k-verified", licence="not stated",
                 files=("train-*.parquet",), tasks=("general", "math", "mcq"),
                 fields=(frozenset({"image", "problem", "solution"}),))
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _LEAD = re.compile(r"(?:the )?(?:final )?answer(?: is:?|:)\s*", re.IGNORECASE)
 
 
@@ -31,11 +30,11 @@ def rows(source: Source, *, images: str | Path | None = None, reject: Reject = f
 
 def _rows(record: Record) -> Iterator[dict[str, Any]]:
     problem, solution = record.text("problem"), record.text("solution")
-    stated = _ANSWER.findall(solution)
-    if len(stated) != 1:
-        raise record.bad("solution", f"holds {len(stated)} <answer>...</answer>, not one")
-    answer = _LEAD.sub("", stated[0].strip(), count=1).strip().rstrip(".")
+    stated, closed, _ = solution.partition("<answer>")[2].partition("</answer>")
+    if solution.count("<answer>") != 1 or not closed:
+        raise record.bad("solution", f"holds {solution.count('<answer>')} <answer>...</answer>, not one")
+    answer = _LEAD.sub("", stated.strip(), count=1).strip().rstrip(".")
     if not answer or len(answer) > SHORT:
-        raise record.bad("solution", f"states no short answer: {stated[0].strip()[:SHORT]!r}")
+        raise record.bad("solution", f"states no short answer: {stated.strip()[:SHORT]!r}")
     yield {**asked(record, "problem", problem, record.image("image")), **graded(record, "solution", problem, answer),
            "chosen": solution}

@@ -4,7 +4,6 @@ An adapter is a module with a `LAYOUT` and one function `rows`. Its mapping take
 schema.py; `adapt` does the rest: it walks the files, refuses another layout, completes and checks each row.
 """
 
-import json
 import os
 import re
 from collections import Counter
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import unquote
 
+from .. import strict_json
 from ..errors import RowError, shown
 from ..schema import parse_row
 from ..streaming import KINDS, is_saved_dataset, read_records
@@ -25,8 +25,8 @@ Reject = Callable[[RowError], None]
 """What becomes of a bad record: raise the error, or note it and go on with the next one."""
 PLACEHOLDER = "<image>"
 """Stands in a published text for the next image."""
-UNREAD = ("video", "videos", "audio", "audios")
-"""Fields of media that no row can hold: a record with one of them is about something that would be missing."""
+UNREAD = re.compile("video|audio", re.IGNORECASE)
+"""In the name of a field, as video_path: a record that fills it is about something that no row can hold."""
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SHORT = 60
 """Longest text, in characters, that is taken for an answer by itself."""
@@ -34,7 +34,7 @@ _HELD_OUT = re.compile(r"(?:^|[-_.])(?:test|val|valid|validation|eval|evaluation
 """In a file's name: not the training split."""
 _HALF = re.compile("[\ud800-\udfff]")
 """A lone surrogate: JSON can spell it, UTF-8 cannot."""
-_OPTION = re.compile(r"^[ \t]*\(?([A-Z])[).:][ \t]*(\S.*?)[ \t]*$", re.MULTILINE)
+_OPTION = re.compile(r"^[ \t]*\(?([A-Z])[).:][ \t]*(\S.*)$", re.MULTILINE)
 
 
 class LayoutError(RowError):
@@ -121,8 +121,8 @@ class Record:
     def json(self, field: str) -> Any:
         """What a text that holds JSON says."""
         try:
-            return json.loads(self.text(field))
-        except (ValueError, RecursionError) as error:
+            return strict_json.loads(self.text(field))
+        except ValueError as error:
             raise self.bad(field, f"is not a text that holds JSON ({error})") from error
 
     def choice(self, field: str, values: Mapping[Any, T]) -> T:
@@ -203,7 +203,7 @@ def options(text: str) -> list[str] | None:
     None when there are fewer than two, the letters have gaps, or two choices are equal.
     """
     found = _OPTION.findall(text)
-    texts = [choice for _, choice in found]
+    texts = [choice.rstrip(" \t") for _, choice in found]  # here: as part of the pattern it would be quadratic
     if len(found) < 2 or "".join(letter for letter, _ in found) != LETTERS[:len(found)]:
         return None
     return texts if len(set(texts)) == len(texts) else None
@@ -215,8 +215,10 @@ def lettered(choices: Sequence[str]) -> str:
 
 
 def letter_of(record: Record, field: str, index: int, choices: Sequence[str]) -> str:
-    """The letter of a choice by its place, counted from 0."""
-    if not 0 <= index < min(len(choices), len(LETTERS)):
+    """The letter of a choice by its place, counted from 0; there must be a letter for each choice."""
+    if len(choices) > len(LETTERS):
+        raise record.bad(field, f"is one of {len(choices)} choices, more than there are letters")
+    if not 0 <= index < len(choices):
         raise record.bad(field, f"names choice {index} of {len(choices)} (counted from 0)")
     return LETTERS[index]
 
@@ -267,9 +269,8 @@ def adapt(source: Source, layout: Layout, convert: Callable[[Record], Iterable[d
                 _check_layout(data, where, layout)
                 fits = True
                 record = Record(data, where, roots)
-                for name in UNREAD:
-                    if data.get(name):
-                        raise record.bad(name, "is there: a row holds images only", "leave the record out")
+                if heard := [name for name in data if data[name] and UNREAD.search(name)]:
+                    raise record.bad(heard[0], "is there: a row holds images only", "leave the record out")
                 made = list(convert(record))
                 for k, row in enumerate(made):
                     unique = f"{layout.name}:{stem}:{number}" + (f":{k}" if len(made) > 1 else "")
