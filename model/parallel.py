@@ -54,6 +54,7 @@ def init_distributed() -> torch.device:
 def close_distributed() -> None:
     """Leave the process group; only where all ranks have succeeded, or one may wait here for another."""
     if dist.is_initialized():
+        dist.barrier()  # or the first to leave may break a connection that another still reads from
         dist.destroy_process_group()
 
 
