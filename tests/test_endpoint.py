@@ -233,7 +233,7 @@ def test_a_reply_as_it_is_is_taken(way):
     (CHUNKED + b"1;" + b"x" * 200_000 + b"\r\n", "RemoteProtocolError"),
 ])
 def test_a_hostile_reply_is_a_failed_call(reply, message):
-    reset = message.replace("RemoteProtocolError", "(RemoteProtocolError|ReadError)")  # it may hang up before all is read
+    reset = message.replace("RemoteProtocolError", "(RemoteProtocolError|ReadError)")  # it hangs up at any moment
     with pytest.raises(EndpointError, match=reset):
         replying(reply, ask, attempts=1)
 
