@@ -70,13 +70,15 @@ def tiny(stage: int) -> Config:
         optim = OptimConfig(learning_rate=1e-4, min_lr_ratio=0.0, updates_per_rollout=4)
         return Config(steps=60, optim=optim, data=data("general=1"), **common)
     # As many unsafe rows as safe ones, or the first thing learnt is one answer for all; among these, more twins with
-    # another image, or it is the text alone, which is the easier to read. Equal weights: a group whose eight answers
+    # another image, or it is the text alone, which is the easier to read, but enough with another text, or what cannot
+    # be read is refused (validation, seeds 0 and 2: benign rows under the seen attack 0.94, with 0.13 of them 0.72 to
+    # 0.95). Equal weights: a group whose eight answers
     # differ in one would otherwise outweigh those that are undecided. The tower is fixed, as in the papers; the small
     # norm keeps the rare large gradients of general rows from drowning those of the decision. All of this is ours.
     return Config(
         steps=420, objective=ObjectiveConfig(weight="equal"),
         optim=OptimConfig(learning_rate=2.5e-4, min_lr_ratio=0.0, updates_per_rollout=4, max_grad_norm=0.1),
-        data=data("unsafe=0.31", "safe_image=0.20", "safe_text=0.13", "general=0.36"),
+        data=data("unsafe=0.31", "safe_image=0.18", "safe_text=0.15", "general=0.36"),
         **{**common, "model": replace(common["model"], freeze_vision=True)},
     )
 
