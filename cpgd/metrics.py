@@ -247,7 +247,7 @@ class MetricsWriter:
                 file.write("".join(_line(row) for row in rows))
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror or error}; free space, then repeat the command "
-                             "to continue from the last checkpoint") from error
+                            "to continue from the last checkpoint") from error
 
     def _show(self, values: dict) -> None:
         if self._board is not None:

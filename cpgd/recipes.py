@@ -144,7 +144,7 @@ def mixture(config: Config, domains: Collection[str]) -> dict[str, float]:
     unnamed, absent = sorted(present - shares.keys()), sorted(shares.keys() - present)
     if unnamed and shares:
         raise UserError(f"the mixture of preset {config.preset}, stage {config.stage} has no share for domain "
-                         f"{', '.join(unnamed)} of the rows; give --data.mix (with nothing after it: as the rows come)")
+                        f"{', '.join(unnamed)} of the rows; give --data.mix (with nothing after it: as the rows come)")
     if absent:
         logger.warning("no rows for %s, which the recipe mixes in; the other domains share their part",
                        ", ".join(absent))

@@ -27,7 +27,7 @@ def chosen_ids(row: Row, processor: Processor) -> np.ndarray:
     banned = set(ids) & {*processor.suppressed_ids.tolist(), *processor.eos_ids}
     if banned:
         raise UserError(f"row {row.id}: `chosen` holds the special token "
-                         f"{processor.tokenizer.convert_ids_to_tokens(min(banned))}; remove it")
+                        f"{processor.tokenizer.convert_ids_to_tokens(min(banned))}; remove it")
     return np.array([*ids, processor.tokenizer.eos_token_id], dtype=np.int64)
 
 

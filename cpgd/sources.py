@@ -50,7 +50,7 @@ def given_path(config: Config, run: Path) -> Path | None:
         return previous
     if config.preset != "tiny":
         raise UserError(f"preset {config.preset} has no weights of its own and {previous} does not exist; give a "
-                         "local Qwen2.5-VL folder with --model.path")
+                        "local Qwen2.5-VL folder with --model.path")
     return TINY_PATH if config.stage > 0 else None
 
 
@@ -91,7 +91,7 @@ def row_size(row: Row, config: Config, processor: Processor) -> RowSize:
     response = len(chosen_ids(row, processor)) if config.stage == 0 else config.rollout.max_new_tokens
     if prompt + response > config.batch.max_tokens:
         raise UserError(f"row {row.id}: a prompt of {prompt} tokens and up to {response} of response do not fit into "
-                         f"--batch.max-tokens {config.batch.max_tokens}; raise it, or drop the row")
+                        f"--batch.max-tokens {config.batch.max_tokens}; raise it, or drop the row")
     return RowSize(prompt, image, response)
 
 
@@ -112,7 +112,7 @@ def load_training_rows(config: Config, processor: Processor) -> Sequence[Row]:
         kept = drop_contaminated(rows, report)
         if not kept:
             raise UserError(f"all {len(rows)} training rows are in an evaluation set "
-                             f"({', '.join(config.data.named_sets())}); give other rows with --data.path")
+                            f"({', '.join(config.data.named_sets())}); give other rows with --data.path")
         rows = kept
     for row in rows:
         row_size(row, config, processor)

@@ -162,7 +162,7 @@ class Trainer:
                 self._measure(suite, "before")
             elif not read_measured(folder, "before"):
                 raise UserError(f"{folder} has a checkpoint at step {self.step} but no measurement from before "
-                                 "training; remove the folder and start the stage again")
+                                "training; remove the folder and start the stage again")
         if config.eval.guard != "off" and not self.step:
             self._watch()
         self._train()
@@ -214,11 +214,11 @@ class Trainer:
         saved = f"the checkpoint in {self.run_dir.checkpoints} was made with fingerprint"
         if state["fingerprint"] != self.fingerprint:
             raise UserError(f"the data changed: {saved} {state['fingerprint']}, the rows now have {self.fingerprint}; "
-                             "restore the data or give another --run-dir")
+                            "restore the data or give another --run-dir")
         if state["model_fingerprint"] != self.model_fingerprint:
             raise UserError(f"the model folder changed: {saved} {state['model_fingerprint']}, "
-                             f"{', '.join(prompt_files(self.start))} of {self.start} now have "
-                             f"{self.model_fingerprint}; restore them or give another --run-dir")
+                            f"{', '.join(prompt_files(self.start))} of {self.start} now have "
+                            f"{self.model_fingerprint}; restore them or give another --run-dir")
         self.other_reward = state.get("function_digest", "") != self.function_digest
         self.step, self.iteration = state["step"], state["iteration"]
         if self.step > self.config.steps:

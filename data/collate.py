@@ -180,15 +180,15 @@ def _chat_ids(row: Row, processor: Any, system_prompt: str) -> tuple[np.ndarray,
     is_image = ids == processor.image_token_id
     if is_image.sum() != len(row.images):
         raise UserError(f"row {row.id}: its chat holds {is_image.sum()} image placeholders for {len(row.images)} "
-                         "images; write each image as an {\"type\": \"image\"} part and no placeholder as text")
+                        "images; write each image as an {\"type\": \"image\"} part and no placeholder as text")
     return ids, is_image
 
 
 def _check_budget(row: Row, tokens: int, image_tokens: int, budget: int) -> None:
     if tokens > budget:
         raise UserError(f"row {row.id}: prompt of {tokens} tokens, {image_tokens} of them for images, is over the "
-                         f"budget of {budget}; raise --data.max-prompt-tokens, lower --data.resize-pixels, or drop "
-                         "the row")
+                        f"budget of {budget}; raise --data.max-prompt-tokens, lower --data.resize-pixels, or drop "
+                        "the row")
 
 
 def collate(sequences: Seq[Sequence], *, layout: str, pad_id: int,
@@ -272,7 +272,7 @@ def plan_microbatches(lengths: Seq[int], *, max_tokens: int, layout: str, world_
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     if lengths[order[0]] > max_tokens:
         raise UserError(f"a sequence of {lengths[order[0]]} tokens does not fit into --batch.max-tokens {max_tokens}; "
-                         "raise it, or lower --data.max-prompt-tokens or --rollout.max-new-tokens")
+                        "raise it, or lower --data.max-prompt-tokens or --rollout.max-new-tokens")
     split = _split_packed if layout == "packed" else _split_padded
     per_rank = max(1, -(-sum(lengths) // (world_size * max_tokens)))
     while (bins := split(lengths, order, world_size * per_rank, max_tokens)) is None:

@@ -106,7 +106,7 @@ class Endpoint:
         """
         if max_in_flight < 1 or attempts < 1 or timeout_s <= 0:
             raise UserError(f"max_in_flight {max_in_flight}, attempts {attempts}, timeout_s {timeout_s}: give at "
-                             "least 1, at least 1, more than 0")
+                            "least 1, at least 1, more than 0")
         self.url, self.model = base_url(url), model
         self._key = _read_key(api_key_env, self.url)
         self.max_in_flight, self.attempts, self.pace = max_in_flight, attempts, Pace(timeout_s)

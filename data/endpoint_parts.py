@@ -171,7 +171,7 @@ class DiskCache:
             return None
         except OSError as error:
             raise UserError(f"the cache {self.folder} cannot be read ({error.strerror}); give a folder that this user "
-                             "may read") from error
+                            "may read") from error
         except ValueError:
             entry = None
         if not isinstance(entry, dict) or entry.get("key") != key:
@@ -193,7 +193,7 @@ class DiskCache:
 
     def _unwritable(self, error: OSError) -> UserError:
         return UserError(f"the cache {self.folder} cannot be written ({error.strerror}); free space, or give a folder "
-                          "that this user may write")
+                         "that this user may write")
 
     def drop(self, key: str) -> None:
         try:

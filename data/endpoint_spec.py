@@ -76,7 +76,7 @@ def parse_server(text: str, what: str, own: Mapping[str, Option] | None = None) 
         except ValueError:
             said = "" if name == "key" else f", and not {value[:40]!r}"
             raise UserError(f"{what}: {name} is {known[name].wanted}{said}; "
-                             f"give it as {name}={known[name].example}") from None
+                            f"give it as {name}={known[name].example}") from None
     part = lambda table: {known[name].argument: value for name, value in given.items() if name in table}
     return Server(url, rest[0], part(SERVER_OPTIONS), part(own or {}))
 
@@ -92,7 +92,7 @@ def check_shared(servers: Mapping[str, Server]) -> None:
             a, b = (server.options.get(known.argument, "the default") for server in (one, two))
             if a != b:
                 raise UserError(f"{name} and {other} share {one.url} (model {one.model}), but {option} is {a} for one "
-                                 f"and {b} for the other; give both the same")
+                                f"and {b} for the other; give both the same")
 
 
 def score_range(text: str) -> tuple[float, float]:
@@ -118,7 +118,7 @@ def base_url(url: str) -> str:
     """
     if "@" in url or "?" in url:
         raise UserError("the URL holds a password or a query; name the environment variable that holds this server's "
-                         "key instead")
+                        "key instead")
     try:
         parts = urlsplit(url)
         host = parts.hostname if parts.port != 0 else None

@@ -116,7 +116,7 @@ class PromptSampler:
         """
         if sorted(state["cursor"]) != sorted(self._shares):
             raise UserError(f"the saved sampler has domains {sorted(state['cursor'])}, this one has "
-                             f"{sorted(self._shares)}; resume with the same data and --data.mix")
+                            f"{sorted(self._shares)}; resume with the same data and --data.mix")
         before = self._walked, self._drawn, self._rates
         beside = state.get("beside", {})
         self._walked = {d: state["epoch"][d] * len(self._rows[d]) + state["cursor"][d] for d in self._shares}
@@ -128,7 +128,7 @@ class PromptSampler:
             sizes = ", ".join(f"{d}: {len(self._rows[d])} rows, share {share}" for d, share in self._shares.items())
             position = {key: value for key, value in state.items() if key != "rates"}
             raise UserError(f"the saved sampler position {position} does not fit this data, --data.mix and "
-                             f"--data.curriculum ({sizes}); resume with the same ones")
+                            f"--data.curriculum ({sizes}); resume with the same ones")
 
     def _owed(self, domain: str) -> Fraction:
         return self._shares[domain] * sum(self._drawn.values()) - self._drawn[domain]

@@ -34,7 +34,7 @@ def init_distributed() -> torch.device:
         local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if local >= count:
             raise UserError(f"LOCAL_RANK is {local}, and this host shows {count} GPUs; give --nproc-per-node {count}, "
-                             "or hide them (CUDA_VISIBLE_DEVICES=) to run on the CPU")
+                            "or hide them (CUDA_VISIBLE_DEVICES=) to run on the CPU")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
         # First choice on Hopper since torch 2.11: NaN gradients where there is a mask and the length % 128 is 64

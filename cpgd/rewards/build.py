@@ -40,7 +40,7 @@ def build_rewards(
     weights = {name: weight for name, weight in weights.items() if weight > 0}
     if not weights:
         raise UserError("every reward weight is 0; give one of --reward.format, --reward.visual-focus, "
-                         "--reward.helpful, --reward.task-aware a value above 0, or name a --reward.function")
+                        "--reward.helpful, --reward.task-aware a value above 0, or name a --reward.function")
     function = load_function(config.function, config.function_tasks) if "function" in weights else None
     seats = open_seats(config)
     judged = judged_terms(seats, safety=config.safety, both=config.judge_thinking)

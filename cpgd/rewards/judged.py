@@ -359,7 +359,7 @@ def judged_terms(seats: Mapping[str, Seat], *, safety: str = "judge", both: bool
         scalar = seats["scalar"].judge
         if isinstance(scalar, ScalarJudge) and scalar.activation != "none":
             raise UserError("the hybrid reward takes raw scores, and judge scalar has "
-                             f"activation={scalar.activation}; drop it")
+                            f"activation={scalar.activation}; drop it")
         by_task |= dict.fromkeys(("safety", "jailbreak"), Hybrid(seats["qwen3guard"], seats["scalar"]))
     elif len(guards) > 1:
         raise UserError(f"safety rows have several judges, {', '.join(guards)}; name one of them")

@@ -67,7 +67,7 @@ def key_of(answer: str | None, options: Sequence[str]) -> int:
     index = _named(answer, options)
     if index is None or sum(same_answer(option, options[index]) for option in options) > 1:
         raise UserError(f"`answer` {answer[:80]!r} does not name exactly one of the options "
-                         f"{str(list(options))[:200]}; give its letter or its text")
+                        f"{str(list(options))[:200]}; give its letter or its text")
     return index
 
 

@@ -34,7 +34,7 @@ def _known(name: str) -> None:
     if name not in NAMES:
         near = get_close_matches(name.lower().replace("-", "_"), NAMES, n=1, cutoff=0.5)
         raise UserError(f"there is no adapter {name!r}; " + (f"did you mean {near[0]}? " if near else "")
-                         + f"There are {', '.join(NAMES)}")
+                        + f"There are {', '.join(NAMES)}")
 
 
 def guess(data: Mapping[str, Any]) -> list[str]:

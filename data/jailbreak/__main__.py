@@ -110,7 +110,7 @@ def run(options: Options) -> None:
     asking = [attack.name for attack in (*attacks, *heldout) if attack.family == "endpoint"]
     if asking and server is None:
         raise UserError(f"{', '.join(asking)}: a model is asked; name one with --endpoint URL,MODEL, or leave "
-                         "them out")
+                        "them out")
     params = read_params(options.param, [*attacks, *heldout], options.resize_pixels)
     read = rapidocr() if options.ocr else None
     with Output(options.out, sheet=options.contact_sheet, inputs=options.inputs, overwrite=options.overwrite) as output:
@@ -118,7 +118,7 @@ def run(options: Options) -> None:
         attacked = next((row for row in rows if row.attack is not None), None)
         if attacked is not None and attacked.attack is not None:
             raise UserError(f"row {attacked.id} is already the work of attack {attacked.attack['name']!r}; give plain "
-                             "rows only")
+                            "rows only")
         keys = twin_keys(rows, options.twin_by)
         units = []
         for group in (attacks, heldout):
@@ -185,7 +185,7 @@ def read_params(entries: Sequence[str], attacks: Sequence[Attack], resize_pixels
         if dot and name not in out:
             near = get_close_matches(name, out, n=2)
             raise UserError(f"--param {entry!r}: attack {name!r} is not among those of this run"
-                             + (f"; did you mean {' or '.join(near)}?" if near else f" ({', '.join(out)})"))
+                            + (f"; did you mean {' or '.join(near)}?" if near else f" ({', '.join(out)})"))
         having = [attack for attack in attacks if key in attack.params and (not dot or attack.name == name)]
         if not having:
             keys = sorted({key for attack in attacks if not dot or attack.name == name for key in attack.params})
@@ -196,7 +196,7 @@ def read_params(entries: Sequence[str], attacks: Sequence[Attack], resize_pixels
                 out[attack.name][key] = kind(value)
             except ValueError as error:
                 raise UserError(f"--param {entry!r} is no {kind.__name__}; give one, as {attack.params[key]!r}"
-                                 ) from error
+                                ) from error
     for attack in attacks:
         attack.resolve(out[attack.name])
     return out

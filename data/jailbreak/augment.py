@@ -143,21 +143,21 @@ def twin_keys(rows: Sequence[Row], twin_by: str = "") -> list[str]:
         pattern = re.compile(twin_by)
     except re.error as error:
         raise UserError(f"--twin-by {twin_by!r} is no regular expression ({error}); an example: '^(.*)-[abc]$'"
-                         ) from error
+                        ) from error
     keys = []
     for row in rows:
         match = pattern.search(row.id)
         found = match.group(1 if pattern.groups else 0) if match else row.id
         if not found:  # all such rows would be twins
             raise UserError(f"--twin-by {twin_by!r} finds an empty text in the id {row.id!r}; let it find what only "
-                             "twins share, or nothing")
+                            "twins share, or nothing")
         keys.append(f"\0{found}" if match else found)  # "\0" keeps what was found apart from ids that did not match
     if len(set(keys)) == len(keys):
         raise UserError(f"--twin-by {twin_by!r} finds no twins: no two ids share what it matches (an id is "
-                         f"{rows[0].id!r}); correct it, or leave it out")
+                        f"{rows[0].id!r}); correct it, or leave it out")
     if len(set(keys)) == 1 and len(keys) > MAX_TWINS:
         raise UserError(f"--twin-by {twin_by!r} makes twins of all {len(keys)} rows, which would meet one attack; let "
-                         "it find what only twins share")
+                        "it find what only twins share")
     return keys
 
 
@@ -224,7 +224,7 @@ def augment(rows: Sequence[Row], units: Iterable[Unit], *, seed: int, carriers: 
             for number, row in enumerate(rows[place] for place in unit.rows):
                 if row.attack is not None:
                     raise UserError(f"row {row.id} is already the work of attack {row.attack['name']!r}; give plain "
-                                     "rows, or remove it")
+                                    "rows, or remove it")
                 out.append(attack_row(
                     row, name, params={**(params or {}).get(name, {}), **(said.params if said else {})},
                     carriers=carriers, key=unit.key, seed=unit.seed(seed), read=read, max_image_pixels=max_image_pixels,

@@ -103,7 +103,7 @@ class Output:
         """
         if not self.counts[self.rows_path]:
             raise UserError(f"no row is left for {self.rows_path}: every one was dropped; see the reasons above, or "
-                             "name other attacks")
+                            "name other attacks")
         try:
             staged = {path: self._write_lines(path) for path in self._lines if self._lines[path]}
             if self._sheet is not None:
@@ -125,7 +125,7 @@ class Output:
     def _check(self, inputs: Sequence[str], overwrite: bool) -> None:
         if self.rows_path.name == HELDOUT:
             raise UserError(f"--out {self.rows_path}: {HELDOUT} is the file of the held-out attacks; name "
-                             "it otherwise")
+                            "it otherwise")
         if len({path.resolve() for path in self.targets}) < len(self.targets):
             raise UserError(f"--contact-sheet {self.sheet_path} is a file of --out; name it otherwise")
         for path in self.targets:
@@ -186,4 +186,4 @@ class Output:
     def _unwritable(self, error: OSError) -> UserError:
         place = error.filename or self.folder
         return UserError(f"cannot write {place}: {error.strerror or error}; free space or make its folder writable, "
-                          "then repeat the command")
+                         "then repeat the command")

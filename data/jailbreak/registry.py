@@ -141,7 +141,7 @@ class Attack:
                 raise UserError(f"{self.name}.{key} is {value!r}; give {limit[0]} to {limit[1]}")
             if isinstance(limit, frozenset) and value not in limit:
                 raise UserError(f"{self.name}.{key} is {value!r}; give one of {', '.join(sorted(limit - {''}))}"
-                                 + (", or nothing" if "" in limit else ""))
+                                + (", or nothing" if "" in limit else ""))
             if key in TEMPLATES:
                 self._check_template(key, value)
             out[key] = value
@@ -152,7 +152,7 @@ class Attack:
             value.format(**self.params, **self.fills)
         except (LookupError, ValueError, AttributeError, TypeError) as error:
             raise UserError(f"{self.name}.{key} is {value!r}, which cannot be filled in ({error!r}); name only its "
-                             f"parameters in braces, and write a plain brace as {{{{") from error
+                            f"parameters in braces, and write a plain brace as {{{{") from error
 
 
 ATTACKS: dict[str, Attack] = {}
@@ -179,7 +179,7 @@ def register(name: str, family: Family, kind: str, *, params: Params | None = No
     kinds = {attack.kind for attack in ATTACKS.values()} | {kind}
     if name in ATTACKS or name in kinds | {*FAMILIES} or kind in ATTACKS or kind in FAMILIES:
         raise UserError(f"attack {name!r} of kind {kind!r}: a name, kind or family of this name is there already; "
-                         "choose another")
+                        "choose another")
 
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
         ATTACKS[name] = Attack(name=name, family=family, kind=kind, params=MappingProxyType(dict(params or {})),

@@ -280,7 +280,7 @@ def face_of(path: str, size: int) -> ImageFont.FreeTypeFont:
         raise UserError(f"the font {path} cannot be read ({error}); give a TrueType or OpenType file") from error
     if not isinstance(face, ImageFont.FreeTypeFont):
         raise UserError("this Pillow is built without FreeType and cannot draw text; pip install --force-reinstall "
-                         "pillow")
+                        "pillow")
     return face
 
 
