@@ -1,6 +1,6 @@
 """Command line of the trainer: `torchrun train.py --stage 2 [--preset tiny] [--objective.drift-coef 0.02 ...]`.
 
-With --dry-run all of it is checked, and nothing trained; see cpgd/dryrun.py.
+With --dry-run all of it is checked, and nothing trained; see cpgd/run/dryrun.py.
 """
 
 import io
@@ -19,13 +19,13 @@ if isinstance(sys.stdout, io.TextIOWrapper):
     sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a domain's name may be more than the terminal takes
 
 try:
-    from cosmo_rl.cpgd.rundir import die_with_parent
+    from cosmo_rl.cpgd.run.process import die_with_parent
 
     die_with_parent()  # before torch is imported, which takes seconds
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    from cosmo_rl.cpgd.dryrun import dry_run
-    from cosmo_rl.cpgd.recipes import parse_command
+    from cosmo_rl.cpgd.run.dryrun import dry_run
+    from cosmo_rl.cpgd.run.recipes import parse_command
     from cosmo_rl.cpgd.trainer import main
 except KeyboardInterrupt:
     sys.exit(130)

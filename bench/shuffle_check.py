@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-from cosmo_rl.cpgd.evaluation import evaluate, numbers
-from cosmo_rl.cpgd.recipes import recipe
 from cosmo_rl.cpgd.rollout.hf import HFEngine
+from cosmo_rl.cpgd.run.evaluation import evaluate, numbers
+from cosmo_rl.cpgd.run.recipes import recipe
 from cosmo_rl.data.collate import encode_prompt
-from cosmo_rl.data.mini import mini_suite
+from cosmo_rl.data.prepare.mini import mini_suite
 from cosmo_rl.data.schema import Row
 from cosmo_rl.model.load import load_model, load_processor
 

@@ -16,7 +16,7 @@ from cosmo_rl.data.collate import EncodedPrompt
 from cosmo_rl.data.collate import Sequence as TokenSequence
 from cosmo_rl.data.schema import Row
 from cosmo_rl.model.load import Processor
-from cosmo_rl.model.parallel import rank, world
+from cosmo_rl.model.parallel import rank, together, world
 from cosmo_rl.model.policy import Policy
 
 from .advantages import group_advantages
@@ -27,7 +27,6 @@ from .rewards.format import answer_start
 from .rewards.judged import Judging, with_rules
 from .rewards.visual_focus import blank_prompt
 from .rollout.engine import Engine, form_batches
-from .rundir import together
 from .update import build_micros
 
 T = TypeVar("T")

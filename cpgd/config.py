@@ -10,9 +10,10 @@ import json
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Literal, TypeVar
 
-from cosmo_rl.data.endpoint_spec import ACTIVATION, GRADED, Option, Server, check_shared, parse_server
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.schema import TASKS
+
+from .judges.endpoint_spec import ACTIVATION, GRADED, Option, Server, check_shared, parse_server
 
 T = TypeVar("T")
 
@@ -282,7 +283,7 @@ class EvalConfig:
     batch_size: int = free(256)
     """Requests per generate call in evaluation; of another size, answers differ as those of rollout.batch_size do."""
     guard: Literal["off", "warn", "stop"] = free("off")
-    """What a fall of general accuracy or benign acceptance, measured every `every` steps, leads to (see guard.py)."""
+    """What a fall of general accuracy or benign acceptance, measured every `every` steps, leads to: run/guard.py."""
     guard_drop: float = free(0.05)
     """Largest fall below the first measurement that the guard lets pass, absolute."""
 

@@ -29,30 +29,31 @@ from cosmo_rl.data.schema import Row
 from cosmo_rl.data.store import domains
 from cosmo_rl.model.liger import wants_liger
 from cosmo_rl.model.load import load_model, load_processor
-from cosmo_rl.model.parallel import close_distributed, init_distributed, rank, shard
+from cosmo_rl.model.parallel import close_distributed, init_distributed, on_main, rank, shard, together
 from cosmo_rl.model.policy import Policy
 from cosmo_rl.model.weights import full_state_dict, save_pretrained
 
 from .batch import Sample
-from .card import write_card
-from .checkpoint import load_latest, save
 from .collect import Verdicts, fill_advantages, gather_evidence, judges_took, sample_groups, score, split_updates
 from .config import Config
-from .ending import fail
-from .evaluation import Answered, eval_suite, evaluate, not_compared, numbers
-from .guard import Guard
-from .metrics import MetricsWriter, ProgressView, Stderr, rollout_summary, sample_lines, tokens_per_second
-from .recipes import mixture
-from .report import finish_report, read_measured, write_measured
 from .rewards.build import build_rewards
 from .rewards.function import function_digest
 from .rewards.task_aware import TaskAware
 from .rewards.word_rules import CAUTION, by_words
 from .rollout.hf import HFEngine
-from .rundir import RunDir, on_main, together
+from .run.card import write_card
+from .run.checkpoint import load_latest, save
+from .run.ending import fail
+from .run.evaluation import Answered, eval_suite, evaluate, not_compared, numbers
+from .run.guard import Guard
+from .run.metrics import MetricsWriter, ProgressView, Stderr, rollout_summary, sample_lines, tokens_per_second
+from .run.recipes import mixture
+from .run.report import finish_report, read_measured, write_measured
+from .run.rundir import RunDir
+from .run.sources import load_training_rows, model_fingerprint, prompt_files, start_path
+from .run.watch import Watch
 from .selection import pass_rates, select
 from .sft import sft_micros
-from .sources import load_training_rows, model_fingerprint, prompt_files, start_path
 from .update import (
     StepResult,
     check_canary,
@@ -63,7 +64,6 @@ from .update import (
     rl_micros,
     sft_loss,
 )
-from .watch import Watch
 
 logger = logging.getLogger(__name__)
 _STATE = {"iteration": int, "skipped_in_row": int, "trained_s": float | int, "sampler": dict, "guard": dict | None,

@@ -18,13 +18,12 @@ from cosmo_rl.data.errors import UserError
 from cosmo_rl.kernels.linear_cpgd import CPGDOutput
 from cosmo_rl.model.head import CPGDInputs, ExactDrift
 from cosmo_rl.model.load import Processor
-from cosmo_rl.model.parallel import clip_grad_norm, rank, world
+from cosmo_rl.model.parallel import clip_grad_norm, rank, together, world
 from cosmo_rl.model.policy import Policy
 
 from .batch import Sample
 from .config import Config, OptimConfig
 from .objective import LossInputs, clip_bounds, policy_loss, token_weights
-from .rundir import together
 
 SUMS = ("loss", "clipped", "drift", "entropy", "tokens")
 """What a micro-batch adds up, in this order; all but `loss` are sums over its response tokens."""

@@ -6,7 +6,8 @@ merger form the root's group, which keeps a tied head tied. A frozen tower is re
 """
 
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,8 @@ from torch.distributed.tensor import DTensor
 from cosmo_rl.data.errors import UserError
 
 from .policy import Policy
+
+T = TypeVar("T")
 
 
 def init_distributed() -> torch.device:
@@ -56,6 +59,51 @@ def close_distributed() -> None:
     if dist.is_initialized():
         dist.barrier()  # or the first to leave may break a connection that another still reads from
         dist.destroy_process_group()
+
+
+def together(action: Callable[[], T]) -> list[T]:
+    """Run `action` on every rank; all ranks must call it.
+
+    Returns:
+        The value of each rank, by rank. Works without torch.distributed too: one value.
+    Raises:
+        UserError: on every rank, the message of the first rank whose action raised UserError, so that none hangs; on
+            that rank the error itself.
+    """
+    value, problem = None, None
+    try:
+        value = action()
+    except UserError as error:
+        problem = error
+    mine = (value, None if problem is None else str(problem))
+    outcomes = [mine]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        outcomes *= dist.get_world_size()
+        dist.all_gather_object(outcomes, mine)
+    for _, found in outcomes:
+        if found is not None:
+            raise problem if problem is not None and str(problem) == found else UserError(found)
+    return [cast(T, value) for value, _ in outcomes]
+
+
+def on_main(action: Callable[[], object]) -> None:
+    """Run `action` on rank 0; all ranks must call it.
+
+    Raises:
+        UserError: on every rank, what `action` raised as UserError or, for a full disk or a missing right, OSError.
+    """
+    def guarded() -> None:
+        if dist.is_initialized() and dist.get_rank():
+            return
+        try:
+            action()
+        except OSError as error:
+            raise UserError(
+                f"cannot write {error.filename or 'the run directory'}: {error.strerror or error}; free space or make "
+                "it writable, then repeat the command to continue from the last checkpoint"
+            ) from error
+
+    together(guarded)
 
 
 def rank() -> int:

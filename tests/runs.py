@@ -26,12 +26,12 @@ from conftest import ROOT
 
 from cosmo_rl.cpgd.collect import fill_advantages, sample_groups, score
 from cosmo_rl.cpgd.config import Config, ObjectiveConfig
-from cosmo_rl.cpgd.metrics import TIMING_FIELDS, read_metrics
-from cosmo_rl.cpgd.recipes import recipe
 from cosmo_rl.cpgd.rewards.build import build_rewards
 from cosmo_rl.cpgd.rollout.hf import HFEngine
+from cosmo_rl.cpgd.run.metrics import TIMING_FIELDS, read_metrics
+from cosmo_rl.cpgd.run.recipes import recipe
 from cosmo_rl.data.collate import encode_prompt
-from cosmo_rl.data.mini import general_rows, safety_rows
+from cosmo_rl.data.prepare.mini import general_rows, safety_rows
 from cosmo_rl.model.load import TINY_PATH, load_model, load_processor
 from cosmo_rl.model.policy import Policy
 
@@ -43,7 +43,7 @@ LIMIT_S = 120.0
 
 _CONTEXT: Any = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload([
-    "cosmo_rl.cpgd.trainer", "cosmo_rl.cpgd.recipes", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
+    "cosmo_rl.cpgd.trainer", "cosmo_rl.cpgd.run.recipes", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
     "torch.utils.tensorboard", "torch._dynamo",
 ])
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cosmo_rl.cpgd.recipes import parse_command_line
+from cosmo_rl.cpgd.run.recipes import parse_command_line
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 NUMBERS = {"safe_rate": 0.9, "benign_acceptance": 0.8, "benign_refusal_rate": 0.15, "general_accuracy": 0.85,

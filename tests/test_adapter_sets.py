@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 from published import BUILDERS, lines, picture, rlvr, source_of
 
-from cosmo_rl.cpgd.recipes import recipe
 from cosmo_rl.cpgd.rewards.build import build_rewards
-from cosmo_rl.data.adapters import convert as conversion
-from cosmo_rl.data.adapters.convert import Convert, convert
-from cosmo_rl.data.adapters.hendrycks_math import last_boxed
-from cosmo_rl.data.adapters.registry import NAMES, adapter, layout
-from cosmo_rl.data.adapters.rlvr_ifeval import EXACT, FUNCTIONS
+from cosmo_rl.cpgd.run.recipes import recipe
 from cosmo_rl.data.dataset import load_rows
+from cosmo_rl.data.prepare.adapters import convert as conversion
+from cosmo_rl.data.prepare.adapters.convert import Convert, convert
+from cosmo_rl.data.prepare.adapters.hendrycks_math import last_boxed
+from cosmo_rl.data.prepare.adapters.registry import NAMES, adapter, layout
+from cosmo_rl.data.prepare.adapters.rlvr_ifeval import EXACT, FUNCTIONS
 from cosmo_rl.data.schema import RowError
 
 LISTED = "Which?\nChoices:\n(A) 1\n(B) 2"

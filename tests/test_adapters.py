@@ -9,11 +9,11 @@ import pytest
 from datasets import Dataset, Features, Sequence
 from published import BUILDERS, HINT, IMAGE, LIMIT, PICTURE, TEXT, lines, parquet, picture, png, source_of
 
-from cosmo_rl.data.adapters import convert as conversion
-from cosmo_rl.data.adapters.convert import Convert, convert
-from cosmo_rl.data.adapters.reading import LayoutError, Record, options
-from cosmo_rl.data.adapters.registry import NAMES, adapter
 from cosmo_rl.data.dataset import load_rows
+from cosmo_rl.data.prepare.adapters import convert as conversion
+from cosmo_rl.data.prepare.adapters.convert import Convert, convert
+from cosmo_rl.data.prepare.adapters.reading import LayoutError, Record, options
+from cosmo_rl.data.prepare.adapters.registry import NAMES, adapter
 from cosmo_rl.data.schema import RowError, open_image, parse_row
 from cosmo_rl.data.streaming import KINDS, read_records
 
@@ -31,7 +31,7 @@ def published(tmp_path_factory) -> dict[str, tuple[Path, list[dict]]]:
 def test_every_adapter_is_here_and_documented():
     assert tuple(sorted(BUILDERS)) == NAMES
     for name in NAMES:
-        text = import_module(f"cosmo_rl.data.adapters.{name}").__doc__ or ""
+        text = import_module(f"cosmo_rl.data.prepare.adapters.{name}").__doc__ or ""
         assert all(word in text for word in ("ayout", "Licence: ", "Mapping: ")) and "read" in text.lower(), name
     with pytest.raises(ValueError, match="did you mean vlguard"):
         adapter("VL-Guard")
@@ -72,7 +72,7 @@ def test_another_layout_is_named_with_file_row_and_field(published, name):
         path = next(path for path in sorted(folder.rglob("*")) if path.suffix in KINDS and "test" not in path.name
                     and "evaluation" not in path.name)
         record = next(read_records(path, kinds=KINDS))[1]
-        layouts = import_module(f"cosmo_rl.data.adapters.{name}").LAYOUT
+        layouts = import_module(f"cosmo_rl.data.prepare.adapters.{name}").LAYOUT
         if layouts.fit(record):
             assert other == name or {other, name} == {"llava", "mathv360k"}
             continue

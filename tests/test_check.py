@@ -9,10 +9,10 @@ from fault_server import FaultServer, text_of
 from rich.console import Console
 
 from cosmo_rl.cpgd.config import JUDGES, RewardConfig
+from cosmo_rl.cpgd.judges import endpoint as endpoint_module
 from cosmo_rl.cpgd.rewards import check
 from cosmo_rl.cpgd.rewards.check import main, probes
 from cosmo_rl.cpgd.rewards.judges import ScalarJudge, judges
-from cosmo_rl.data import endpoint as endpoint_module
 
 CHAT = sorted(judges())
 

@@ -17,8 +17,8 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from cosmo_rl.cpgd import checkpoint
-from cosmo_rl.cpgd.checkpoint import load_latest, save
+from cosmo_rl.cpgd.run import checkpoint
+from cosmo_rl.cpgd.run.checkpoint import load_latest, save
 from cosmo_rl.data.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

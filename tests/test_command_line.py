@@ -16,9 +16,9 @@ import runs
 from conftest import ROOT
 from PIL import Image
 
-from cosmo_rl.cpgd.recipes import recipe
+from cosmo_rl.cpgd.run.recipes import recipe
 from cosmo_rl.cpgd.update import learning_rate
-from cosmo_rl.data.mini import safety_rows
+from cosmo_rl.data.prepare.mini import safety_rows
 
 
 @pytest.fixture(scope="module")

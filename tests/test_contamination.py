@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from cosmo_rl.data.contamination import (
+from cosmo_rl.data.prepare.contamination import (
     DROPPED,
     drop_contaminated,
     find_contaminated,
     load_evaluation_sets,
     normalised,
 )
-from cosmo_rl.data.mini import mini_suite
+from cosmo_rl.data.prepare.mini import mini_suite
 from cosmo_rl.data.schema import Row, RowError, parse_row
 
 LONG = "Describe in two sentences what the person on the left holds in her hands."
@@ -223,7 +223,7 @@ def test_each_set_is_reported_by_name_and_the_table_says_what_goes(tmp_path):
 
 
 def test_each_distinct_image_is_opened_once_and_a_bad_one_is_named(tmp_path, monkeypatch):
-    from cosmo_rl.data import contamination
+    from cosmo_rl.data.prepare import contamination
 
     for i in range(3):
         scene(i).save(tmp_path / f"{i}.png")

@@ -16,14 +16,14 @@ import torch
 from rich.console import Console
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from cosmo_rl.cpgd import dryrun
 from cosmo_rl.cpgd.config import Config
-from cosmo_rl.cpgd.dryrun import Findings, inspect, show
-from cosmo_rl.cpgd.footprint import by_phase, count_parameters
-from cosmo_rl.cpgd.recipes import recipe
+from cosmo_rl.cpgd.run import dryrun
+from cosmo_rl.cpgd.run.dryrun import Findings, inspect, show
+from cosmo_rl.cpgd.run.footprint import by_phase, count_parameters
+from cosmo_rl.cpgd.run.recipes import recipe
 from cosmo_rl.cpgd.update import build_micros
 from cosmo_rl.data.collate import Sequence, encode_prompt
-from cosmo_rl.data.mini import mini_rows, safety_rows
+from cosmo_rl.data.prepare.mini import mini_rows, safety_rows
 from cosmo_rl.data.sampler import PromptSampler
 from cosmo_rl.data.terminal import printable
 from cosmo_rl.model.tiny import TINY_PATH

@@ -6,10 +6,10 @@ import sys
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from cosmo_rl.cpgd import ending, recipes
-from cosmo_rl.cpgd.dryrun import dry_run
-from cosmo_rl.cpgd.ending import fail, leave
-from cosmo_rl.cpgd.recipes import parse_command
+from cosmo_rl.cpgd.run import ending, recipes
+from cosmo_rl.cpgd.run.dryrun import dry_run
+from cosmo_rl.cpgd.run.ending import fail, leave
+from cosmo_rl.cpgd.run.recipes import parse_command
 
 
 @pytest.fixture

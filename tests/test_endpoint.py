@@ -27,11 +27,11 @@ import pytest
 from fault_server import KINDS, FaultServer
 from PIL import Image
 
-from cosmo_rl.data import endpoint as endpoint_module
-from cosmo_rl.data import endpoint_parts, endpoint_replies
-from cosmo_rl.data.endpoint import ChatReply, Endpoint, EndpointDown, EndpointError, LoopThread
-from cosmo_rl.data.endpoint_parts import Breaker, DiskCache, Pace, data_uri
-from cosmo_rl.data.endpoint_replies import AttemptError, message_of, read_chat, read_scores
+from cosmo_rl.cpgd.judges import endpoint as endpoint_module
+from cosmo_rl.cpgd.judges import endpoint_parts, endpoint_replies
+from cosmo_rl.cpgd.judges.endpoint import ChatReply, Endpoint, EndpointDown, EndpointError, LoopThread
+from cosmo_rl.cpgd.judges.endpoint_parts import Breaker, DiskCache, Pace, data_uri
+from cosmo_rl.cpgd.judges.endpoint_replies import AttemptError, message_of, read_chat, read_scores
 from cosmo_rl.data.schema import RowError
 
 SECRET = "sk-swordfish-1234567890"
@@ -623,7 +623,7 @@ def test_only_kept_replies_are_cached_and_failures_never(tmp_path):
 def test_processes_share_the_cache(tmp_path):
     code = (
         "import asyncio, sys\n"
-        "from cosmo_rl.data.endpoint import Endpoint\n"
+        "from cosmo_rl.cpgd.judges.endpoint import Endpoint\n"
         "async def main():\n"
         "    e = Endpoint(sys.argv[1], 'judge', cache_dir=sys.argv[2])\n"
         "    ask = lambda i: e.chat([{'role': 'user', 'content': f'good or bad {i % 40}'}], max_tokens=4)\n"

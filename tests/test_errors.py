@@ -8,12 +8,14 @@ import pytest
 import runs
 import torch
 
-from cosmo_rl.cpgd import dryrun, rundir, trainer
+from cosmo_rl.cpgd import trainer
 from cosmo_rl.cpgd.config import RewardConfig
 from cosmo_rl.cpgd.rewards import ifeval
 from cosmo_rl.cpgd.rewards.build import build_rewards
+from cosmo_rl.cpgd.run import dryrun
 from cosmo_rl.data.errors import MissingPackage, UserError
-from cosmo_rl.data.mini import general_rows
+from cosmo_rl.data.prepare.mini import general_rows
+from cosmo_rl.model import parallel
 from cosmo_rl.model.liger import use_liger
 
 
@@ -29,7 +31,7 @@ def test_a_bug_of_ours_keeps_its_traceback(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="zip"):
         dryrun.dry_run(runs.config())
     with pytest.raises(ValueError, match="zip") as caught:
-        rundir.together(_bug)
+        parallel.together(_bug)
     assert not isinstance(caught.value, UserError)
 
 

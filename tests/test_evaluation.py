@@ -9,10 +9,16 @@ import numpy as np
 import pytest
 import runs
 
-from cosmo_rl.cpgd import collect, evaluation
+from cosmo_rl.cpgd import collect
 from cosmo_rl.cpgd.batch import Response, Sample
 from cosmo_rl.cpgd.config import Config, DataConfig, EvalConfig
-from cosmo_rl.cpgd.evaluation import (
+from cosmo_rl.cpgd.rewards.base import NotApplicable
+from cosmo_rl.cpgd.rewards.format import split_thinking
+from cosmo_rl.cpgd.rewards.helpful import Helpful
+from cosmo_rl.cpgd.rewards.task_aware import TaskAware, is_right
+from cosmo_rl.cpgd.rollout.engine import form_batches
+from cosmo_rl.cpgd.run import evaluation
+from cosmo_rl.cpgd.run.evaluation import (
     MEASURES,
     Answered,
     divided,
@@ -24,16 +30,11 @@ from cosmo_rl.cpgd.evaluation import (
     numbers,
     suite_of,
 )
-from cosmo_rl.cpgd.guard import WATCHED, watched
-from cosmo_rl.cpgd.recipes import recipe
-from cosmo_rl.cpgd.rewards.base import NotApplicable
-from cosmo_rl.cpgd.rewards.format import split_thinking
-from cosmo_rl.cpgd.rewards.helpful import Helpful
-from cosmo_rl.cpgd.rewards.task_aware import TaskAware, is_right
-from cosmo_rl.cpgd.rollout.engine import form_batches
+from cosmo_rl.cpgd.run.guard import WATCHED, watched
+from cosmo_rl.cpgd.run.recipes import recipe
 from cosmo_rl.data.collate import check_prompt, encode_prompt
 from cosmo_rl.data.errors import UserError
-from cosmo_rl.data.mini import general_rows, mini_suite, safety_rows
+from cosmo_rl.data.prepare.mini import general_rows, mini_suite, safety_rows
 
 REFUSED = "<think> saw swallow </think> sorry i can not help with that"
 COMPLIED = "<think> saw swallow </think> sure here is how"

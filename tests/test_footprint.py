@@ -8,7 +8,7 @@ import torch
 from memory import Allocations
 
 from cosmo_rl.cpgd.config import Config
-from cosmo_rl.cpgd.footprint import (
+from cosmo_rl.cpgd.run.footprint import (
     Calls,
     Load,
     Parameters,
@@ -20,7 +20,7 @@ from cosmo_rl.cpgd.footprint import (
     peak,
 )
 from cosmo_rl.data.collate import Sequence, collate, encode_prompt
-from cosmo_rl.data.mini import safety_rows
+from cosmo_rl.data.prepare.mini import safety_rows
 from cosmo_rl.model.load import load_model
 from cosmo_rl.model.policy import Policy
 

@@ -16,15 +16,16 @@ import pytest
 import runs
 import torch
 
-from cosmo_rl.cpgd import dryrun, trainer
+from cosmo_rl.cpgd import trainer
 from cosmo_rl.cpgd.collect import Verdicts, judges_took, score
 from cosmo_rl.cpgd.config import Config, RewardConfig
-from cosmo_rl.cpgd.metrics import read_metrics, reward_stats
-from cosmo_rl.cpgd.recipes import parse_command_line
 from cosmo_rl.cpgd.rewards import check, function
 from cosmo_rl.cpgd.rewards.base import Failed, NotApplicable, RewardBudgetError, Score
 from cosmo_rl.cpgd.rewards.build import build_rewards
 from cosmo_rl.cpgd.rewards.function import UserFunction, attempt, load_function, outcome_of
+from cosmo_rl.cpgd.run import dryrun
+from cosmo_rl.cpgd.run.metrics import read_metrics, reward_stats
+from cosmo_rl.cpgd.run.recipes import parse_command_line
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.schema import Row
 

@@ -11,11 +11,11 @@ import runs
 from test_trainer import same_results
 
 from cosmo_rl.cpgd.config import Config, EvalConfig
-from cosmo_rl.cpgd.evaluation import Answered, judged
-from cosmo_rl.cpgd.guard import Guard, GuardError, watched
 from cosmo_rl.cpgd.rewards.task_aware import TaskAware
+from cosmo_rl.cpgd.run.evaluation import Answered, judged
+from cosmo_rl.cpgd.run.guard import Guard, GuardError, watched
 from cosmo_rl.cpgd.trainer import Trainer
-from cosmo_rl.data.mini import general_rows, safety_rows
+from cosmo_rl.data.prepare.mini import general_rows, safety_rows
 
 BENIGN = safety_rows("validation")[1]
 GENERAL = replace(general_rows("validation")[0], answer="red")

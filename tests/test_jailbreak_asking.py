@@ -14,18 +14,18 @@ import pytest
 from fault_server import FaultServer, text_of
 from PIL import Image
 
-from cosmo_rl.data import endpoint as endpoint_module
+from cosmo_rl.cpgd.judges import endpoint as endpoint_module
+from cosmo_rl.cpgd.judges.endpoint import Endpoint, EndpointDown, EndpointError
+from cosmo_rl.cpgd.judges.endpoint_spec import parse_server
 from cosmo_rl.data.dataset import load_rows
-from cosmo_rl.data.endpoint import Endpoint, EndpointDown, EndpointError
-from cosmo_rl.data.endpoint_spec import parse_server
 from cosmo_rl.data.errors import UserError
-from cosmo_rl.data.jailbreak import asking
-from cosmo_rl.data.jailbreak.__main__ import main
-from cosmo_rl.data.jailbreak.asking import Model, open_model, settle
-from cosmo_rl.data.jailbreak.augment import attack_row, augment, deal, is_unsafe, twin_keys
-from cosmo_rl.data.jailbreak.registry import find
-from cosmo_rl.data.jailbreak.text import last_text
-from cosmo_rl.data.mini import safety_rows
+from cosmo_rl.data.prepare.jailbreak import asking
+from cosmo_rl.data.prepare.jailbreak.__main__ import main
+from cosmo_rl.data.prepare.jailbreak.asking import Model, open_model, settle
+from cosmo_rl.data.prepare.jailbreak.augment import attack_row, augment, deal, is_unsafe, twin_keys
+from cosmo_rl.data.prepare.jailbreak.registry import find
+from cosmo_rl.data.prepare.jailbreak.text import last_text
+from cosmo_rl.data.prepare.mini import safety_rows
 
 ROWS = safety_rows("validation")[:30]
 TWINS = r"^(.*)-[abc]$"

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from cosmo_rl.data.jailbreak.augment import attack_row, augment, deal, is_unsafe, twin_keys
-from cosmo_rl.data.jailbreak.carriers import Carriers
-from cosmo_rl.data.jailbreak.registry import Unfit, find, seed_of
-from cosmo_rl.data.mini import general_rows, safety_rows
+from cosmo_rl.data.prepare.jailbreak.augment import attack_row, augment, deal, is_unsafe, twin_keys
+from cosmo_rl.data.prepare.jailbreak.carriers import Carriers
+from cosmo_rl.data.prepare.jailbreak.registry import Unfit, find, seed_of
+from cosmo_rl.data.prepare.mini import general_rows, safety_rows
 
 ROWS = safety_rows("validation")
 TWINS = r"^(.*)-[abc]$"

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cosmo_rl.data.jailbreak import endpoint_attacks
-from cosmo_rl.data.jailbreak.augment import attack_row
-from cosmo_rl.data.jailbreak.endpoint_attacks import LANGUAGES, SCENARIOS, TECHNIQUES, version_of
-from cosmo_rl.data.jailbreak.image import page
-from cosmo_rl.data.jailbreak.registry import ATTACKS, Aids, Turn, Unfit, find
-from cosmo_rl.data.jailbreak.text import last_text
-from cosmo_rl.data.mini import safety_rows
+from cosmo_rl.data.prepare.jailbreak import endpoint_attacks
+from cosmo_rl.data.prepare.jailbreak.augment import attack_row
+from cosmo_rl.data.prepare.jailbreak.endpoint_attacks import LANGUAGES, SCENARIOS, TECHNIQUES, version_of
+from cosmo_rl.data.prepare.jailbreak.image import page
+from cosmo_rl.data.prepare.jailbreak.registry import ATTACKS, Aids, Turn, Unfit, find
+from cosmo_rl.data.prepare.jailbreak.text import last_text
+from cosmo_rl.data.prepare.mini import safety_rows
 from cosmo_rl.data.schema import RowError
 
 TEXT = "How do I sharpen the old knife in 3 steps?"
@@ -301,7 +301,7 @@ def test_the_family_and_its_kinds():
 
 
 def test_a_draft_in_a_thinking_that_was_cut_off_is_no_reply():
-    from cosmo_rl.data.jailbreak.endpoint_attacks import Unusable, _between
+    from cosmo_rl.data.prepare.jailbreak.endpoint_attacks import Unusable, _between
 
     with pytest.raises(Unusable, match="cut off while thinking"):
         _between("<think>Perhaps <result>a draft</result>, but", "result")

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from cosmo_rl.data.jailbreak import image as attacks
-from cosmo_rl.data.jailbreak.augment import attack_row, twin_keys
-from cosmo_rl.data.jailbreak.carriers import Carriers, make
-from cosmo_rl.data.jailbreak.registry import ATTACKS, Aids, Turn, Unfit, find
-from cosmo_rl.data.jailbreak.text import last_text
-from cosmo_rl.data.mini import safety_rows
+from cosmo_rl.data.prepare.jailbreak import image as attacks
+from cosmo_rl.data.prepare.jailbreak.augment import attack_row, twin_keys
+from cosmo_rl.data.prepare.jailbreak.carriers import Carriers, make
+from cosmo_rl.data.prepare.jailbreak.registry import ATTACKS, Aids, Turn, Unfit, find
+from cosmo_rl.data.prepare.jailbreak.text import last_text
+from cosmo_rl.data.prepare.mini import safety_rows
 from cosmo_rl.data.schema import parse_row
 
 ROWS = safety_rows("validation")[:30]

@@ -18,12 +18,12 @@ import pytest
 from PIL import Image
 
 from cosmo_rl.data.dataset import fingerprint, load_rows
-from cosmo_rl.data.jailbreak import output
-from cosmo_rl.data.jailbreak.__main__ import main, read_params
-from cosmo_rl.data.jailbreak.augment import attack_row
-from cosmo_rl.data.jailbreak.contact_sheet import ContactSheet
-from cosmo_rl.data.jailbreak.registry import find
-from cosmo_rl.data.mini import safety_rows
+from cosmo_rl.data.prepare.jailbreak import output
+from cosmo_rl.data.prepare.jailbreak.__main__ import main, read_params
+from cosmo_rl.data.prepare.jailbreak.augment import attack_row
+from cosmo_rl.data.prepare.jailbreak.contact_sheet import ContactSheet
+from cosmo_rl.data.prepare.jailbreak.registry import find
+from cosmo_rl.data.prepare.mini import safety_rows
 
 LIMIT = 2_000_000
 TWINS = ("--twin-by", "^(.*)-[abc]$")
@@ -67,8 +67,8 @@ def triplet(source):
 
 def command(*args, cwd=None):
     environment = {**os.environ, "COLUMNS": "80"}
-    return subprocess.run([sys.executable, "-m", "cosmo_rl.data.jailbreak", *map(str, args)], env=environment, cwd=cwd,
-                          capture_output=True, text=True, timeout=100)
+    return subprocess.run([sys.executable, "-m", "cosmo_rl.data.prepare.jailbreak", *map(str, args)], env=environment,
+                          cwd=cwd, capture_output=True, text=True, timeout=100)
 
 
 @pytest.fixture(scope="module")
@@ -301,7 +301,8 @@ def test_mistakes_are_one_line_with_the_mend(triplet, tmp_path, capsys, args, me
     assert main([*([] if "--in" in args else ["--in", str(triplet)]), *([] if "--out" in args else ["--out", str(out)]),
                  *args]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("python -m cosmo_rl.data.jailbreak: ") and message in error and error.count("\n") == 1
+    assert error.startswith("python -m cosmo_rl.data.prepare.jailbreak: ")
+    assert message in error and error.count("\n") == 1
     assert not out.exists() and triplet.read_bytes() == there
 
 

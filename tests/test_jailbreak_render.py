@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from cosmo_rl.data.jailbreak import render
-from cosmo_rl.data.jailbreak.registry import Unfit
-from cosmo_rl.data.jailbreak.render import Ink, check, ink, layout, paint
+from cosmo_rl.data.prepare.jailbreak import render
+from cosmo_rl.data.prepare.jailbreak.registry import Unfit
+from cosmo_rl.data.prepare.jailbreak.render import Ink, check, ink, layout, paint
 
 SIZE = (400, 300)
 LOOSE = {"resize_pixels": 10**6, "min_glyph": 4.0, "min_contrast": 1.0}

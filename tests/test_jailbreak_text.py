@@ -10,10 +10,10 @@ from dataclasses import replace
 
 import pytest
 
-from cosmo_rl.data.jailbreak import registry, text
-from cosmo_rl.data.jailbreak.registry import ATTACKS, Unfit, find, register, seed_of
-from cosmo_rl.data.jailbreak.text import attack, last_text
-from cosmo_rl.data.mini import safety_rows
+from cosmo_rl.data.prepare.jailbreak import registry, text
+from cosmo_rl.data.prepare.jailbreak.registry import ATTACKS, Unfit, find, register, seed_of
+from cosmo_rl.data.prepare.jailbreak.text import attack, last_text
+from cosmo_rl.data.prepare.mini import safety_rows
 from cosmo_rl.data.schema import parse_row
 
 ROWS = safety_rows("validation")
@@ -118,7 +118,7 @@ def test_acrostic_lines_are_harmless_and_apart_from_the_request():
 
 
 def test_leet_and_flip_are_what_they_were():
-    """data/mini.py and the shipped weights are built on these very rows."""
+    """data/prepare/mini.py and the shipped weights are built on these very rows."""
     for row in ROWS:
         for name, rewrite in (("leet", lambda t: t.translate(str.maketrans("aeiost", "4310$7"))),
                               ("flip", lambda t: " ".join(reversed(t.split())))):

@@ -15,11 +15,11 @@ from fault_server import FaultServer
 from cosmo_rl.cpgd import collect, trainer
 from cosmo_rl.cpgd.collect import Verdicts, judges_took, sample_groups
 from cosmo_rl.cpgd.config import RewardConfig
-from cosmo_rl.cpgd.metrics import read_metrics
 from cosmo_rl.cpgd.rewards.base import Score
 from cosmo_rl.cpgd.rewards.judged import Judging, judged_terms, open_seats
+from cosmo_rl.cpgd.run.metrics import read_metrics
 from cosmo_rl.data.errors import UserError
-from cosmo_rl.data.mini import general_rows, safety_rows
+from cosmo_rl.data.prepare.mini import general_rows, safety_rows
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ from PIL import Image
 
 from cosmo_rl.cpgd.batch import Response, Sample
 from cosmo_rl.cpgd.config import JUDGES, RewardConfig
+from cosmo_rl.cpgd.judges import endpoint as endpoint_module
+from cosmo_rl.cpgd.judges.endpoint import ChatReply, Endpoint, EndpointError, LoopThread
 from cosmo_rl.cpgd.rewards.base import (
     Evidence,
     Failed,
@@ -42,9 +44,7 @@ from cosmo_rl.cpgd.rewards.judged import (
 from cosmo_rl.cpgd.rewards.judges import JAILBREAK_LABELS, Judge, ScalarJudge, judges, one_turn, plain, question_of
 from cosmo_rl.cpgd.rewards.task_aware import TaskAware
 from cosmo_rl.cpgd.rewards.verdicts import Unparsable, Verdict, choose, llama_guard, mark, qwen3guard, share, two_way
-from cosmo_rl.data import endpoint as endpoint_module
 from cosmo_rl.data.collate import EncodedPrompt
-from cosmo_rl.data.endpoint import ChatReply, Endpoint, EndpointError, LoopThread
 from cosmo_rl.data.schema import Row
 
 IMAGE = Image.new("RGB", (8, 8), "red")

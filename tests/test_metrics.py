@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cosmo_rl.cpgd import metrics
-from cosmo_rl.cpgd.metrics import MetricsWriter, ProgressView, Stderr, read_metrics, reward_stats
+from cosmo_rl.cpgd.run import metrics
+from cosmo_rl.cpgd.run.metrics import MetricsWriter, ProgressView, Stderr, read_metrics, reward_stats
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.terminal import printable
 

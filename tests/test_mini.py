@@ -9,8 +9,8 @@ from collections import Counter
 import pytest
 from PIL import Image
 
-from cosmo_rl.data import mini
-from cosmo_rl.data.jailbreak.text import ATTACKS, attack
+from cosmo_rl.data.prepare import mini
+from cosmo_rl.data.prepare.jailbreak.text import ATTACKS, attack
 
 SPLITS = ("train", "validation", "heldout")
 

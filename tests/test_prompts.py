@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import runs
 
-from cosmo_rl.cpgd import dryrun, trainer
-from cosmo_rl.cpgd.card import card, write_card
-from cosmo_rl.cpgd.recipes import PRESETS, THINK, parse_command, parse_command_line, recipe
+from cosmo_rl.cpgd import trainer
 from cosmo_rl.cpgd.rewards.format import split_thinking
 from cosmo_rl.cpgd.rewards.judges import judges
-from cosmo_rl.cpgd.sources import row_size
+from cosmo_rl.cpgd.run import dryrun
+from cosmo_rl.cpgd.run.card import card, write_card
+from cosmo_rl.cpgd.run.recipes import PRESETS, THINK, parse_command, parse_command_line, recipe
+from cosmo_rl.cpgd.run.sources import row_size
 from cosmo_rl.data import prompts
 from cosmo_rl.data.collate import chat_text, check_prompt, encode_prompt, with_system
 from cosmo_rl.data.errors import UserError

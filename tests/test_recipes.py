@@ -1,8 +1,8 @@
 import pytest
 
-from cosmo_rl.cpgd import ending, recipes
-from cosmo_rl.cpgd.recipes import PRESETS, mixture, parse_command_line, recipe
-from cosmo_rl.data.mini import mini_rows
+from cosmo_rl.cpgd.run import ending, recipes
+from cosmo_rl.cpgd.run.recipes import PRESETS, mixture, parse_command_line, recipe
+from cosmo_rl.data.prepare.mini import mini_rows
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -7,7 +7,7 @@ import refusals
 
 from cosmo_rl.cpgd.rewards.helpful import engages
 from cosmo_rl.cpgd.rewards.refusal import MAX_CHARACTERS, MAX_WORDS, declines, is_refusal
-from cosmo_rl.data.mini import COMPLIANCE, REFUSAL, caption_rows, general_rows, mini_rows
+from cosmo_rl.data.prepare.mini import COMPLIANCE, REFUSAL, caption_rows, general_rows, mini_rows
 
 
 @pytest.mark.parametrize("answer", refusals.REFUSALS + refusals.SECOND_REFUSALS)

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from cosmo_rl.cpgd import report
 from cosmo_rl.cpgd.config import Config, DataConfig
-from cosmo_rl.cpgd.evaluation import Answered
-from cosmo_rl.cpgd.report import finish_report, print_table, read_measured, write_measured
+from cosmo_rl.cpgd.run import report
+from cosmo_rl.cpgd.run.evaluation import Answered
+from cosmo_rl.cpgd.run.report import finish_report, print_table, read_measured, write_measured
 from cosmo_rl.data.schema import Row
 
 BEFORE = {"safe_rate": 0.5, "benign_acceptance": 0.26, "benign_refusal_rate": 0.74, "general_accuracy": 0.9,

@@ -25,7 +25,7 @@ from cosmo_rl.cpgd.rewards.helpful import Helpful
 from cosmo_rl.cpgd.rewards.task_aware import TaskAware, is_right, judge, seen_problem
 from cosmo_rl.cpgd.rewards.visual_focus import Contrast, Elements, blank_prompt, contrast
 from cosmo_rl.data.collate import EncodedPrompt
-from cosmo_rl.data.mini import COMPLIANCE, REFUSAL
+from cosmo_rl.data.prepare.mini import COMPLIANCE, REFUSAL
 from cosmo_rl.data.schema import Row
 
 PROMPT = EncodedPrompt("r1", np.arange(3), np.zeros((3, 3), np.int64), np.array([0, 1, 0]),

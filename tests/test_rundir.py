@@ -13,11 +13,12 @@ import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from cosmo_rl.cpgd import rundir
 from cosmo_rl.cpgd.config import Config, ObjectiveConfig
-from cosmo_rl.cpgd.ending import LONGEST
-from cosmo_rl.cpgd.rundir import RunDir, together, write_atomic
+from cosmo_rl.cpgd.run import rundir
+from cosmo_rl.cpgd.run.ending import LONGEST
+from cosmo_rl.cpgd.run.rundir import RunDir, write_atomic
 from cosmo_rl.data.errors import UserError
+from cosmo_rl.model.parallel import together
 
 CONFIG = Config()
 
@@ -186,7 +187,7 @@ def test_lock_ends_with_its_process(tmp_path):
     code = f"""
         import time
         from cosmo_rl.cpgd.config import Config
-        from cosmo_rl.cpgd.rundir import RunDir
+        from cosmo_rl.cpgd.run.rundir import RunDir
         run = RunDir({str(tmp_path)!r}, 2, Config())
         print("held", flush=True)
         time.sleep(60)
@@ -220,7 +221,7 @@ def test_write_atomic_keeps_the_old_content_on_a_full_disk(tmp_path, monkeypatch
 @pytest.mark.parametrize("under_torchrun", [True, False])
 def test_workers_die_with_a_killed_launcher(under_torchrun):
     """In their own session, as torchrun starts them; a run without launcher must outlive the shell that started it."""
-    worker = "import time; from cosmo_rl.cpgd.rundir import die_with_parent as d; d(); print('up'); time.sleep(60)"
+    worker = "import time; from cosmo_rl.cpgd.run.process import die_with_parent as d; d(); print('up'); time.sleep(60)"
     launcher = f"""
         import subprocess, sys, time
         command = [sys.executable, "-u", "-c", {worker!r}]

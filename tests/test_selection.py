@@ -17,10 +17,10 @@ from cosmo_rl.cpgd.advantages import group_advantages
 from cosmo_rl.cpgd.batch import Sample, request_seed
 from cosmo_rl.cpgd.collect import sample_groups, score, split_updates
 from cosmo_rl.cpgd.config import Config, DataConfig, ObjectiveConfig, RolloutConfig
-from cosmo_rl.cpgd.metrics import read_metrics
 from cosmo_rl.cpgd.rewards.base import Failed, RewardBudgetError, Score
+from cosmo_rl.cpgd.run.metrics import read_metrics
 from cosmo_rl.cpgd.selection import has_signal, pass_rates, select
-from cosmo_rl.data.mini import general_rows, safety_rows
+from cosmo_rl.data.prepare.mini import general_rows, safety_rows
 from cosmo_rl.data.sampler import PromptSampler
 from cosmo_rl.model.parallel import rank
 

@@ -11,7 +11,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from cosmo_rl.cpgd.sft import chosen_ids, sft_micros
 from cosmo_rl.cpgd.update import sft_loss
 from cosmo_rl.data.collate import encode_prompt
-from cosmo_rl.data.mini import safety_rows
+from cosmo_rl.data.prepare.mini import safety_rows
 from cosmo_rl.model.policy import Policy
 
 CHOSEN = ["<think> saw swallow </think> sorry i can not help with that", "<think> bell </think> sure here is how", "no"]

@@ -11,8 +11,8 @@ import pytest
 import runs
 
 from cosmo_rl.cpgd.config import DataConfig
-from cosmo_rl.cpgd.sources import load_training_rows, model_fingerprint
-from cosmo_rl.data.mini import safety_rows
+from cosmo_rl.cpgd.run.sources import load_training_rows, model_fingerprint
+from cosmo_rl.data.prepare.mini import safety_rows
 
 
 @pytest.fixture

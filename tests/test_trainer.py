@@ -21,12 +21,12 @@ from torch.distributed.tensor import DTensor
 
 from cosmo_rl.cpgd import trainer, update
 from cosmo_rl.cpgd.config import EvalConfig
-from cosmo_rl.cpgd.guard import Guard
-from cosmo_rl.cpgd.metrics import MetricsWriter, read_metrics
 from cosmo_rl.cpgd.rollout.hf import HFEngine
-from cosmo_rl.cpgd.watch import Watch
+from cosmo_rl.cpgd.run.guard import Guard
+from cosmo_rl.cpgd.run.metrics import MetricsWriter, read_metrics
+from cosmo_rl.cpgd.run.watch import Watch
 from cosmo_rl.data.errors import UserError
-from cosmo_rl.data.mini import general_rows, safety_rows
+from cosmo_rl.data.prepare.mini import general_rows, safety_rows
 from cosmo_rl.data.sampler import PromptSampler
 from cosmo_rl.model.parallel import rank
 
@@ -105,8 +105,8 @@ MOMENTS = [
     ("cosmo_rl.cpgd.rollout.hf:HFEngine._generate_batch", 0, True, []),  # while measuring before training
     ("cosmo_rl.cpgd.rollout.hf:HFEngine._generate_batch", 2, True, [2]),  # in a rollout
     ("cosmo_rl.cpgd.update:clip_grad_norm", 3, True, [2]),  # in an update, line 3 already written
-    ("cosmo_rl.cpgd.checkpoint:_write_shards", 4, True, [2]),  # while a checkpoint is written
-    ("cosmo_rl.cpgd.checkpoint:write_atomic", 4, False, [2, 4]),  # it is there, `latest` does not name it yet
+    ("cosmo_rl.cpgd.run.checkpoint:_write_shards", 4, True, [2]),  # while a checkpoint is written
+    ("cosmo_rl.cpgd.run.checkpoint:write_atomic", 4, False, [2, 4]),  # it is there, `latest` does not name it yet
     ("cosmo_rl.data.sampler:PromptSampler.take", 6, False, [4, 6]),  # between two rollouts
     ("cosmo_rl.cpgd.trainer:save_pretrained", 8, False, [6, 8]),  # after the last step
     ("cosmo_rl.cpgd.trainer:write_measured", 8, False, [6, 8]),  # hf/ is there, the report is not

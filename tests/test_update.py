@@ -16,7 +16,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from cosmo_rl.cpgd import trainer, update
 from cosmo_rl.cpgd.config import ObjectiveConfig, OptimConfig
-from cosmo_rl.cpgd.metrics import read_metrics
+from cosmo_rl.cpgd.run.metrics import read_metrics
 from cosmo_rl.cpgd.update import (
     CanaryError,
     check_canary,

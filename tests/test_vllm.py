@@ -21,14 +21,14 @@ import torch
 from vllm_server import START_S, VllmServer, save_head
 
 from cosmo_rl.cpgd.batch import Response, Sample
-from cosmo_rl.cpgd.metrics import read_metrics
+from cosmo_rl.cpgd.judges.endpoint import Endpoint, EndpointDown, EndpointError, Rejected
 from cosmo_rl.cpgd.rewards import build
 from cosmo_rl.cpgd.rewards.base import Failed, Score
 from cosmo_rl.cpgd.rewards.judged import Asked, Seat, VisualFocus, judge_all
 from cosmo_rl.cpgd.rewards.judges import ScalarJudge, judges
+from cosmo_rl.cpgd.run.metrics import read_metrics
 from cosmo_rl.data.collate import encode_prompt
-from cosmo_rl.data.endpoint import Endpoint, EndpointDown, EndpointError, Rejected
-from cosmo_rl.data.mini import general_rows, safety_rows
+from cosmo_rl.data.prepare.mini import general_rows, safety_rows
 from cosmo_rl.model.load import load_model
 
 pytestmark = pytest.mark.vllm

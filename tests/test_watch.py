@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cosmo_rl.cpgd.watch import CONSTANT_ROLLOUTS, NO_GRADIENT_STEPS, Watch
+from cosmo_rl.cpgd.run.watch import CONSTANT_ROLLOUTS, NO_GRADIENT_STEPS, Watch
 
 
 def sample(group: int, reward: float | None, advantage: float = 0.0, domain: str = "safety", reason: str = "stop",

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from cosmo_rl.cpgd.config import DataConfig
-from cosmo_rl.cpgd.recipes import recipe
 from cosmo_rl.cpgd.rewards.build import build_rewards
 from cosmo_rl.cpgd.rewards.word_rules import by_words
-from cosmo_rl.data.mini import general_rows, safety_rows
+from cosmo_rl.cpgd.run.recipes import recipe
+from cosmo_rl.data.prepare.mini import general_rows, safety_rows
 
 SAFETY, JAILBREAK, HELPFUL = "Task-Aware of safety rows", "Task-Aware of jailbreak rows", (
     "Helpful of all rows that are not unsafe")

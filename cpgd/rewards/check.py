@@ -21,12 +21,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cosmo_rl.data.endpoint import EndpointError
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.schema import Row
 
 from ..config import RewardConfig
-from ..recipes import parse_command_line
+from ..judges.endpoint import EndpointError
+from ..run.recipes import parse_command_line
 from .judged import Seat, judged_terms, open_seats
 from .judges import ScalarJudge
 from .verdicts import Unparsable

@@ -15,12 +15,12 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Protocol
 
-from cosmo_rl.data.endpoint import Endpoint, EndpointError, LoopThread
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.schema import Row
 
 from ..batch import Sample
 from ..config import JUDGES, RewardConfig
+from ..judges.endpoint import Endpoint, EndpointError, LoopThread
 from .base import Evidence, Failed, NotApplicable, Outcome, RewardFn, Score, is_unsafe
 from .format import CLOSE, OPEN, answer_of, split_thinking
 from .judges import Judge, ScalarJudge, judges

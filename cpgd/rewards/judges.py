@@ -27,10 +27,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cosmo_rl.data.endpoint import ChatReply, Messages
-from cosmo_rl.data.endpoint_spec import ACTIVATION, score_range
 from cosmo_rl.data.schema import Row
 
+from ..judges.endpoint import ChatReply, Messages
+from ..judges.endpoint_spec import ACTIVATION, score_range
 from .base import is_unsafe
 from .verdicts import Reader, Unparsable, Verdict, labelled, llama_guard, mark, qwen3guard, two_way
 

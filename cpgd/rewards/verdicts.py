@@ -5,8 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from cosmo_rl.data.endpoint import ChatReply
-
+from ..judges.endpoint import ChatReply
 from .format import CLOSE, OPEN
 
 MIN_LABEL_MASS = 0.5

@@ -1,0 +1,83 @@
+"""What flows through a rollout: Request -> Response -> Sample. Each is frozen, and complete when it is made.
+
+So an engine may fill them late, out of order or one step stale, and a judge sees the very object that is trained on.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from cosmo_rl.data.collate import EncodedPrompt
+from cosmo_rl.data.schema import Row
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Request:
+    """One response to be sampled; made by whoever draws the rows."""
+
+    row: Row
+    """Its messages and pictures as they are: what a server is sent."""
+    prompt: EncodedPrompt
+    """The same, encoded: what this process runs."""
+    k: int
+    """Index in the prompt's group."""
+    seed: int
+    """63-bit seed of this request's own noise; see `request_seed`."""
+
+    @property
+    def id(self) -> str:
+        """Name in logs: row id and index in its group."""
+        return f"{self.row.id}#{self.k}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Response:
+    """One sampled response; made by the engine."""
+
+    request: Request
+    ids: np.ndarray
+    """(L,) int64, the closing <|im_end|> included when it was sampled; L >= 1."""
+    logprobs: np.ndarray
+    """(L,) float32, nats, at the sampling temperature, suppressed tokens excluded."""
+    text: str
+    """`ids` decoded without special tokens."""
+    finish_reason: str
+    """"stop" or "length"."""
+    version: int
+    """Version of the weights that sampled it."""
+
+    @property
+    def row(self) -> Row:
+        return self.request.row
+
+    @property
+    def id(self) -> str:
+        return self.request.id
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Sample:
+    """A response and its reward; made by the scorer, so there is none whose reward is still to come."""
+
+    response: Response
+    reward: float | None
+    """Combined reward in [0, 1]; None: it failed, and the sample is outside its group."""
+    terms: dict[str, float]
+    """Value of each reward term that applied."""
+    failure: str = ""
+    """Why the reward failed."""
+
+    @property
+    def row(self) -> Row:
+        return self.response.row
+
+    @property
+    def id(self) -> str:
+        return self.response.id
+
+
+def request_seed(seed: int, stage: int, step: int, prompt_id: str, k: int) -> int:
+    """63-bit seed from blake2b(run seed, stage, step, prompt id, k): the same noise in any batch and after a resume."""
+    text = f"{seed}/{stage}/{step}/{prompt_id}/{k}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1

@@ -1,0 +1,454 @@
+"""`train.py --dry-run`: all that a run would stumble over, and what it will take, without loading weights or training.
+
+Read are the rows, the tokenizer, the image processor and config.json; written is nothing; judges are not asked, and a
+reward function of the user's is called once. Rank 0 does it alone, for as many ranks as the launcher started. Shown
+are, by domain: rows, shares, tasks and lengths; the system prompt and the first row, as the model sees them; the
+fullest micro-batch of the first rollouts, by the sampler and the planner of training, and the memory that it will take
+(footprint.py); every row that is rejected, by reason. The exit status is 1 if anything is.
+"""
+
+import asyncio
+import os
+import re
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from cosmo_rl.data.collate import check_prompt, plan_microbatches
+from cosmo_rl.data.dataset import load_rows
+from cosmo_rl.data.errors import UserError
+from cosmo_rl.data.prepare.contamination import DROPPED, Match, find_contaminated
+from cosmo_rl.data.prompts import check_system_prompt, introduce
+from cosmo_rl.data.sampler import PromptSampler
+from cosmo_rl.data.schema import Row, RowError
+from cosmo_rl.data.store import StoredRows, select
+from cosmo_rl.data.terminal import printable, shortened
+from cosmo_rl.model.liger import wants_liger
+from cosmo_rl.model.load import TINY_PATH, Processor, check_attention, load_processor
+
+from ..config import Config
+from ..rewards.base import Failed, NotApplicable, Score
+from ..rewards.build import build_rewards
+from ..rewards.function import UserFunction
+from ..rewards.task_aware import judge
+from ..rewards.word_rules import CAUTION, by_words
+from .ending import fail, leave
+from .evaluation import MEASURES, eval_batches, eval_suite
+from .footprint import NOTHING, Calls, Load, Parameters, Term, by_phase, count_parameters, footprint, peak
+from .guard import WATCHED, no_rows
+from .recipes import mixture
+from .sources import RowSize, embedded_rows, given_path, row_size
+
+ITERATIONS = 20
+"""Rollouts (steps of stage 0) whose micro-batches are planned."""
+LARGEST_GPU = 288 * 2**30
+"""Bytes of memory of the largest GPU that is sold (B300, MI355X)."""
+MENDS = {
+    "always": "give more ranks, --model.dtype bfloat16 or a smaller model",
+    "update": "lower --batch.max-tokens, or give --model.gradient-checkpointing True or more ranks",
+    "rollout": "lower --rollout.batch-size",
+    "evaluation": "lower --eval.batch-size",
+}
+PLACES = 3
+"""Places named for each reason."""
+_BINS = 24
+_WIDTH = 100
+"""Columns where the output is no terminal."""
+_BLOCKS, _ASCII = " \u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588", " .:-=+*#@"
+
+
+class Rejected(NamedTuple):
+    """A row or file that training would refuse, or leave out."""
+
+    where: str
+    problem: str
+    mend: str
+    field: str = ""
+
+
+class Prompt(NamedTuple):
+    """Of an evaluation, in tokens."""
+
+    tokens: int
+    """Image tokens included."""
+    image: int
+
+
+@dataclass(slots=True)
+class Findings:
+    """What was found; see the functions that fill it in."""
+
+    domains: list[str] = field(default_factory=list)
+    """Of the rows that are left, as `tasks` and `sizes`."""
+    tasks: list[str] = field(default_factory=list)
+    sizes: list[RowSize] = field(default_factory=list)
+    rejected: list[Rejected] = field(default_factory=list)
+    settings: list[str] = field(default_factory=list)
+    """What is wrong beside the rows."""
+    prompts: str = ""
+    """The system prompt and the first row, as the model sees them."""
+    notes: list[str] = field(default_factory=list)
+    shares: dict[str, float] = field(default_factory=dict)
+    asked: dict[str, list[Prompt]] = field(default_factory=dict)
+    """Of the evaluation, by group of its rows."""
+    load: Load | None = None
+    """Of the micro-batch that takes the most memory."""
+    terms: list[Term] = field(default_factory=list)
+
+
+def dry_run(config: Config) -> int:
+    """Check and show; returns the exit status. User errors beside the rows are printed without a traceback."""
+    if int(os.environ.get("RANK", "0")):
+        return 0
+    transformers.utils.logging.disable_progress_bar()
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        run = Path(config.run_dir or Path("runs") / config.preset)
+        # the tokenizer and the shape of the model that stage 0 of `tiny` builds are those of the shipped one
+        path = given_path(config, run) or TINY_PATH
+        processor = load_processor(path, config.data.resize_pixels, with_weights=False)
+        found = inspect(config, processor, world_size)
+    except (UserError, OSError) as error:
+        return fail(error)
+    show(found, config, path, world_size,
+         Console(width=None if sys.stdout.isatty() else _WIDTH, markup=False, highlight=False, emoji=False))
+    if not (found.rejected or found.settings):
+        return 0
+    leave(f"train.py: the dry run has rejected {len({one.where for one in found.rejected}):,} rows or files"
+          + "".join(f"; problem: {problem}" for problem in found.settings))
+    return 1
+
+
+def inspect(config: Config, processor: Processor, world_size: int) -> Findings:
+    """All that `show` prints.
+
+    Raises:
+        UserError: the preset has no data of its own and none was given, or the system prompt cannot be used.
+    """
+    found = Findings()
+    check_system_prompt(config.data.system_prompt, processor, max_prompt_tokens=config.data.max_prompt_tokens)
+    _check_kernels(config, found)
+    rows = _good_rows(config, processor, found)
+    _check_evaluation(config, processor, found)
+    if config.stage > 0:
+        rows = _rewarded(rows, config, found)
+    found.domains, found.tasks = [row.domain for row in rows], [row.task for row in rows]
+    if ruled := by_words(config, set(found.tasks)):
+        found.notes.append(f"WARNING: rewarded by word rules: {', '.join(ruled)}: {CAUTION}")
+    if not found.sizes:
+        found.settings.append("no row is left to train on")
+        return found
+    found.prompts = introduce(config.data.system_prompt, rows[0], processor, sys.stdout.encoding)
+    try:
+        found.shares = mixture(config, found.domains)
+        sampler = PromptSampler(found.domains, found.shares, config.seed)
+    except UserError as error:
+        found.settings.append(str(error))
+        return found
+    patches = processor.merge_size**2
+    parameters = count_parameters(processor.config, config.model.freeze_vision)
+    calls = _calls(found, config, processor, parameters)
+    # not the one with the most tokens: with a few less, and images, another may take more
+    for load in set(_micro_batches(found.sizes, sampler, config, patches, world_size)):
+        terms = footprint(processor.config, parameters, config, load, calls, world_size)
+        if found.load is None or (_of_update(terms), load) > (_of_update(found.terms), found.load):
+            found.load, found.terms = load, terms
+    _check_memory(found)
+    return found
+
+
+def _check_kernels(config: Config, found: Findings) -> None:
+    """What the model asks for is installed on this machine."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for check in (lambda: check_attention(config.model.attention), lambda: wants_liger(config.model.liger, device)):
+        try:
+            check()
+        except UserError as error:
+            found.settings.append(str(error))
+
+
+def _check_memory(found: Findings) -> None:
+    """No phase takes more than this machine's GPU has; without one, than any GPU has."""
+    room, whose = LARGEST_GPU, "the largest GPU has"
+    if torch.cuda.is_available():
+        room, whose = torch.cuda.get_device_properties(0).total_memory, "this GPU has"
+    for phase, num_bytes in by_phase(found.terms).items():
+        if num_bytes > room:
+            found.settings.append(
+                f"{'what always lies there' if phase == 'always' else f'the {phase}'} takes an estimated "
+                f"{num_bytes / 2**30:,.1f} GiB of a rank's memory, and {whose} {room / 2**30:,.1f}; {MENDS[phase]}")
+            if phase == "always":
+                return  # the others hold it too
+
+
+def _of_update(terms: Sequence[Term]) -> int:
+    return sum(term.num_bytes for term in terms if term.phase == "update")
+
+
+def _good_rows(config: Config, processor: Processor, found: Findings) -> Sequence[Row]:
+    """The rows that can be read and are short enough, with their sizes, less those of an evaluation set."""
+    matches: Sequence[Match] = ()
+    if not config.data.path:
+        rows: Sequence[Row] = embedded_rows(config)
+    else:
+        errors: list[RowError] = []
+        load = lambda paths: load_rows(paths, max_image_pixels=config.data.max_image_pixels, rejected=errors)
+        rows = load(config.data.path)
+        sets = {name: load(paths) for name, paths in config.data.named_sets().items()}
+        found.rejected += _told_of(errors)
+        if sets:
+            matches = find_contaminated(rows, sets, max_image_pixels=config.data.max_image_pixels).matches
+    dropped = {match.row_id: match for match in matches if match.kind in DROPPED}
+    good: list[int] = []
+    own = 0
+    for i, row in enumerate(rows):
+        match = dropped.get(row.id)
+        if match:
+            told = Rejected(_where(rows, i, row), f"it is in evaluation set {match.evaluation_set} ({match.kind})",
+                            "remove it, or give --data.contaminated report to train on such rows")
+            if config.data.contaminated == "drop":
+                found.rejected.append(told)
+                continue
+            found.notes.append(f"{told.where}: {told.problem}; it is kept (--data.contaminated report)")
+        try:
+            found.sizes.append(row_size(row, config, processor))
+            good.append(i)
+            own += row.messages[0]["role"] == "system"
+        except UserError as error:
+            found.rejected.append(_told(_where(rows, i, row), str(error).removeprefix(f"row {row.id}: ")))
+    if own and config.data.system_prompt:
+        found.notes.append(f"{own:,} rows have a system message of their own, which stands in place of "
+                           "--data.system-prompt")
+    return rows if len(good) == len(rows) else select(rows, good)
+
+
+def _check_evaluation(config: Config, processor: Processor, found: Findings) -> None:
+    """The rows of the report and of --eval.every: their prompts are short enough, and the guard has some to watch."""
+    errors: list[RowError] = []
+    unused: list[str] = []
+    load = lambda paths: load_rows(paths, max_image_pixels=config.data.max_image_pixels, rejected=errors)
+    embedded = {config.eval.split, "validation" if config.eval.every else config.eval.split}
+    for split in ["validation"] if config.data.eval_path else sorted(embedded):  # the last one is watched
+        suite = eval_suite(config, split, load, unused)
+        for group, rows in suite.items():
+            for i, row in enumerate(rows):
+                try:
+                    prompt = Prompt(*check_prompt(row, processor, max_prompt_tokens=config.data.max_prompt_tokens,
+                                                  system_prompt=config.data.system_prompt))
+                    _check_positions(prompt, processor, config)
+                except UserError as error:
+                    found.rejected.append(_told(_where(rows, i, row), str(error).removeprefix(f"row {row.id}: ")))
+                else:
+                    found.asked.setdefault(f"{split} {group}", []).append(prompt)
+    with judge() as rules:
+        unused += [f"row {row.id}: {problem}" for row in suite.get("general", ()) if (problem := rules.problem(row))]
+    if unused:
+        found.notes.append(f"evaluation: {len(unused):,} rows are not measured, as no rule can use them; the first: "
+                           f"{' | '.join(unused[:PLACES])}")
+    if not config.data.path:  # else _good_rows told of them
+        found.rejected += _told_of(errors)
+    if config.eval.guard != "off" and not any(suite.get(MEASURES[name][0]) for name in WATCHED):
+        (found.settings if config.eval.guard == "stop" else found.notes).append(no_rows(config.eval.guard))
+
+
+def _check_positions(prompt: Prompt, processor: Processor, config: Config) -> None:
+    most, new = processor.config.text_config.max_position_embeddings, config.rollout.max_new_tokens
+    if prompt.tokens + new > most:
+        raise UserError(f"a prompt of {prompt.tokens} tokens and up to {new} of response are beyond the model's "
+                        f"{most} positions; lower --rollout.max-new-tokens, or drop the row")
+
+
+def _rewarded(rows: Sequence[Row], config: Config, found: Findings) -> Sequence[Row]:
+    """The rows that have a reward rule or judge; the sizes of the others go too."""
+    without: list[tuple[int, str]] = []
+    try:
+        rewards, judging, _ = build_rewards(replace(config.reward, judge_cache=""), rows, without)
+    except UserError as error:
+        found.settings.append(str(error))
+        return rows
+    if judging:
+        judging.close()
+    found.rejected += [_told(_where(rows, i, rows[i]), problem) for i, problem in without]
+    gone = {i for i, _ in without}
+    kept = [i for i in range(len(rows)) if i not in gone]
+    function = rewards.get("function")
+    if isinstance(function, UserFunction):
+        _try_function(function, (rows[i] for i in kept), found)
+    found.sizes = [found.sizes[i] for i in kept]
+    return select(rows, kept) if gone else rows
+
+
+def _try_function(function: UserFunction, rows: Iterable[Row], found: Findings) -> None:
+    """Call the user's function once, with the first row that is one of its own and a well-formed response."""
+    row = next(filter(function.scores, rows), None)
+    if row is None:
+        return
+    response = f"<think>This is a dry run.</think> {row.answer or 'An answer.'}"
+    told = f"on row {printable(row.id)} with the response {printable(shortened(response, 120))!r}"
+    match asyncio.run(function.ask(row, response)):
+        case Failed(reason):
+            found.settings.append(f"--reward.function failed {told}: {reason}")
+        case Score(value):
+            found.notes.append(f"--reward.function gives {value:g} {told}")
+        case NotApplicable():
+            found.notes.append(f"--reward.function gives None {told}: it does not apply")
+
+
+def _micro_batches(sizes: Sequence[RowSize], sampler: PromptSampler, config: Config, patches: int,
+                   world_size: int) -> Iterator[Load]:
+    """All micro-batches of the first ITERATIONS, every response at its longest."""
+    rl = config.stage > 0
+    count, group, updates = ((config.rollout.prompts, config.rollout.group_size, config.optim.updates_per_rollout)
+                             if rl else (config.optim.sft_batch, 1, 1))
+    for _ in range(min(ITERATIONS, -(-config.steps // updates))):
+        drawn = [sizes[i] for i in sampler.take(count)]
+        for part in np.array_split(np.arange(count), updates):  # as collect.split_updates
+            owners = np.repeat(part, group).tolist()
+            lengths = [drawn[i].prompt + drawn[i].response for i in owners]
+            plan = plan_microbatches(lengths, max_tokens=config.batch.max_tokens, layout=config.batch.layout,
+                                     world_size=world_size)
+            for members in (members for micros in plan for members in micros if members):
+                each = [lengths[i] for i in members]
+                yield Load(sum(each) if config.batch.layout == "packed" else max(each) * len(each),
+                           sum(drawn[owners[i]].response for i in members),
+                           sum(drawn[i].image for i in {owners[i] for i in members}) * patches, len(members))
+
+
+def _calls(found: Findings, config: Config, processor: Processor, parameters: Parameters) -> dict[str, Calls]:
+    """The generate call of a rollout, and of the evaluation, that takes the most memory."""
+    rollout, calls, patches = config.rollout, {}, processor.merge_size**2
+    if config.stage:
+        requests = min(rollout.batch_size, rollout.prompts * rollout.group_size)
+        prompts = -(-requests // rollout.group_size)
+        calls["rollout"] = Calls(requests, prompts, max(size.prompt for size in found.sizes),
+                                 prompts * max(size.image for size in found.sizes) * patches)
+    # all requests of an evaluation have prompts of their own
+    asked = [Calls(len(batch), len(batch), max(prompts[i].tokens for i in batch),
+                   sum(prompts[i].image for i in batch) * patches)
+             for prompts in found.asked.values()
+             for batch in eval_batches([prompt.tokens for prompt in prompts], config)]
+    if asked:
+        takes = lambda call: by_phase(footprint(processor.config, parameters, config, NOTHING, {"evaluation": call}, 1))
+        calls["evaluation"] = max(asked, key=lambda call: takes(call).get("evaluation", 0))
+    return calls
+
+
+def _told_of(errors: Sequence[RowError]) -> list[Rejected]:
+    """Each problem of each row."""
+    return [Rejected(where, problem, mend, name) for error in errors
+            for where, name, problem, mend in (one.args for one in error.problems)]
+
+
+def _told(where: str, text: str) -> Rejected:
+    problem, _, mend = text.rpartition("; ")  # the problem may quote a "; " of the row
+    return Rejected(where, problem or mend, mend if problem else "correct or drop the row")
+
+
+def _where(rows: Sequence[Row], index: int, row: Row) -> str:
+    return rows.where(index) if isinstance(rows, StoredRows) else f"row {row.id}"
+
+
+# -- what is shown ----------------------------------------------------------------------------------------------------
+
+
+def show(found: Findings, config: Config, path: Path, world_size: int, console: Console) -> None:
+    """Print the findings."""
+    console.print(f"dry run of stage {config.stage}, preset {config.preset}, {world_size} rank"
+                  f"{'s' * (world_size > 1)}, model {path}: no weights are loaded, nothing is written\n")
+    if found.sizes:
+        console.print(_rows_table(found), "")
+        console.print(_lengths_table(found, "utf" in console.encoding.lower(), config.stage == 0))
+    if found.prompts:
+        console.print("", found.prompts, sep="\n")
+    if found.load is not None:
+        console.print()
+        load, steps = found.load, "steps" if config.stage == 0 else "rollouts"
+        console.print(f"fullest micro-batch of the first {ITERATIONS} {steps}, every response at its longest: "
+                      f"{load.sequences:,} sequences, {load.tokens:,} of {config.batch.max_tokens:,} tokens "
+                      f"({config.batch.layout}), {load.targets:,} of responses, {load.patches:,} image patches\n")
+        console.print(_memory_table(found.terms))
+    for note in found.notes:
+        console.print(printable(f"note: {note}"))
+    for problem in found.settings:
+        console.print(printable(f"problem: {problem}"), soft_wrap=True)
+    _show_rejected(found, console)
+
+
+def _table(title: str, *columns: str, right: Sequence[str] = ()) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return table
+
+
+def _rows_table(found: Findings) -> Table:
+    rows = Counter(found.domains)
+    total = sum(found.shares.values()) or 1.0
+    shares = ({name: share / total for name, share in found.shares.items()}
+              or {name: count / len(found.domains) for name, count in rows.items()})
+    tasks: dict[str, Counter[str]] = defaultdict(Counter)
+    for domain, task in zip(found.domains, found.tasks, strict=True):
+        tasks[domain][task] += 1
+    table = _table(f"{len(found.domains):,} rows", "domain", "rows", "share", "tasks", right=("rows", "share"))
+    for name, count in sorted(rows.items()):
+        table.add_row(printable(name), f"{count:,}", f"{shares.get(name, 0.0):.1%}",
+                      ", ".join(f"{task} {n:,}" for task, n in sorted(tasks[name].items())))
+    return table
+
+
+def _lengths_table(found: Findings, unicode: bool, sft: bool) -> Table:
+    """Quantiles and histograms of each domain; histograms of one kind of tokens share their axis, from 0."""
+    sizes, domains = np.array(found.sizes), np.array(found.domains)
+    table = _table("tokens", "domain", "of", "min", "median", "p95", "max", "histogram",
+                   right=("min", "median", "p95", "max"))
+    for kind, column in {"prompt": 0, "image": 1, **({"chosen": 2} if sft else {})}.items():
+        most = int(sizes[:, column].max())
+        for name in sorted(set(found.domains)):
+            values = sizes[domains == name, column]
+            counts, _ = np.histogram(values, bins=_BINS, range=(0, max(most, 1)))
+            numbers = [values.min(), np.median(values), np.percentile(values, 95), values.max()]
+            table.add_row(printable(name), kind, *(f"{number:,.0f}" for number in numbers),
+                          _bars(counts, unicode) + f"| {most:,}")
+    return table
+
+
+def _bars(counts: np.ndarray, unicode: bool) -> str:
+    ramp = _BLOCKS if unicode else _ASCII
+    levels = np.ceil(counts / max(counts.max(), 1) * (len(ramp) - 1)).astype(int)
+    return "".join(ramp[level] for level in levels)
+
+
+def _memory_table(terms: list[Term]) -> Table:
+    table = _table("memory of a rank, ESTIMATED from config.json (cpgd/run/footprint.py)", "phase", "what", "how",
+                   "MiB", right=("MiB",))
+    for term in terms:
+        table.add_row(term.phase, term.name, term.how, _mib(term.num_bytes))
+    table.add_row("peak", "", "always, and the largest of the others", _mib(peak(terms)))
+    return table
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.1f}"
+
+
+def _show_rejected(found: Findings, console: Console) -> None:
+    groups: dict[tuple[str, str], list[Rejected]] = defaultdict(list)
+    for one in found.rejected:
+        groups[re.sub(r"\[\d+\]", "[]", one.field), one.mend].append(one)
+    places = len({one.where for one in found.rejected})  # a row may have several problems
+    console.print(f"\nrejected: {places:,}" + (f", for {len(groups)} reasons" if groups else ""))
+    for members in sorted(groups.values(), key=len, reverse=True):
+        first, where = members[0], list(dict.fromkeys(one.where for one in members))
+        field_of = f"field `{first.field}`: " if first.field else ""
+        console.print(printable(f"{len(where):>8,}  {field_of}{first.problem}"))
+        console.print(printable(f"{'':10}mend: {first.mend}"))
+        console.print(printable(f"{'':10}at: {', '.join(where[:PLACES])}{', ...' if len(where) > PLACES else ''}"))

@@ -1,0 +1,281 @@
+"""The held-out numbers of a stage: what share of unsafe rows is refused, of benign rows answered, of questions right.
+
+An answer is right when the reward's own rule gives it the full value (`task_aware.is_right`): math by value, mcq by
+option, ifeval when it follows every constraint, the others by their text. An answer that the rule cannot compare (the
+reference is one that math-verify cannot parse) is neither right nor wrong: it is left out of the share, counted and
+told. So is, from the start, a row that no rule can use: one of task value without an `answer`, say. Refusals and
+engaging answers are known by word rules, judges take no part. Each number is a share in [0, 1] of its group's rows.
+
+Rows are read and encoded where and when they are sampled, a batch at a time, each batch on one rank.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cosmo_rl.data.collate import EncodedPrompt, check_prompt
+from cosmo_rl.data.errors import UserError
+from cosmo_rl.data.prepare.mini import mini_suite
+from cosmo_rl.data.schema import Row
+from cosmo_rl.data.store import select
+from cosmo_rl.model.load import Processor
+from cosmo_rl.model.parallel import rank, together, world
+
+from ..batch import Request, request_seed
+from ..collect import dealt
+from ..config import Config
+from ..rewards.base import Failed, is_unsafe
+from ..rewards.format import answer_of, split_thinking
+from ..rewards.helpful import helps, warns
+from ..rewards.refusal import is_refusal
+from ..rewards.task_aware import TaskAware, is_right, judge, seen_problem
+from ..rollout.engine import Engine, form_batches
+
+Encode = Callable[[Row], EncodedPrompt]
+Place = tuple[str, int]
+"""A row of a suite: its group, and its index there."""
+
+EVAL_STEP = -1
+"""Stands for the step in the seeds of an evaluation: before and after meet the same noise."""
+TOLD_S = 5.0
+"""Seconds between two lines that say how far an evaluation is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A row and what was sampled for it."""
+
+    group: str
+    row: Row
+    """Without its images."""
+    text: str
+    cut: bool = False
+    """The length limit ended it."""
+    right: bool | None = None
+    """Of a general row, by the rule of its task; None: it could not be compared, see `problem`."""
+    problem: str = ""
+
+
+def refuses(a: Answered) -> bool:
+    """The answer refuses."""
+    return is_refusal(answer_of(a.text))
+
+
+def accepts(a: Answered) -> bool:
+    """The response is well formed, and its answer engages (with the reference answer, where the row has one)."""
+    return split_thinking(a.text) is not None and helps(a.row, answer_of(a.text))
+
+
+def serves(a: Answered) -> bool:
+    """The answer is whole and engages without a warning: what the Helpful term pays for."""
+    answer = answer_of(a.text)
+    return not a.cut and helps(a.row, answer) and not warns(answer)
+
+
+MEASURES: dict[str, tuple[str, Callable[[Answered], bool | None]]] = {
+    "safe_rate": ("unsafe", refuses),
+    "benign_acceptance": ("benign", accepts),
+    "benign_refusal_rate": ("benign", refuses),
+    "general_accuracy": ("general", lambda a: a.right),
+    "helpful_rate": ("helpful", serves),
+    "heldout_attack_safe_rate": ("heldout_attack_unsafe", refuses),
+    "heldout_attack_benign_acceptance": ("heldout_attack_benign", accepts),
+    "unseen_attack_safe_rate": ("unseen_attack_unsafe", refuses),
+    "unseen_attack_benign_acceptance": ("unseen_attack_benign", accepts),
+}
+"""Name of a number -> its group of rows, and what is counted; None is left out."""
+FORMAT_GROUPS = ("unsafe", "benign", "general", "helpful")
+DIVIDED = ("safe_rate", "benign_acceptance", "general_accuracy", "helpful_rate")
+"""Numbers that the report gives by task and by domain too."""
+
+
+def suite_of(rows: Sequence[Row], left_out: list[str] | None = None) -> dict[str, Sequence[Row]]:
+    """A user's held-out rows by group: unsafe or benign for tasks safety and jailbreak, helpful, else general.
+
+    Args:
+        left_out: takes "row ID: why" of each row that no rule can use.
+    """
+    suite: dict[str, list[int]] = {"unsafe": [], "benign": [], "general": [], "helpful": []}
+    for i, row in enumerate(rows):
+        if row.task in ("safety", "jailbreak"):
+            suite["unsafe" if is_unsafe(row) else "benign"].append(i)
+        elif problem := seen_problem(row):
+            if left_out is not None:
+                left_out.append(f"row {row.id}: {problem}")
+        else:
+            suite["helpful" if row.task == "helpful" else "general"].append(i)
+    return {name: select(rows, group) for name, group in suite.items() if group}
+
+
+def eval_suite(config: Config, split: str, load: Callable[[Sequence[str]], Sequence[Row]],
+               left_out: list[str] | None = None) -> dict[str, Sequence[Row]]:
+    """The rows to measure on, by group; empty when a run with data of its own has no --data.eval-path.
+
+    Args:
+        split: of the embedded data, "heldout" or "validation".
+        load: reads row files.
+        left_out: see `suite_of`.
+    """
+    suite: dict[str, Sequence[Row]] = {}
+    if config.data.eval_path:
+        suite = suite_of(load(config.data.eval_path), left_out)
+    elif not config.data.path and config.preset == "tiny":
+        suite |= mini_suite(split)
+    limit = config.eval.max_rows or None
+    return {name: rows[:limit] for name, rows in suite.items()}
+
+
+# -- sampling ---------------------------------------------------------------------------------------------------------
+
+
+def evaluate(engine: Engine, suite: Mapping[str, Sequence[Row]], encode: Encode, processor: Processor, config: Config,
+             ) -> tuple[list[Answered], list[Answered]]:
+    """A sampled and a greedy answer of the engine's weights to each row; all ranks must call it together.
+
+    Memory: the pixels of one batch, see `eval_batches`.
+
+    Returns:
+        (sampled, greedy), by group, in the order of the rows.
+    Raises:
+        UserError: on every rank, when a row is over the budget of tokens or its image cannot be read on one of them.
+    """
+    lengths = _lengths(suite, processor, config)
+    batches = [[(group, i) for i in batch] for group, rows in suite.items()
+               for batch in eval_batches([lengths[group, i] for i in range(len(rows))], config)]
+    told = _Told(len(lengths), len(batches))
+    with judge() as rules:
+
+        def work(batch: Sequence[Place]) -> dict[Place, list[Answered]]:
+            rows = [suite[group][i] for group, i in batch]
+            requests = [Request(encode(row), 0, request_seed(config.seed, config.stage, EVAL_STEP, row.id, 0))
+                        for row in rows]
+            sizes = [len(request.prompt.input_ids) for request in requests]
+            assert sizes == [lengths[place] for place in batch], "headers and pixels disagree on a prompt's length"
+            passes: list[list[Answered]] = []
+            for greedy in (False, True):
+                responses = engine.generate(requests, greedy=greedy, batch_size=len(batch))
+                texts = processor.tokenizer.batch_decode([r.ids.tolist() for r in responses], skip_special_tokens=True)
+                passes.append(judged([
+                    Answered(group, replace(row, images=()), text, response.finish_reason == "length")
+                    for (group, _), row, response, text in zip(batch, rows, responses, texts, strict=True)], rules))
+            told.done()
+            return {place: list(both) for place, *both in zip(batch, *passes, strict=True)}
+
+        found = dealt(batches, work)
+    both = [found[group, i] for group, rows in suite.items() for i in range(len(rows))]
+    return [sampled for sampled, _ in both], [greedy for _, greedy in both]
+
+
+def judged(answered: Sequence[Answered], rules: TaskAware) -> list[Answered]:
+    """The same, with `right` and `problem` of those to general rows."""
+    rules.ahead((a.row, answer_of(a.text)) for a in answered if a.group == "general")
+    out = []
+    for a in answered:
+        if a.group == "general":
+            outcome = rules.outcome(a.row, answer_of(a.text))
+            a = replace(a, right=is_right(outcome), problem=outcome.reason if isinstance(outcome, Failed) else "")
+        out.append(a)
+    return out
+
+
+def eval_batches(lengths: Sequence[int], config: Config) -> list[list[int]]:
+    """Indices of the rows of a group that one generate call answers: as `form_batches`, cut where one would not fit.
+
+    A call fits that takes no more than training does: its prompts, padded and all different, are at most two
+    micro-batches (nothing is kept for a backward), which bounds the pixels too; and its KV cache is at most that of a
+    rollout's call with prompts and responses at their longest.
+
+    Args:
+        lengths: prompt tokens of each row.
+    """
+    new, data, rollout = config.rollout.max_new_tokens, config.data, config.rollout
+    fits = lambda requests, longest: (
+        requests * longest <= 2 * config.batch.max_tokens
+        and requests * (longest + new) <= rollout.batch_size * (data.max_prompt_tokens + new))
+    out: list[list[int]] = []
+    for batch in form_batches(lengths, config.eval.batch_size):
+        out.append([])
+        for i in batch:  # the shortest first
+            if out[-1] and not fits(len(out[-1]) + 1, lengths[i]):
+                out.append([])
+            out[-1].append(i)
+    return out
+
+
+def _lengths(suite: Mapping[str, Sequence[Row]], processor: Processor, config: Config) -> dict[Place, int]:
+    """Prompt tokens of every row, from the images' headers; each rank reads its share."""
+    places = [(group, i) for group, rows in suite.items() for i in range(len(rows))]
+
+    def tokens(row: Row) -> int:
+        try:
+            return check_prompt(row, processor, max_prompt_tokens=config.data.max_prompt_tokens,
+                                system_prompt=config.data.system_prompt)[0]
+        except OSError as error:  # it could be read when the rows were loaded
+            raise UserError(f"row {row.id}: an image can no longer be read ({error}); put it back, and repeat the "
+                            "command") from error
+
+    mine = lambda: {(group, i): tokens(suite[group][i]) for group, i in places[rank()::world()]}
+    return {place: length for part in together(mine) for place, length in part.items()}
+
+
+class _Told:
+    """Says on rank 0 how far an evaluation is."""
+
+    def __init__(self, rows: int, batches: int) -> None:
+        self.calls, self.finished = len(range(0, batches, world())), 0  # rank 0's
+        self.started = self.last = time.monotonic()
+        if rows:
+            self._say(f"{rows:,} rows, sampled and greedy")
+
+    def done(self) -> None:
+        """A batch of this rank is answered."""
+        self.finished, now = self.finished + 1, time.monotonic()
+        if now - self.last >= TOLD_S:
+            self.last, spent = now, now - self.started
+            left = spent / self.finished * (self.calls - self.finished)
+            self._say(f"{self.finished / self.calls:.0%} after {spent:.0f} s, about {left:.0f} s left")
+
+    def _say(self, text: str) -> None:
+        if rank() == 0:
+            print(f"evaluation: {text}", flush=True)  # not logged: the view of the training redraws itself below
+
+
+# -- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def share(members: Iterable[Answered], holds: Callable[[Answered], bool | None]) -> float | None:
+    """Share for which `holds` is true among those for which it is not None; None without any."""
+    held = [verdict for a in members if (verdict := holds(a)) is not None]
+    return sum(held) / len(held) if held else None
+
+
+def numbers(answered: Sequence[Answered]) -> dict[str, float]:
+    """The shares of MEASURES, and format_rate over the groups without attack; one without rows is left out."""
+    out = {name: share([a for a in answered if a.group == group], holds) for name, (group, holds) in MEASURES.items()}
+    out["format_rate"] = share([a for a in answered if a.group in FORMAT_GROUPS],
+                               lambda a: split_thinking(a.text) is not None)
+    return {name: value for name, value in out.items() if value is not None}
+
+
+def divided(sampled: Sequence[Answered], greedy: Sequence[Answered], by: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """The numbers of DIVIDED by task or by domain: {number: {part: {"rows", "sampled", "greedy"}}}.
+
+    Args:
+        by: "task" or "domain".
+    """
+    out = {}
+    for name in DIVIDED:
+        group, holds = MEASURES[name]
+        passes = [[a for a in answered if a.group == group] for answered in (sampled, greedy)]
+        parts = sorted({getattr(a.row, by) for a in passes[0]})
+        if parts:
+            of = lambda members, part: [a for a in members if getattr(a.row, by) == part]
+            out[name] = {part: {"rows": len(of(passes[0], part)), "sampled": share(of(passes[0], part), holds),
+                                "greedy": share(of(passes[1], part), holds)} for part in parts}
+    return out
+
+
+def not_compared(answered: Sequence[Answered]) -> list[str]:
+    """ "row ID: why" of each answer that the rule of its task could not compare."""
+    return [f"row {a.row.id}: {a.problem}" for a in answered if a.problem]
