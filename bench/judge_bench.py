@@ -25,7 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import numpy as np
 from PIL import Image
 
@@ -89,14 +89,14 @@ def run(url: str, samples: list[Sample], cache_dir: Path, options: argparse.Name
     reward = RewardConfig(judges=tuple(f"{name}={how}" for name in JUDGES), judge_cache=str(cache_dir))
     seats = open_seats(reward, patience_s=options.patience_s)
     endpoint = seats["helpful"].endpoint  # of all of them
-    before = httpx.get(f"{url}/stats").json()
+    before = httpx2.get(f"{url}/stats").json()
     judging = Judging(seats, judged_terms(seats))
     started = time.perf_counter()
     outcomes = judging.submit(samples).result()
     seconds = time.perf_counter() - started
     judging.close()
     combined = [combine(found, {"task_aware": 1.0, "helpful": 0.2}) for found in outcomes]
-    after = httpx.get(f"{url}/stats").json()
+    after = httpx2.get(f"{url}/stats").json()
     server = {name: after[name] - before.get(name, 0) for name in after if name != "most_in_flight"}
     stopped = ""
     try:
@@ -141,9 +141,9 @@ def main() -> None:
         cache = Path(folder)
         want = run(url, samples, cache / "whole", options)
         half = run(url, samples[:options.count // 2], cache / "part", options)
-        httpx.post(f"{url}/dead?seconds={2 * options.patience_s + 5}")
+        httpx2.post(f"{url}/dead?seconds={2 * options.patience_s + 5}")
         dead = run(url, samples, cache / "part", options)
-        httpx.post(f"{url}/dead?seconds=0")
+        httpx2.post(f"{url}/dead?seconds=0")
         back = run(url, samples, cache / "part", options)
     died = {"seconds_to_stop": round(dead.seconds, 2), "patience_s": options.patience_s,
             "failed_responses": dead.rewards.count(None), "budget": BUDGET, "calls": dead.calls, "said": dead.stopped}
@@ -152,7 +152,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "settings": {**vars(options), "out": None, "judges": JUDGES}, "faults": pairs, "dead": died, "resume": resumed,
         "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),
-                    "load": os.getloadavg(), "python": platform.python_version(), "httpx": version("httpx")}}
+                    "load": os.getloadavg(), "python": platform.python_version(), "openai": version("openai")}}
     print(died, resumed, sep="\n")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=2) + "\n")

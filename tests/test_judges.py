@@ -14,8 +14,7 @@ from PIL import Image
 
 from cosmo_rl.cpgd.batch import Response, Sample
 from cosmo_rl.cpgd.config import JUDGES, RewardConfig
-from cosmo_rl.cpgd.judges import endpoint as endpoint_module
-from cosmo_rl.cpgd.judges.endpoint import ChatReply, Endpoint, EndpointError, LoopThread
+from cosmo_rl.cpgd.judges.client import ChatReply, Endpoint, EndpointError, LoopThread
 from cosmo_rl.cpgd.rewards.base import (
     Evidence,
     Failed,
@@ -61,7 +60,7 @@ PROMPT = EncodedPrompt("r1", np.arange(3), np.zeros((3, 3), np.int64), np.zeros(
 
 @pytest.fixture(autouse=True)
 def short_backoff(monkeypatch):
-    monkeypatch.setattr(endpoint_module, "BACKOFF_S", 0.01)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
 
 
 def sample(text: str, row: Row = ROW) -> Sample:

@@ -20,7 +20,7 @@ from cosmo_rl.data.schema import Row
 
 from ..batch import Sample
 from ..config import JUDGES, RewardConfig
-from ..judges.endpoint import Endpoint, EndpointError, LoopThread
+from ..judges.client import Endpoint, EndpointError, LoopThread
 from .base import Evidence, Failed, NotApplicable, Outcome, RewardFn, Score, is_unsafe
 from .format import CLOSE, OPEN, answer_of, split_thinking
 from .judges import Judge, ScalarJudge, judges

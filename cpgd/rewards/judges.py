@@ -29,8 +29,8 @@ from typing import Any
 
 from cosmo_rl.data.schema import Row
 
-from ..judges.endpoint import ChatReply, Messages
-from ..judges.endpoint_spec import ACTIVATION, score_range
+from ..judges.client import ChatReply, Messages
+from ..judges.spec import ACTIVATION, score_range
 from .base import is_unsafe
 from .verdicts import Reader, Unparsable, Verdict, labelled, llama_guard, mark, qwen3guard, two_way
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..judges.endpoint import ChatReply
+from ..judges.client import ChatReply
 from .format import CLOSE, OPEN
 
 MIN_LABEL_MASS = 0.5
