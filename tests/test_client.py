@@ -721,9 +721,12 @@ def test_nothing_that_openai_finds_in_the_environment_is_sent(monkeypatch):
 
 
 def test_a_server_s_cookies_are_not_sent_back():
+    async def action(endpoint: Endpoint) -> None:
+        await asyncio.gather(ask(endpoint), endpoint.verify(), endpoint.classify("text"))
+
     seen: list[bytes] = []
     with replying_server(http("200 OK", GOOD, "Set-Cookie: a=b; Path=/"), seen) as url:
-        use(url, lambda endpoint: asyncio.gather(ask(endpoint), endpoint.verify(), endpoint.classify("text")))
+        use(url, action)
     assert len(seen) == 3 and not any(b"cookie" in request.lower() for request in seen)
 
 
