@@ -40,7 +40,7 @@ class EncodedPrompt:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Sequence:
+class TokenSequence:
     """A prompt and one response to it."""
 
     prompt: EncodedPrompt
@@ -191,7 +191,7 @@ def _check_budget(row: Row, tokens: int, image_tokens: int, budget: int) -> None
                         "the row")
 
 
-def collate(sequences: Seq[Sequence], *, layout: str, pad_id: int,
+def collate(sequences: Seq[TokenSequence], *, layout: str, pad_id: int,
             dummy_image: tuple[np.ndarray, np.ndarray]) -> MicroBatch:
     """The micro-batch of `sequences`, on the CPU.
 

@@ -22,7 +22,7 @@ from cosmo_rl.cpgd.run.dryrun import Findings, inspect, show
 from cosmo_rl.cpgd.run.footprint import by_phase, count_parameters
 from cosmo_rl.cpgd.run.recipes import recipe
 from cosmo_rl.cpgd.update import build_micros
-from cosmo_rl.data.collate import Sequence, encode_prompt
+from cosmo_rl.data.collate import TokenSequence, encode_prompt
 from cosmo_rl.data.prepare.mini import mini_rows, safety_rows
 from cosmo_rl.data.sampler import PromptSampler
 from cosmo_rl.data.terminal import printable
@@ -120,7 +120,7 @@ def test_good_rows_give_the_numbers_of_training(rows, monkeypatch):
         drawn = PromptSampler([row.domain for row in all_rows], {}, config.seed).take(10)
         micros = []
         for part in np.array_split(drawn, updates):
-            sequences = [Sequence(prompts[i], np.full(7, 100)) for i in part for _ in range(4)]
+            sequences = [TokenSequence(prompts[i], np.full(7, 100)) for i in part for _ in range(4)]
             micros += build_micros(sequences, [0.0] * len(sequences), np.repeat(np.arange(len(part)), 4).tolist(),
                                    len(part), "token", config, processor, torch.device("cpu"))
         fullest = max(micros, key=lambda micro: micro.batch.input_ids.numel())
