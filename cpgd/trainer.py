@@ -9,11 +9,9 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
-from itertools import groupby, islice
 from typing import Any
 
 import torch
@@ -21,7 +19,7 @@ import transformers
 from torch.distributed.tensor import DTensor
 
 from cosmo_rl.data.collate import EncodedPrompt, encode_prompt
-from cosmo_rl.data.dataset import fingerprint, load_rows
+from cosmo_rl.data.dataset import fingerprint
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.prompts import check_system_prompt, introduce
 from cosmo_rl.data.sampler import PromptSampler
@@ -42,13 +40,12 @@ from .rewards.task_aware import TaskAware
 from .rewards.word_rules import CAUTION, by_words
 from .rollout.hf import HFEngine
 from .run.card import write_card
-from .run.checkpoint import load_latest, save
+from .run.checkpoint import check_state, load_latest, restore, save
 from .run.ending import fail
-from .run.evaluation import Answered, eval_suite, evaluate, not_compared, numbers
-from .run.guard import Guard
+from .run.measure import Measurements
 from .run.metrics import MetricsWriter, ProgressView, Stderr, rollout_summary, sample_lines, tokens_per_second
 from .run.recipes import mixture
-from .run.report import finish_report, read_measured, write_measured
+from .run.report import finish_report
 from .run.rundir import RunDir
 from .run.sources import load_training_rows, model_fingerprint, prompt_files, start_path
 from .run.watch import Watch
@@ -66,16 +63,10 @@ from .update import (
 )
 
 logger = logging.getLogger(__name__)
-_STATE = {"iteration": int, "skipped_in_row": int, "trained_s": float | int, "sampler": dict, "guard": dict | None,
-          "watch": dict | None, "fingerprint": str, "model_fingerprint": str}
-"""What a checkpoint's state holds, that a resume needs."""
 
 
 class Trainer:
     """A stage in progress. Every method is called by all ranks together."""
-
-    _answered: tuple[int, object, tuple[list[Answered], list[Answered]]] | None = None
-    """The latest evaluation: its step, its rows and what `_answers` returned."""
 
     def __init__(self, config: Config, run: RunDir, device: torch.device) -> None:
         self.config, self.run_dir, self.device = config, run, device
@@ -85,7 +76,7 @@ class Trainer:
         self._agree()
         names = domains(self.rows)
         self.sampler = PromptSampler(names, mixture(config, names), config.seed, config.data.curriculum)
-        self.guard, self.watch = Guard(config.eval), Watch()
+        self.watch = Watch()
         if self.judging:
             on_main(self.judging.verify)
 
@@ -135,36 +126,19 @@ class Trainer:
     def run(self) -> None:
         """Train from the latest checkpoint to the last step, then write hf/ and the report."""
         config, folder = self.config, self.run_dir.stage_dir
-        load = lambda paths: load_rows(paths, max_image_pixels=config.data.max_image_pixels)
-        suite: dict[str, Sequence[Row]] = {}
-        left_out: list[str] = []
-        together(lambda: suite.update(eval_suite(config, config.eval.split, load, left_out)))
-        if left_out:
-            logger.warning("evaluation: %d rows of --data.eval-path are not measured, as no rule can use them; the "
-                           "first: %s", len(left_out), left_out[0])
-        if config.eval.every:
-            self.watched: dict[str, Sequence[Row]] = suite
-            if not config.data.eval_path:  # else the rows are the same
-                self.watched = {}
-                together(lambda: self.watched.update(eval_suite(config, "validation", load)))
+        self.metrics = MetricsWriter(folder, config.log.tensorboard)  # used on rank 0 only, as the view
+        self.measurements = Measurements(config, self.engine, self._encode, self.processor, self._sync, folder,
+                                         self.metrics)
         self._resume()
         on_main(lambda: self.run_dir.adopt(config))
         ruled = self._by_words()
         if rank() == 0:
             print(introduce(config.data.system_prompt, self.rows[0], self.processor, sys.stdout.encoding), flush=True)
-        self.metrics = MetricsWriter(folder, config.log.tensorboard)  # used on rank 0 only, as the view
         on_main(lambda: self.metrics.rewind(self.step or -1))  # a try without a checkpoint may have measured step 0
         if self.other_reward and self.step < config.steps:  # as when it failed, and our own error said to mend it
             self._tell(self.step + 1, [f"{config.reward.function}, or a module beside it, is not what it was at the "
                                        "checkpoint: rewards are by the new one from here on"])
-        if suite and config.stage > 0:
-            if not self.step:  # again, if it is there: a try without a checkpoint may have had another model
-                self._measure(suite, "before")
-            elif not read_measured(folder, "before"):
-                raise UserError(f"{folder} has a checkpoint at step {self.step} but no measurement from before "
-                                "training; remove the folder and start the stage again")
-        if config.eval.guard != "off" and not self.step:
-            self._watch()
+        self.measurements.before(self.step, self._save)
         self._train()
         try:
             save_pretrained(self.policy, self.processor, self.run_dir.hf, getattr(torch, config.model.export_dtype))
@@ -172,11 +146,11 @@ class Trainer:
             raise UserError(f"{self.run_dir.hf}: {error.strerror}") from error
         on_main(lambda: write_card(self.run_dir.hf, config, self.start))
         logger.info("saved to %s", self.run_dir.hf)
-        if suite:
-            self._measure(suite, "after")
+        self.measurements.after(self.step)
         self.engine.close()
         on_main(lambda: self.metrics.close())
-        on_main(lambda: finish_report(folder, config, seconds=self.trained_s, by_words=ruled, left_out=left_out))
+        on_main(lambda: finish_report(folder, config, seconds=self.trained_s, by_words=ruled,
+                                      left_out=self.measurements.left_out))
 
     def _train(self) -> None:
         """The iterations that are left, with their checkpoints."""
@@ -189,9 +163,7 @@ class Trainer:
                 before = self.step
                 (self._sft_iteration if config.stage == 0 else self._rl_iteration)()
                 self.trained_s += time.perf_counter() - started
-                every = config.eval.every
-                if every and self.step // every > before // every:
-                    self._watch()
+                self.measurements.between(before, self.step, self._save)
                 if self.step - since_saved >= config.checkpoint.every and self.step < config.steps:
                     self._save()
                     since_saved = self.step
@@ -206,70 +178,27 @@ class Trainer:
         self.model_fingerprint = model_fingerprint(self.start)
         if state is None:
             return
-        other = lambda names: UserError(
-            f"state.json of the checkpoint in {self.run_dir.checkpoints} is without {names} as this version writes it: "
-            "continue with the version that wrote it, or give another --run-dir")
-        if wrong := [name for name, kind in _STATE.items() if not isinstance(state.get(name), kind)]:
-            raise other(", ".join(wrong))
-        saved = f"the checkpoint in {self.run_dir.checkpoints} was made with fingerprint"
-        if state["fingerprint"] != self.fingerprint:
-            raise UserError(f"the data changed: {saved} {state['fingerprint']}, the rows now have {self.fingerprint}; "
-                            "restore the data or give another --run-dir")
-        if state["model_fingerprint"] != self.model_fingerprint:
-            raise UserError(f"the model folder changed: {saved} {state['model_fingerprint']}, "
-                            f"{', '.join(prompt_files(self.start))} of {self.start} now have "
-                            f"{self.model_fingerprint}; restore them or give another --run-dir")
+        folder = self.run_dir.checkpoints
+        check_state(state, folder, steps=self.config.steps, fingerprint=self.fingerprint,
+                    model_fingerprint=self.model_fingerprint,
+                    model_files=f"{', '.join(prompt_files(self.start))} of {self.start}")
+        guard = self.measurements.guard
+        restore(state, folder, sampler=self.sampler, guard=guard, watch=self.watch)
         self.other_reward = state.get("function_digest", "") != self.function_digest
         self.step, self.iteration = state["step"], state["iteration"]
-        if self.step > self.config.steps:
-            raise UserError(f"--steps is {self.config.steps}, and step {self.step} is done in "
-                            f"{self.run_dir.checkpoints}; give at least {self.step}, or another --run-dir")
         self.skipped_in_row, self.trained_s = state["skipped_in_row"], state["trained_s"]
-        part = "sampler"
-        try:
-            self.sampler.load_state_dict(state[part])
-            self.guard.load_state_dict(state.get(part := "guard"))
-            self.watch.load_state_dict(state.get(part := "watch"))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise other(part) from error
-        self.guard.enforce()
+        guard.enforce()
         logger.info("resumed at step %d", self.step)
 
     def _save(self) -> None:
         on_main(lambda: self.metrics.sync())
         state = {"iteration": self.iteration, "skipped_in_row": self.skipped_in_row, "trained_s": self.trained_s,
-                 "sampler": self.sampler.state_dict(), "guard": self.guard.state_dict(),
+                 "sampler": self.sampler.state_dict(), "guard": self.measurements.guard.state_dict(),
                  "watch": self.watch.state_dict(),
                  "fingerprint": self.fingerprint, "model_fingerprint": self.model_fingerprint,
                  "function_digest": self.function_digest,
                  "config": self.config.to_dict(), "config_hash": self.config.hash()}
         save(self.run_dir.checkpoints, self.step, self.policy, self.optimizer, state, self.config.checkpoint.keep)
-
-    def _measure(self, suite: dict[str, Sequence[Row]], when: str) -> None:
-        sampled, greedy = self._answers(suite)
-        on_main(lambda: write_measured(self.run_dir.stage_dir, when, sampled, greedy, _shown(sampled, suite)))
-
-    def _watch(self) -> None:
-        """Numbers on the validation rows, to evals.jsonl."""
-        sampled, greedy = self._answers(self.watched)
-        line = {"step": self.step, "sampled": numbers(sampled), "greedy": numbers(greedy)}
-        line |= self.guard.look(self.step, sampled)
-        on_main(lambda: self.metrics.evaluated(line))
-        self.guard.enforce(self._save)
-
-    def _answers(self, suite: dict[str, Sequence[Row]]) -> tuple[list[Answered], list[Answered]]:
-        """A sampled and a greedy answer to each row, of the policy as it is."""
-        if not suite:
-            return [], []
-        if self._answered and self._answered[0] == self.step and self._answered[1] is suite:
-            return self._answered[2]  # the report's rows are watched too: at the first and last step by one evaluation
-        self._sync()
-        sampled, greedy = evaluate(self.engine, suite, self._encode, self.processor, self.config)
-        if problems := not_compared(sampled):
-            logger.warning("evaluation: %d of %d answers could not be compared, and are neither right nor wrong; the "
-                           "first: %s", len(problems), len(sampled), problems[0])
-        self._answered = (self.step, suite, (sampled, greedy))
-        return sampled, greedy
 
     def _by_words(self) -> list[str]:
         """The rewards that word rules give; told loudly, as they cannot judge free text."""
@@ -325,7 +254,8 @@ class Trainer:
         fill_advantages(samples, config)
         rewards, took = rollout_summary(selection.first) | selection.counts, judges_took(self.judging)
         sampled = sum(len(s.response.ids) for s in selection.sampled)
-        on_main(lambda: self.metrics.samples(sample_lines(samples, config.log.samples, self.step + 1)))
+        on_main(lambda: self.metrics.append(
+            "samples", *sample_lines(samples, config.log.samples, self.step + 1)))
         self._tell(self.step + 1, self.watch.rollout(samples, selection.first, config.rollout.max_new_tokens))
 
         updates = split_updates(samples, config.rollout.prompts, config.optim.updates_per_rollout)
@@ -383,7 +313,7 @@ class Trainer:
 
     def _tell(self, step: int, said: Sequence[str]) -> None:
         def write() -> None:
-            self.metrics.warned([{"step": step, "warning": text} for text in said])
+            self.metrics.append("warnings", *({"step": step, "warning": text} for text in said))
             for text in said:
                 logger.warning("step %d: %s", step, text)
 
@@ -405,23 +335,18 @@ class Trainer:
 
         def write() -> None:
             if not result.finite:
-                self.metrics.skipped({"step": self.step, "grad_norm": str(result.grad_norm), "samples": ids})
-            self.metrics.line(line)
+                self.metrics.append("nonfinite", {"step": self.step, "grad_norm": str(result.grad_norm),
+                                                  "samples": ids})
+            self.metrics.append("metrics", line)
             self.view.update(line)
 
         on_main(write)
         if self.skipped_in_row >= self.config.optim.max_nonfinite:
             raise UserError(
                 f"gradients were not finite in {self.skipped_in_row} steps in a row (--optim.max-nonfinite), the last "
-                f"at step {self.step}; the samples are named in {self.metrics.skipped_path}: raise "
+                f"at step {self.step}; the samples are named in {self.metrics.path('nonfinite')}: raise "
                 "--optim.max-nonfinite to go on, or start again without them or with a lower --optim.learning-rate, in "
                 "another --run-dir")
-
-
-def _shown(answered: Sequence[Answered], suite: Mapping[str, Sequence[Row]], each: int = 6) -> list[Answered]:
-    """The first few of every group, for the report's table, with their images."""
-    groups = groupby(answered, key=lambda a: a.group)
-    return [replace(a, row=suite[group][i]) for group, members in groups for i, a in enumerate(islice(members, each))]
 
 
 @contextmanager

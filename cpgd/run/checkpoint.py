@@ -25,13 +25,13 @@ import shlex
 import shutil
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
 from itertools import chain, count
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -52,6 +52,9 @@ from .rundir import write_atomic
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 MOMENTS = ("exp_avg", "exp_avg_sq")
+STATE = {"iteration": int, "skipped_in_row": int, "trained_s": float | int, "sampler": dict, "guard": dict | None,
+         "watch": dict | None, "fingerprint": str, "model_fingerprint": str}
+"""What a resume needs of the trainer's state."""
 _NAME = re.compile("step-[0-9]{6,15}")
 _LONGEST_NAME = 80
 """Bytes read of `latest`, which a user may have written."""
@@ -148,6 +151,48 @@ def load_latest(folder: str | Path, policy: nn.Module, optimizer: torch.optim.Op
         raise UserError(f"{bad} in {path} is not finite: {_mend(path.parent, path.name)}")
     together(lambda: _restore_rng(path, saved["rng"]))
     return {**saved["state"], "step": saved["step"]}
+
+
+def check_state(state: Mapping[str, Any], folder: Path, *, steps: int, fingerprint: str, model_fingerprint: str,
+                model_files: str) -> None:
+    """That a run can go on from `state`, of `load_latest`, with the data, model and steps that it has now.
+
+    Args:
+        folder: that the checkpoint is in.
+        model_files: that `model_fingerprint` is of, to be told.
+    Raises:
+        UserError: a part is missing or of another kind, the data or the model folder changed, or more steps are done.
+    """
+    if wrong := [name for name, kind in STATE.items() if not isinstance(state.get(name), kind)]:
+        raise _other_version(folder, ", ".join(wrong))
+    saved = f"the checkpoint in {folder} was made with fingerprint"
+    if state["fingerprint"] != fingerprint:
+        raise UserError(f"the data changed: {saved} {state['fingerprint']}, the rows now have {fingerprint}; restore "
+                        "the data or give another --run-dir")
+    if state["model_fingerprint"] != model_fingerprint:
+        raise UserError(f"the model folder changed: {saved} {state['model_fingerprint']}, {model_files} now have "
+                        f"{model_fingerprint}; restore them or give another --run-dir")
+    if state["step"] > steps:
+        raise UserError(f"--steps is {steps}, and step {state['step']} is done in {folder}; give at least "
+                        f"{state['step']}, or another --run-dir")
+
+
+def restore(state: Mapping[str, Any], folder: Path, **parts: Any) -> None:
+    """Give each part its own of `state`, by its name: its `load_state_dict` looks into it.
+
+    Raises:
+        UserError: it is not as this version writes it.
+    """
+    for name, part in parts.items():
+        try:
+            part.load_state_dict(state.get(name))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise _other_version(folder, name) from error
+
+
+def _other_version(folder: Path, names: str) -> UserError:
+    return UserError(f"state.json of the checkpoint in {folder} is without {names} as this version writes it: continue "
+                     "with the version that wrote it, or give another --run-dir")
 
 
 def _newest_whole(folder: Path) -> Path | None:

@@ -46,6 +46,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 TIMING_FIELDS = ("seconds", "tokens_per_second", "judging")
 """What a step took, not what it did: a verdict is the same from the cache and after three attempts."""
+FILES = {
+    "metrics": "a line a step",
+    "samples": "sampled responses",
+    "nonfinite": "steps that were skipped, with their samples",
+    "evals": "numbers of evaluations during training",
+    "warnings": "what `watch.Watch` has said",
+}
+"""NAME.jsonl of each -> what is in it."""
+ALWAYS = ("metrics", "samples")
+"""There from the start; the others once there is a line for them."""
+CHARTED = ("metrics", "evals")
+"""Shown in TensorBoard."""
 NO_BREAK = "\u00a0"
 WIDEST = len("-1.23e-06")
 NAME_WIDTH = 14
@@ -156,7 +168,7 @@ def _tell_gaps(path: Path, rows: list[dict], step: int) -> None:
 
 
 class MetricsWriter:
-    """Writes a stage's metrics.jsonl, samples.jsonl and, when asked, TensorBoard event files.
+    """Writes a stage's FILES and, when asked, TensorBoard event files.
 
     Args:
         stage_dir: the stage's folder.
@@ -167,40 +179,32 @@ class MetricsWriter:
 
     def __init__(self, stage_dir: str | Path, tensorboard: bool) -> None:
         self.stage_dir = Path(stage_dir)
-        self.metrics_path = self.stage_dir / "metrics.jsonl"
-        self.samples_path = self.stage_dir / "samples.jsonl"
-        self.skipped_path = self.stage_dir / "nonfinite.jsonl"
-        self.evals_path = self.stage_dir / "evals.jsonl"
-        self.warnings_path = self.stage_dir / "warnings.jsonl"
-        self._always = (self.metrics_path, self.samples_path)
-        self._all = (*self._always, self.skipped_path, self.evals_path, self.warnings_path)
         self._tensorboard = tensorboard
         self._board: SummaryWriter | None = None
         self._rewound = False
 
-    def line(self, values: dict) -> None:
-        """Append one step's metrics; `values` holds `step`. A value that is not finite is written as null."""
+    def path(self, name: str) -> Path:
+        """NAME.jsonl; a name of FILES."""
+        assert name in FILES, name
+        return self.stage_dir / f"{name}.jsonl"
+
+    def append(self, name: str, *rows: dict[str, Any]) -> None:
+        """Append lines to a file of FILES, each with its `step`; a value that is not finite is written as null.
+
+        Raises:
+            UserError: it cannot be written.
+        """
         assert self._rewound, "lines of an earlier try may still be there: call rewind first"
-        self._append(self.metrics_path, [values])
-        self._show(values)
-
-    def samples(self, rows: list[dict]) -> None:
-        """Append sampled responses; each row holds `step`."""
-        self._append(self.samples_path, rows)
-
-    def skipped(self, row: dict) -> None:
-        """Append a step that was skipped, with its samples; `row` holds `step`. No skipped step: no file."""
-        self._append(self.skipped_path, [row])
-
-    def evaluated(self, row: dict) -> None:
-        """Append the numbers of an evaluation during training; `row` holds `step`. No evaluation: no file."""
-        self._append(self.evals_path, [row])
-        self._show(row)
-
-    def warned(self, rows: list[dict]) -> None:
-        """Append what `watch.Watch` has said; each row holds `step`. No warning: no file."""
-        if rows:
-            self._append(self.warnings_path, rows)
+        path = self.path(name)
+        if not rows:
+            return
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write("".join(map(_line, rows)))
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror or error}; free space, then repeat the command "
+                            "to continue from the last checkpoint") from error
+        self._show(name, rows)
 
     def rewind(self, step: int) -> None:
         """Cut all files back to the lines of steps <= `step`, the checkpoint's; TensorBoard is rebuilt from them.
@@ -208,13 +212,13 @@ class MetricsWriter:
         Lines of metrics.jsonl that are missing are told.
         """
         self._rewound = True
-        for path in self._all:
-            if path not in self._always and not path.exists():
+        for name, path in ((name, self.path(name)) for name in FILES):
+            if name not in ALWAYS and not path.exists():
                 continue
             kept = [row for row in read_metrics(path) if row["step"] <= step]
-            if path == self.metrics_path:
+            if name == "metrics":
                 _tell_gaps(path, kept, step)
-            write_atomic(path, "".join(_line(row) for row in kept))
+            write_atomic(path, "".join(map(_line, kept)))
         if not self._tensorboard:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -225,12 +229,12 @@ class MetricsWriter:
         for old in folder.glob("events.out.tfevents.*"):
             old.unlink()
         self._board = SummaryWriter(str(folder))
-        for row in [*read_metrics(self.metrics_path), *read_metrics(self.evals_path)]:
-            self._show(row)
+        for name in CHARTED:
+            self._show(name, read_metrics(self.path(name)))
 
     def sync(self) -> None:
         """Bring what was written to disk; called before a checkpoint refers to it."""
-        for path in self._all:
+        for path in map(self.path, FILES):
             if path.exists():  # some only once there is a line for them
                 fsync(path)
         if self._board is not None:
@@ -241,19 +245,13 @@ class MetricsWriter:
             self._board.close()
             self._board = None
 
-    def _append(self, path: Path, rows: list[dict]) -> None:
-        try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write("".join(_line(row) for row in rows))
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror or error}; free space, then repeat the command "
-                            "to continue from the last checkpoint") from error
-
-    def _show(self, values: dict) -> None:
-        if self._board is not None:
-            for name, value in _scalars(values):
-                if name not in ("step", "iteration"):
-                    self._board.add_scalar(name, value, values["step"])
+    def _show(self, name: str, rows: Sequence[dict]) -> None:
+        if self._board is None or name not in CHARTED:
+            return
+        for row in rows:
+            for scalar, value in _scalars(row):
+                if scalar not in ("step", "iteration"):
+                    self._board.add_scalar(scalar, value, row["step"])
 
 
 def _line(row: dict) -> str:
@@ -307,7 +305,7 @@ class ProgressView:
             self._live.start()
 
     def update(self, line: dict) -> None:
-        """Show one step's metrics, as given to `MetricsWriter.line`."""
+        """Show one step's metrics, as a line of metrics.jsonl."""
         self._bar.update(self._task, completed=line["step"])
         if self._live is not None:
             self._live.update(Group(*_tables(line, self._console.width), self._bar))
