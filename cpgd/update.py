@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from cosmo_rl.data.collate import EncodedPrompt, TokenSequence, collate, plan_microbatches
 from cosmo_rl.data.errors import UserError
@@ -135,6 +136,32 @@ def fill_old_logprobs(policy: Policy, updates: Sequence[Update], old_weight: tor
         update.old_logprobs = output.logprobs
         if old_weight is not None:
             update.old_hidden, update.old_weight = hidden, old_weight
+
+
+def prepare(policy: Policy, rollout: Rollout, parts: Sequence[Part], step: int, build: BuildUpdates,
+            dtype: torch.dtype, canary_limit: float) -> list[list[Update]]:
+    """This rank's updates of each part; all ranks must call it together, before the first of them is trained on.
+
+    The ratio is 1 for the policy that sampled. A part that will meet a later one, as every part but the first does,
+    gets its old log-probs, by which engine and trainer are compared here.
+
+    Args:
+        step: version of the policy, which the first part meets.
+        dtype: that the policy computes in.
+    """
+    plans = [part.updates(build) for part in parts]
+    later = [(part, updates) for i, (part, updates) in enumerate(zip(parts, plans, strict=True))
+             if step + i != rollout.version]
+    old_weight = None
+    if build.objective.drift == "exact":
+        weight = policy.model.lm_head.weight.detach()
+        weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        old_weight = weight.to(dtype, copy=True)
+    fill_old_logprobs(policy, [update for _, updates in later for update in updates], old_weight)
+    for part, updates in later:
+        check_canary(part.samples, updates, [u.old_logprobs for u in updates if u.old_logprobs is not None],
+                     canary_limit)
+    return plans
 
 
 class CanaryError(UserError):

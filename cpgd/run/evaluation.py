@@ -22,15 +22,15 @@ from cosmo_rl.data.store import select
 from cosmo_rl.model.load import Processor
 from cosmo_rl.model.parallel import rank, together, world
 
-from ..batch import Request, request_seed
-from ..collect import dealt
 from ..config import Config
 from ..rewards.base import Failed, is_unsafe
 from ..rewards.format import answer_of, split_thinking
 from ..rewards.helpful import helps, warns
 from ..rewards.refusal import is_refusal
 from ..rewards.task_aware import TaskAware, is_right, judge, seen_problem
-from ..rollout.engine import Engine, form_batches
+from ..rollout.collect import dealt
+from ..rollout.engine import Engine, form_batches, generate
+from ..rollout.values import Request, request_seed
 
 Encode = Callable[[Row], EncodedPrompt]
 Place = tuple[str, int]
@@ -146,23 +146,22 @@ def evaluate(engine: Engine, suite: Mapping[str, Sequence[Row]], encode: Encode,
     told = _Told(len(lengths), len(batches))
     with judge() as rules:
 
-        def work(batch: Sequence[Place]) -> dict[Place, list[Answered]]:
+        def answer(batch: Sequence[Place]) -> dict[Place, list[Answered]]:
             rows = [suite[group][i] for group, i in batch]
-            requests = [Request(encode(row), 0, request_seed(config.seed, config.stage, EVAL_STEP, row.id, 0))
-                        for row in rows]
+            requests = [Request(row=row, prompt=encode(row), k=0,
+                                seed=request_seed(config.seed, config.stage, EVAL_STEP, row.id, 0)) for row in rows]
             sizes = [len(request.prompt.input_ids) for request in requests]
             assert sizes == [lengths[place] for place in batch], "headers and pixels disagree on a prompt's length"
             passes: list[list[Answered]] = []
             for greedy in (False, True):
-                responses = engine.generate(requests, greedy=greedy, batch_size=len(batch))
-                texts = processor.tokenizer.batch_decode([r.ids.tolist() for r in responses], skip_special_tokens=True)
+                responses = generate(engine, requests, greedy=greedy, batch_size=len(batch))
                 passes.append(judged([
-                    Answered(group, replace(row, images=()), text, response.finish_reason == "length")
-                    for (group, _), row, response, text in zip(batch, rows, responses, texts, strict=True)], rules))
+                    Answered(group, replace(row, images=()), response.text, response.finish_reason == "length")
+                    for (group, _), row, response in zip(batch, rows, responses, strict=True)], rules))
             told.done()
             return {place: list(both) for place, *both in zip(batch, *passes, strict=True)}
 
-        found = dealt(batches, work)
+        found = dealt(batches, lambda mine: {place: both for batch in mine for place, both in answer(batch).items()})
     both = [found[group, i] for group, rows in suite.items() for i in range(len(rows))]
     return [sampled for sampled, _ in both], [greedy for _, greedy in both]
 

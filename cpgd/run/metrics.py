@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console, Group
+from rich.console import Console
+from rich.console import Group as Stack
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -36,8 +37,11 @@ from cosmo_rl.data import strict_json
 from cosmo_rl.data.disk import fsync
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.terminal import printable
+from cosmo_rl.model.parallel import together
 
-from ..batch import Sample
+from ..rewards.scorer import Scorer
+from ..rollout.values import Group, Rollout
+from ..update import StepResult
 from .rundir import write_atomic
 
 if TYPE_CHECKING:
@@ -67,41 +71,77 @@ LONGEST_NAME = 32
 SCALARS = ("reward", "loss", "grad_norm", "lr", "clip_fraction", "drift", "entropy", "response_length")
 
 
-def reward_stats(samples: Iterable[Sample]) -> dict[str, dict[str, dict[str, float]]]:
-    """Mean, spread and saturation of the reward and of each term, by domain; failed samples are left out.
+def reward_stats(groups: Iterable[Group]) -> dict[str, dict[str, dict[str, float]]]:
+    """Mean, spread and saturation of the reward and of each term, by domain, over the samples that have a reward.
 
     Returns:
         {domain: {"reward" or term: {"mean", "std" (over samples, biased), "saturated"}}}, where "saturated" is the
         share of prompt groups in which the value is the same for all responses (to 1e-6): there it teaches nothing.
     """
-    values: dict[str, dict[str, dict[int, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    for sample in samples:
-        if sample.reward is not None:
-            for name, value in {"reward": sample.reward, **sample.terms}.items():
-                values[sample.row.domain][name][sample.group].append(value)
+    values: dict[str, dict[str, list[list[float]]]] = defaultdict(lambda: defaultdict(list))
+    for group in groups:
+        of_group: dict[str, list[float]] = defaultdict(list)
+        for sample in group:
+            if sample.reward is not None:
+                for name, value in {"reward": sample.reward, **sample.terms}.items():
+                    of_group[name].append(value)
+        for name, found in of_group.items():
+            values[group[0].row.domain][name].append(found)
     out: dict[str, dict[str, dict[str, float]]] = {}
     for domain, terms in sorted(values.items()):
         out[domain] = {}
-        for name, groups in terms.items():
-            flat = np.concatenate([np.asarray(group, dtype=np.float64) for group in groups.values()])
-            same = [max(group) - min(group) <= 1e-6 for group in groups.values()]
+        for name, found in terms.items():
+            flat = np.concatenate([np.asarray(group, dtype=np.float64) for group in found])
+            same = [max(group) - min(group) <= 1e-6 for group in found]
             out[domain][name] = {
                 "mean": float(flat.mean()), "std": float(flat.std()), "saturated": float(np.mean(same)),
             }
     return out
 
 
-def rollout_summary(samples: Sequence[Sample]) -> dict[str, Any]:
-    """What metrics.jsonl says of a rollout as a whole."""
+def rollout_summary(rollout: Rollout) -> dict[str, Any]:
+    """What metrics.jsonl says of a rollout as a whole: of the prompts drawn first, and how they were refilled."""
+    samples = [sample for group in rollout.first for sample in group]
     valid = [s for s in samples if s.reward is not None]
-    groups: dict[int, set[float]] = defaultdict(set)
-    for s in valid:
-        groups[s.group].add(s.advantage)
+    degenerate = [not (kept is group and advantages.any()) for group, kept, advantages in
+                  zip(rollout.first, rollout.groups, rollout.advantages, strict=True)
+                  if any(s.reward is not None for s in group)]
     return {
         "reward": math.fsum(s.reward for s in valid if s.reward is not None) / max(len(valid), 1),
-        "rewards": reward_stats(valid), "failed": len(samples) - len(valid),
-        "degenerate_groups": sum(found == {0.0} for found in groups.values()) / max(len(groups), 1),
+        "rewards": reward_stats(rollout.first), "failed": len(samples) - len(valid),
+        "degenerate_groups": sum(degenerate) / max(len(degenerate), 1),
         "response_length": sum(len(s.response.ids) for s in samples) / len(samples),
+    } | ({"refill": rollout.refill} if rollout.refill else {})
+
+
+def judges_took(scorer: Scorer) -> dict[str, Any]:
+    """What the judges' endpoints did since the last time, for a line of metrics.jsonl; all ranks call it together.
+
+    Returns:
+        {"judging": {judges of an endpoint: sums over the ranks of `Scorer.taken`}}; {} without judges.
+    """
+    ranks = together(scorer.taken)
+    if not ranks[0]:
+        return {}
+    return {"judging": {
+        endpoint: {name: round(sum(took[endpoint].get(name, 0) for took in ranks), 4)
+                   for name in dict.fromkeys(name for took in ranks for name in took[endpoint])}
+        for endpoint in ranks[0]
+    }}
+
+
+def step_line(result: StepResult, rate: float, told: Mapping[str, Any], clock: Mapping[str, float],
+              sampled: int) -> dict[str, Any]:
+    """The fields of metrics.jsonl that come with an optimizer step.
+
+    Args:
+        rate: learning rate. told: of its rollout. clock: seconds by phase. sampled: response tokens of the rollout.
+    """
+    return {
+        "loss": result.loss, "grad_norm": result.grad_norm, "lr": rate, "skipped": not result.finite, **told,
+        "clip_fraction": result.clip_fraction, "drift": result.drift, "entropy": result.entropy,
+        "response_tokens": result.response_tokens, "seconds": {k: round(v, 4) for k, v in clock.items()},
+        "tokens_per_second": tokens_per_second(clock, result.response_tokens, sampled),
     }
 
 
@@ -116,12 +156,13 @@ def tokens_per_second(clock: Mapping[str, float], updated: int, sampled: int) ->
             for phase, seconds in clock.items() if phase != "data" and seconds > 0}
 
 
-def sample_lines(samples: Sequence[Sample], count: int, step: int) -> list[dict[str, Any]]:
+def sample_lines(rollout: Rollout, count: int, step: int) -> list[dict[str, Any]]:
     """A spread of samples for samples.jsonl; `step` is the first that trains on them."""
+    samples = list(zip(rollout.samples, np.concatenate(rollout.advantages).tolist(), strict=True))
     stride = max(len(samples) // count, 1) if count else len(samples) + 1
-    return [{"step": step, "id": s.id, "domain": s.row.domain, "text": s.text, "reward": s.reward, "terms": s.terms,
-             "advantage": s.advantage, "finish_reason": s.response.finish_reason, "failure": s.failure}
-            for s in samples[::stride][:count]]
+    return [{"step": step, "id": s.id, "domain": s.row.domain, "text": s.response.text, "reward": s.reward,
+             "terms": s.terms, "advantage": advantage, "finish_reason": s.response.finish_reason, "failure": s.failure}
+            for s, advantage in samples[::stride][:count]]
 
 
 def read_metrics(path: str | Path) -> list[dict]:
@@ -308,7 +349,7 @@ class ProgressView:
         """Show one step's metrics, as a line of metrics.jsonl."""
         self._bar.update(self._task, completed=line["step"])
         if self._live is not None:
-            self._live.update(Group(*_tables(line, self._console.width), self._bar))
+            self._live.update(Stack(*_tables(line, self._console.width), self._bar))
         else:
             text = f"{self._title}  step {line['step']}/{self._total}  {summary(line)}"
             print(text.strip(), file=self._console.file, flush=True)
