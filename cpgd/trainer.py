@@ -8,15 +8,15 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
-from cosmo_rl.data.collate import EncodedPrompt, encode_prompt
+from cosmo_rl.data.collate import encode_prompt
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.prompts import check_system_prompt, introduce
 from cosmo_rl.data.sampler import PromptSampler
-from cosmo_rl.data.schema import Row
 from cosmo_rl.model.liger import wants_liger
 from cosmo_rl.model.load import load_model, load_processor
 from cosmo_rl.model.parallel import on_main, rank, shard, together
@@ -44,6 +44,7 @@ from .update import (
     StepResult,
     check_canary,
     learning_rate,
+    make_optimizer,
     optimizer_step,
     prepare,
     rl_loss,
@@ -65,6 +66,9 @@ class Trainer:
         data = config.data
         together(lambda: check_system_prompt(data.system_prompt, processor, max_prompt_tokens=data.max_prompt_tokens))
         self.plan = plan(config, processor, run.stage_dir)
+        self.scorer = self._open_scorer() if config.stage else None
+        self._agree()
+        self.model_fingerprint = model_fingerprint(path)
         self.sampler = PromptSampler(self.plan.domains, mixture(config, self.plan.domains), config.seed,
                                      data.curriculum)
         self.watch = Watch()
@@ -76,31 +80,27 @@ class Trainer:
             Policy(load_model(path, freeze_vision=freeze_vision, **options), suppressed_ids=processor.suppressed_ids,
                    temperature=config.rollout.temperature, gradient_checkpointing=config.model.gradient_checkpointing),
             device=device, dtype=self.dtype, freeze_vision=freeze_vision)
-        optim = config.optim
-        self.optimizer = torch.optim.AdamW(
-            [p for p in self.policy.parameters() if p.requires_grad], lr=optim.learning_rate, betas=optim.betas,
-            eps=optim.eps, weight_decay=optim.weight_decay,
-            fused=device.type == "cuda")  # in one kernel; the default on CUDA holds a copy of the masters in a step
+        self.optimizer = make_optimizer(self.policy, config.optim)
         self.engine = open_engine(path, processor, config.rollout, device=device, dtype=self.dtype, **options)
+        self.encode = partial(encode_prompt, processor=processor, max_prompt_tokens=data.max_prompt_tokens,
+                              max_image_pixels=data.max_image_pixels, system_prompt=data.system_prompt)
         self.build = BuildUpdates(batch=config.batch, objective=config.objective, processor=processor, device=device,
                                   aggregation=config.objective.aggregation if config.stage else "token")
         self.loss_fn = rl_loss(config.objective) if config.stage else sft_loss
+        self.collector = self.scorer and Collector(config, self.plan.rows, self.sampler, self.engine, self.scorer,
+                                                   self.policy, processor, self.encode, self.build)
         self.metrics = MetricsWriter(run.stage_dir, config.log.tensorboard)  # used on rank 0 only
         self.journal = Journal(self.metrics, config.steps, f"stage {config.stage}")
-        self.measurements = Measurements(config, self.engine, self._encode, processor, self._sync, run.stage_dir,
+        self.measurements = Measurements(config, self.engine, self.encode, processor, self._sync, run.stage_dir,
                                          self.metrics)
-        self.step, self.iteration, self.skipped_in_row, self.trained_s = 0, 0, 0, 0.0
-        self.other_reward = False
-        """The user's reward function is not what it was at the checkpoint."""
-        self.scorer: Scorer | None = None
-        if config.stage:
-            together(self._open_scorer)
-            self.collector = Collector(config, self.plan.rows, self.sampler, self.engine, self.scorer, self.policy,
-                                       processor, self._encode, self.build)
-        self._agree()
+        self.step, self.iteration, self.skipped_in_row, self.trained_s = 0, 0, 0, 0.0  # until `_resume`
 
-    def _open_scorer(self) -> None:
-        self.scorer = build_scorer(self.config.reward, self.plan.needs)
+    def _open_scorer(self) -> Scorer:
+        """The scorer of this rank; its judges answer, or nothing is loaded for them."""
+        found: list[Scorer] = []
+        together(lambda: found.append(build_scorer(self.config.reward, self.plan.needs)))
+        on_main(found[0].verify)
+        return found[0]
 
     def _agree(self) -> None:
         """What each rank has read of its host's files is the same on all.
@@ -110,20 +110,16 @@ class Trainer:
         """
         if len(set(together(lambda: self.config.data.system_prompt))) > 1:
             raise UserError("--data.system-prompt is not the same on all ranks; put its file on every host")
-        if len(set(together(lambda: self.function_digest))) > 1:
+        if len(set(together(lambda: self.scorer.function_digest if self.scorer else ""))) > 1:
             raise UserError("the file of --reward.function, or a module beside it, is not the same on all ranks; copy "
                             "one version to every host")
-
-    @property
-    def function_digest(self) -> str:
-        return self.scorer.function_digest if self.scorer else ""
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Train from the latest checkpoint to the last step, then write hf/ and the report."""
         config, folder = self.config, self.run_dir.stage_dir
-        self._resume()
+        other_reward = self._resume()
         on_main(lambda: self.run_dir.adopt(config))
         ruled = by_words(config, self.plan.needs.ruled) if config.stage else []
         if ruled:
@@ -132,9 +128,10 @@ class Trainer:
             print(introduce(config.data.system_prompt, self.plan.rows[0], self.processor, sys.stdout.encoding),
                   flush=True)
         on_main(lambda: self.metrics.rewind(self.step or -1))  # a try without a checkpoint may have measured step 0
-        if self.other_reward and self.step < config.steps:  # as when it failed, and our own error said to mend it
-            self.journal.warn(self.step + 1, [f"{config.reward.function}, or a module beside it, is not what it was at the "
-                                       "checkpoint: rewards are by the new one from here on"])
+        if other_reward and self.step < config.steps:  # as when it failed, and our own error said to mend it
+            self.journal.warn(self.step + 1, [
+                f"{config.reward.function}, or a module beside it, is not what it was at the checkpoint: rewards are by "
+                "the new one from here on"])
         self.measurements.before(self.step, self._save)
         self._train()
         try:
@@ -171,45 +168,41 @@ class Trainer:
         finally:
             self.journal.close()
 
-    def _resume(self) -> None:
+    def _resume(self) -> bool:
+        """Go on from the latest checkpoint, if there is one; whether the user's reward function was another there."""
         folder, guard = self.run_dir.checkpoints, self.measurements.guard
         state = load_latest(folder, self.policy, self.optimizer)
-        self.model_fingerprint = model_fingerprint(self.start)
         if state is None:
-            return
+            return False
         check_state(state, folder, steps=self.config.steps, fingerprint=self.plan.fingerprint,
                     model_fingerprint=self.model_fingerprint,
                     model_files=f"{', '.join(prompt_files(self.start))} of {self.start}")
         restore(state, folder, sampler=self.sampler, guard=guard, watch=self.watch)
-        self.other_reward = state.get("function_digest", "") != self.function_digest
         self.step, self.iteration = state["step"], state["iteration"]
         self.skipped_in_row, self.trained_s = state["skipped_in_row"], state["trained_s"]
         guard.enforce()
         logger.info("resumed at step %d", self.step)
+        return state.get("function_digest", "") != (self.scorer.function_digest if self.scorer else "")
 
     def _save(self) -> None:
         on_main(lambda: self.metrics.sync())
         state = {"iteration": self.iteration, "skipped_in_row": self.skipped_in_row, "trained_s": self.trained_s,
                  "sampler": self.sampler.state_dict(), "guard": self.measurements.guard.state_dict(),
                  "watch": self.watch.state_dict(), "fingerprint": self.plan.fingerprint,
-                 "model_fingerprint": self.model_fingerprint, "function_digest": self.function_digest,
+                 "model_fingerprint": self.model_fingerprint,
+                 "function_digest": self.scorer.function_digest if self.scorer else "",
                  "config": self.config.to_dict(), "config_hash": self.config.hash()}
         save(self.run_dir.checkpoints, self.step, self.policy, self.optimizer, state, self.config.checkpoint.keep)
 
     def _sync(self) -> None:
         self.engine.sync(full_state_dict(self.policy, dtype=self.dtype), self.step)
 
-    def _encode(self, row: Row) -> EncodedPrompt:
-        data = self.config.data
-        return encode_prompt(row, self.processor, max_prompt_tokens=data.max_prompt_tokens,
-                             max_image_pixels=data.max_image_pixels, system_prompt=data.system_prompt)
-
     # -- stage 0 ------------------------------------------------------------------------------------------------------
 
     def _sft_iteration(self) -> None:
         clock: Clock = {}
         with timed(clock, "data"):
-            prompts = prompts_of(self.plan.rows, self.sampler.take(self.config.optim.sft_batch), self._encode)
+            prompts = prompts_of(self.plan.rows, self.sampler.take(self.config.optim.sft_batch), self.encode)
             updates = sft_updates(prompts, self.build)
         with timed(clock, "update"):
             result = self._optimizer_step(updates)
@@ -221,7 +214,7 @@ class Trainer:
 
     def _rl_iteration(self) -> None:
         config, clock = self.config, Clock()
-        assert self.scorer is not None
+        assert self.scorer and self.collector
         with timed(clock, "rollout"):
             self._sync()
         rollout = self.collector.collect(self.step, clock)
@@ -249,20 +242,17 @@ class Trainer:
 
     # -- one optimizer step -------------------------------------------------------------------------------------------
 
-    def _rate(self) -> float:
-        return learning_rate(self.step, self.config.steps, self.config.optim)
-
     def _optimizer_step(self, updates: Sequence[Update]) -> StepResult:
-        return optimizer_step(self.policy, self.optimizer, updates, self.loss_fn, self._rate(),
-                              self.config.optim.max_grad_norm)
+        optim = self.config.optim
+        return optimizer_step(self.policy, self.optimizer, updates, self.loss_fn,
+                              learning_rate(self.step, self.config.steps, optim), optim.max_grad_norm)
 
     def _finish_step(self, result: StepResult, ids: list[str], told: dict[str, Any], clock: Clock,
                      sampled: int = 0) -> None:
         """Count the step, write its line; stop after too many skipped ones. `sampled`: tokens of the whole rollout."""
-        rate = self._rate()
         self.step += 1
         self.skipped_in_row = 0 if result.finite else self.skipped_in_row + 1
-        line = {"step": self.step, "iteration": self.iteration} | step_line(result, rate, told, clock, sampled)
+        line = {"step": self.step, "iteration": self.iteration} | step_line(result, told, clock, sampled)
         self.journal.step(line, ids)
         if self.skipped_in_row >= self.config.optim.max_nonfinite:
             raise UserError(

@@ -225,6 +225,8 @@ def _sums(output: CPGDOutput) -> torch.Tensor:
 class StepResult:
     """One optimizer step, the same on all ranks."""
 
+    learning_rate: float
+    """It was to be taken at."""
     loss: float
     grad_norm: float
     """Before clipping; not finite: the step was skipped."""
@@ -266,7 +268,14 @@ def optimizer_step(policy: Policy, optimizer: torch.optim.Optimizer, updates: Se
     optimizer.zero_grad(set_to_none=True)
     loss, clipped, drift, entropy, tokens = totals.tolist()
     count = max(tokens, 1)
-    return StepResult(loss, grad_norm, clipped / count, drift / count, entropy / count, int(tokens), logprobs)
+    return StepResult(learning_rate, loss, grad_norm, clipped / count, drift / count, entropy / count, int(tokens), logprobs)
+
+
+def make_optimizer(policy: Policy, optim: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over what is trained. On CUDA in one kernel: the default there holds a copy of the masters in a step."""
+    return torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=optim.learning_rate,
+                             betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay,
+                             fused=policy.head.bias.is_cuda)
 
 
 def learning_rate(step: int, total: int, optim: OptimConfig) -> float:
