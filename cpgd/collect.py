@@ -12,8 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from cosmo_rl.data.collate import EncodedPrompt
-from cosmo_rl.data.collate import Sequence as TokenSequence
+from cosmo_rl.data.collate import EncodedPrompt, TokenSequence
 from cosmo_rl.data.schema import Row
 from cosmo_rl.model.load import Processor
 from cosmo_rl.model.parallel import rank, together, world

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from cosmo_rl.data.collate import EncodedPrompt
-from cosmo_rl.data.collate import Sequence as TokenSequence
+from cosmo_rl.data.collate import EncodedPrompt, TokenSequence
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.schema import Row
 from cosmo_rl.model.load import Processor

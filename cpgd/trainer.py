@@ -21,12 +21,10 @@ import transformers
 from torch.distributed.tensor import DTensor
 
 from cosmo_rl.data.collate import EncodedPrompt, encode_prompt
-from cosmo_rl.data.dataset import fingerprint, load_rows
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.prompts import check_system_prompt, introduce
 from cosmo_rl.data.sampler import PromptSampler
 from cosmo_rl.data.schema import Row
-from cosmo_rl.data.store import domains
 from cosmo_rl.model.liger import wants_liger
 from cosmo_rl.model.load import load_model, load_processor
 from cosmo_rl.model.parallel import close_distributed, init_distributed, on_main, rank, shard, together
@@ -47,10 +45,10 @@ from .run.ending import fail
 from .run.evaluation import Answered, eval_suite, evaluate, not_compared, numbers
 from .run.guard import Guard
 from .run.metrics import MetricsWriter, ProgressView, Stderr, rollout_summary, sample_lines, tokens_per_second
+from .run.plan import model_fingerprint, plan, prompt_files, start_path
 from .run.recipes import mixture
 from .run.report import finish_report, read_measured, write_measured
 from .run.rundir import RunDir
-from .run.sources import load_training_rows, model_fingerprint, prompt_files, start_path
 from .run.watch import Watch
 from .selection import pass_rates, select
 from .sft import sft_micros
@@ -81,9 +79,13 @@ class Trainer:
         self.config, self.run_dir, self.device = config, run, device
         path = self.start = start_path(config, run)
         self.processor = load_processor(path, config.data.resize_pixels)
+        data = config.data
+        together(lambda: check_system_prompt(data.system_prompt, self.processor,
+                                             max_prompt_tokens=data.max_prompt_tokens))
+        self.plan = plan(config, self.processor, run.stage_dir)
+        self.rows, self.fingerprint, names = self.plan.rows, self.plan.fingerprint, self.plan.domains
         together(self._load)
         self._agree()
-        names = domains(self.rows)
         self.sampler = PromptSampler(names, mixture(config, names), config.seed, config.data.curriculum)
         self.guard, self.watch = Guard(config.eval), Watch()
         if self.judging:
@@ -109,13 +111,11 @@ class Trainer:
         self.other_reward = False
 
     def _load(self) -> None:
-        """Rows and their rewards, which may fail on one host only; nothing is returned that would go to other ranks."""
-        data = self.config.data
-        check_system_prompt(data.system_prompt, self.processor, max_prompt_tokens=data.max_prompt_tokens)
-        self.rows: Sequence[Row] = load_training_rows(self.config, self.processor)
+        """Rewards, which may fail on one host only; nothing is returned that would go to other ranks."""
         self.judging, self.function_digest = None, ""
         if self.config.stage > 0:
-            self.rewards, self.judging, self.reward_weights = build_rewards(self.config.reward, self.rows)
+            self.rewards, self.judging, self.reward_weights = build_rewards(
+                self.config.reward, self.plan.needs)
             self.function_digest = function_digest(self.rewards)
 
     def _agree(self) -> None:
@@ -135,7 +135,7 @@ class Trainer:
     def run(self) -> None:
         """Train from the latest checkpoint to the last step, then write hf/ and the report."""
         config, folder = self.config, self.run_dir.stage_dir
-        load = lambda paths: load_rows(paths, max_image_pixels=config.data.max_image_pixels)
+        load = lambda paths: self.plan.eval_rows
         suite: dict[str, Sequence[Row]] = {}
         left_out: list[str] = []
         together(lambda: suite.update(eval_suite(config, config.eval.split, load, left_out)))
@@ -202,7 +202,6 @@ class Trainer:
 
     def _resume(self) -> None:
         state = load_latest(self.run_dir.checkpoints, self.policy, self.optimizer)
-        self.fingerprint = together(lambda: fingerprint(self.rows))[0]
         self.model_fingerprint = model_fingerprint(self.start)
         if state is None:
             return

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from cosmo_rl.data.collate import MicroBatch, collate, plan_microbatches
-from cosmo_rl.data.collate import Sequence as TokenSequence
+from cosmo_rl.data.collate import MicroBatch, TokenSequence, collate, plan_microbatches
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.kernels.linear_cpgd import CPGDOutput
 from cosmo_rl.model.head import CPGDInputs, ExactDrift

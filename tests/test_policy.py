@@ -8,7 +8,7 @@ import pytest
 import tiny_case
 import torch
 
-from cosmo_rl.data.collate import Sequence, plan_microbatches
+from cosmo_rl.data.collate import TokenSequence, plan_microbatches
 from cosmo_rl.model.load import load_model
 
 LAYOUTS = ("packed", "padded")
@@ -57,7 +57,7 @@ def test_documents_do_not_see_each_other(layout):
     batch = tiny_case.batch(sequences, layout)
     with torch.no_grad():
         before = policy(batch).logprobs
-        sequences[0] = Sequence(sequences[0].prompt, sequences[0].response_ids[::-1] + 1)
+        sequences[0] = TokenSequence(sequences[0].prompt, sequences[0].response_ids[::-1] + 1)
         after = policy(tiny_case.batch(sequences, layout)).logprobs
         others = batch.sequence_ids > 0
         torch.testing.assert_close(after[others], before[others], atol=1e-6, rtol=0)

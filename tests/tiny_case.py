@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cosmo_rl.data.collate import EncodedPrompt, MicroBatch, Sequence, collate, encode_prompt
+from cosmo_rl.data.collate import EncodedPrompt, MicroBatch, TokenSequence, collate, encode_prompt
 from cosmo_rl.data.schema import Row
 from cosmo_rl.model.load import Processor, load_model, load_processor
 from cosmo_rl.model.policy import CPGDInputs, Policy
@@ -62,15 +62,15 @@ def prompts() -> tuple[EncodedPrompt, ...]:
                  for i, shapes in enumerate(SHAPES))
 
 
-def sequences(group_size: int = 2) -> list[Sequence]:
+def sequences(group_size: int = 2) -> list[TokenSequence]:
     """`group_size` responses of 1 to 9 tokens to each of `prompts()`."""
     rng = np.random.default_rng(0)
     allowed = np.setdiff1d(np.arange(processor().vocab_size), processor().suppressed_ids)
-    return [Sequence(prompt, rng.choice(allowed, rng.integers(1, 10)))
+    return [TokenSequence(prompt, rng.choice(allowed, rng.integers(1, 10)))
             for prompt in prompts() for _ in range(group_size)]
 
 
-def batch(chosen: list[Sequence], layout: str) -> MicroBatch:
+def batch(chosen: list[TokenSequence], layout: str) -> MicroBatch:
     return collate(chosen, layout=layout, pad_id=processor().pad_id, dummy_image=processor().dummy_image())
 
 

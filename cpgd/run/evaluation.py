@@ -16,9 +16,8 @@ from typing import Any
 
 from cosmo_rl.data.collate import EncodedPrompt, check_prompt
 from cosmo_rl.data.errors import UserError
-from cosmo_rl.data.prepare.mini import mini_suite
+from cosmo_rl.data.index import select
 from cosmo_rl.data.schema import Row
-from cosmo_rl.data.store import select
 from cosmo_rl.model.load import Processor
 from cosmo_rl.model.parallel import rank, together, world
 
@@ -121,6 +120,8 @@ def eval_suite(config: Config, split: str, load: Callable[[Sequence[str]], Seque
     if config.data.eval_path:
         suite = suite_of(load(config.data.eval_path), left_out)
     elif not config.data.path and config.preset == "tiny":
+        from cosmo_rl.data.prepare.mini import mini_suite  # a run on other data needs none of it
+
         suite |= mini_suite(split)
     limit = config.eval.max_rows or None
     return {name: rows[:limit] for name, rows in suite.items()}
