@@ -29,7 +29,7 @@ WORDS = ("is", "there", "any", "red", "blue", "small", "large", "round", "shape"
 LOAD = """
 import random, sys, time
 started = time.perf_counter()
-from cosmo_rl.data.dataset import load_rows
+from cosmo_rl.data.index import load_rows
 imported = time.perf_counter()
 rows = load_rows([sys.argv[1]], max_image_pixels=16_777_216)
 loaded = time.perf_counter()

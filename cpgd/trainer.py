@@ -91,8 +91,8 @@ class Trainer:
                                                    self.policy, processor, self.encode, self.build)
         self.metrics = MetricsWriter(run.stage_dir, config.log.tensorboard)  # used on rank 0 only
         self.journal = Journal(self.metrics, config.steps, f"stage {config.stage}")
-        self.measurements = Measurements(config, self.engine, self.encode, processor, self._sync, run.stage_dir,
-                                         self.metrics)
+        self.measurements = Measurements(config, self.plan.eval_rows, self.engine, self.encode, processor, self._sync,
+                                         run.stage_dir, self.metrics)
         self.step, self.iteration, self.skipped_in_row, self.trained_s = 0, 0, 0, 0.0  # until `_resume`
 
     def _open_scorer(self) -> Scorer:

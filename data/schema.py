@@ -177,6 +177,11 @@ def open_image(source: ImageSource, max_pixels: int, where: str, field: str = "i
             `max_pixels`, one side more than 200 times the other, an animation, grey of more than 8 bits, or what would
             take long for its pixels.
     """
+    return opened(source, max_pixels, where, field)[0]
+
+
+def opened(source: ImageSource, max_pixels: int, where: str, field: str) -> tuple[Image.Image, bytes]:
+    """`open_image`, and the bytes that were decoded: the file's content, or the pixels of a PIL image."""
     name = source if isinstance(source, str) else \
         "the PIL image" if isinstance(source, Image.Image) else "the embedded image"
     if isinstance(source, str) and not os.path.isfile(source):
@@ -184,7 +189,8 @@ def open_image(source: ImageSource, max_pixels: int, where: str, field: str = "i
         raise RowError(where, field, problem, "put it there, or correct the path")
     try:
         if isinstance(source, Image.Image):
-            return _decode(source, max_pixels, name, where, field)
+            image = _decode(source, max_pixels, name, where, field)
+            return image, repr(image.size).encode() + image.tobytes()
         size, most = len(source) if isinstance(source, bytes) else os.path.getsize(source), \
             _BYTES_PER_PIXEL * max_pixels + _BYTES_BESIDE
         if size > most:
@@ -194,7 +200,7 @@ def open_image(source: ImageSource, max_pixels: int, where: str, field: str = "i
             if image.format in ("JPEG", "MPO") and (scans := _scans(content)) > MAX_SCANS:
                 raise RowError(where, field, f"{name} has {scans} scans, more than {MAX_SCANS}",
                                "save it again, or remove the row")
-            return _decode(image, max_pixels, name, where, field)
+            return _decode(image, max_pixels, name, where, field), content
     except RowError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

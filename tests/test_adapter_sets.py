@@ -9,7 +9,7 @@ from published import BUILDERS, lines, picture, rlvr, source_of
 
 from cosmo_rl.cpgd.rewards.build import build_rewards
 from cosmo_rl.cpgd.run.recipes import recipe
-from cosmo_rl.data.dataset import load_rows
+from cosmo_rl.data.index import load_rows
 from cosmo_rl.data.prepare.adapters import convert as conversion
 from cosmo_rl.data.prepare.adapters.convert import Convert, convert
 from cosmo_rl.data.prepare.adapters.hendrycks_math import last_boxed

@@ -9,13 +9,13 @@ import pytest
 from datasets import Dataset, Features, Sequence
 from published import BUILDERS, HINT, IMAGE, LIMIT, PICTURE, TEXT, lines, parquet, picture, png, source_of
 
-from cosmo_rl.data.dataset import load_rows
+from cosmo_rl.data.files import KINDS, read_records
+from cosmo_rl.data.index import load_rows
 from cosmo_rl.data.prepare.adapters import convert as conversion
 from cosmo_rl.data.prepare.adapters.convert import Convert, convert
 from cosmo_rl.data.prepare.adapters.reading import LayoutError, Record, options
 from cosmo_rl.data.prepare.adapters.registry import NAMES, adapter
 from cosmo_rl.data.schema import RowError, open_image, parse_row
-from cosmo_rl.data.streaming import KINDS, read_records
 
 
 @pytest.fixture(scope="module")

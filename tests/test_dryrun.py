@@ -17,7 +17,7 @@ from rich.console import Console
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from cosmo_rl.cpgd.config import Config
-from cosmo_rl.cpgd.run import dryrun
+from cosmo_rl.cpgd.run import dryrun, plan
 from cosmo_rl.cpgd.run.dryrun import Findings, inspect, show
 from cosmo_rl.cpgd.run.footprint import by_phase, count_parameters
 from cosmo_rl.cpgd.run.recipes import recipe
@@ -150,7 +150,9 @@ def test_a_problem_may_quote_a_semicolon_of_the_row(rows):
     spoil(rows, {0: {"task": "math", "answer": "x; \\frac{"}})
     told = next(one for one in look(settings(rows)).rejected if "math-verify" in one.problem)
     assert told.problem.startswith("`answer` 'x; ") and told.mend.startswith("write it as LaTeX")
-    assert dryrun._told("f:1", "it has no mend").mend == "correct or drop the row"
+    faults = plan.Faults()
+    faults.reject_row("f:1", "it has no mend")
+    assert faults.rejected[0].mend == "correct or drop the row"
 
 
 def test_stage_0_counts_the_tokens_of_chosen(rows):
@@ -251,7 +253,7 @@ def test_shares_lengths_and_bars(rows):
 
 def test_the_embedded_data_passes(monkeypatch):
     """The rows of validation, which are of the same make and fewer."""
-    monkeypatch.setattr(dryrun, "embedded_rows", lambda config: mini_rows(config.stage, "validation")[::5])
+    monkeypatch.setattr(plan, "embedded_rows", lambda config: mini_rows(config.stage, "validation")[::5])
     for stage in (0, 1, 2):
         config = recipe("tiny", stage)
         config = replace(config, data=replace(config.data, mix=config.data.mix if stage else ()),

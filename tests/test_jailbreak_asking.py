@@ -17,8 +17,8 @@ from PIL import Image
 from cosmo_rl.cpgd.judges import endpoint as endpoint_module
 from cosmo_rl.cpgd.judges.endpoint import Endpoint, EndpointDown, EndpointError
 from cosmo_rl.cpgd.judges.endpoint_spec import parse_server
-from cosmo_rl.data.dataset import load_rows
 from cosmo_rl.data.errors import UserError
+from cosmo_rl.data.index import load_rows
 from cosmo_rl.data.prepare.jailbreak import asking
 from cosmo_rl.data.prepare.jailbreak.__main__ import main
 from cosmo_rl.data.prepare.jailbreak.asking import Model, open_model, settle

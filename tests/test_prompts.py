@@ -15,8 +15,8 @@ from cosmo_rl.cpgd.rewards.format import split_thinking
 from cosmo_rl.cpgd.rewards.judges import judges
 from cosmo_rl.cpgd.run import dryrun
 from cosmo_rl.cpgd.run.card import card, write_card
+from cosmo_rl.cpgd.run.plan import row_size
 from cosmo_rl.cpgd.run.recipes import PRESETS, THINK, parse_command, parse_command_line, recipe
-from cosmo_rl.cpgd.run.sources import row_size
 from cosmo_rl.data import prompts
 from cosmo_rl.data.collate import chat_text, check_prompt, encode_prompt, with_system
 from cosmo_rl.data.errors import UserError

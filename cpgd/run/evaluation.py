@@ -16,9 +16,8 @@ from typing import Any
 
 from cosmo_rl.data.collate import EncodedPrompt, check_prompt
 from cosmo_rl.data.errors import UserError
-from cosmo_rl.data.prepare.mini import mini_suite
+from cosmo_rl.data.index import select
 from cosmo_rl.data.schema import Row
-from cosmo_rl.data.store import select
 from cosmo_rl.model.load import Processor
 from cosmo_rl.model.parallel import rank, together, world
 
@@ -108,19 +107,21 @@ def suite_of(rows: Sequence[Row], left_out: list[str] | None = None) -> dict[str
     return {name: select(rows, group) for name, group in suite.items() if group}
 
 
-def eval_suite(config: Config, split: str, load: Callable[[Sequence[str]], Sequence[Row]],
+def eval_suite(config: Config, split: str, rows: Sequence[Row] | None,
                left_out: list[str] | None = None) -> dict[str, Sequence[Row]]:
     """The rows to measure on, by group; empty when a run with data of its own has no --data.eval-path.
 
     Args:
         split: of the embedded data, "heldout" or "validation".
-        load: reads row files.
+        rows: of --data.eval-path; None without.
         left_out: see `suite_of`.
     """
     suite: dict[str, Sequence[Row]] = {}
-    if config.data.eval_path:
-        suite = suite_of(load(config.data.eval_path), left_out)
+    if rows is not None:
+        suite = suite_of(rows, left_out)
     elif not config.data.path and config.preset == "tiny":
+        from cosmo_rl.data.prepare.mini import mini_suite  # a run on other data needs none of it
+
         suite |= mini_suite(split)
     limit = config.eval.max_rows or None
     return {name: rows[:limit] for name, rows in suite.items()}

@@ -11,7 +11,6 @@ from dataclasses import replace
 from itertools import groupby, islice
 from pathlib import Path
 
-from cosmo_rl.data.dataset import load_rows
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.schema import Row
 from cosmo_rl.model.load import Processor
@@ -32,6 +31,7 @@ class Measurements:
     """Measures a stage; every method is called by all ranks together.
 
     Args:
+        rows: of --data.eval-path; None without.
         engine: answers the rows.
         encode: a row as the engine takes it.
         sync: gives the engine the policy's weights; called before an evaluation only.
@@ -41,9 +41,9 @@ class Measurements:
         UserError: on every rank, when the rows cannot be read on one of them.
     """
 
-    def __init__(self, config: Config, engine: Engine, encode: Encode, processor: Processor,
+    def __init__(self, config: Config, rows: Sequence[Row] | None, engine: Engine, encode: Encode, processor: Processor,
                  sync: Callable[[], None], stage_dir: Path, metrics: MetricsWriter) -> None:
-        self.config, self.engine, self.encode, self.processor = config, engine, encode, processor
+        self.config, self.rows, self.engine, self.encode, self.processor = config, rows, engine, encode, processor
         self.sync, self.stage_dir, self.metrics = sync, stage_dir, metrics
         self.guard = Guard(config.eval)
         """Its state is part of a checkpoint."""
@@ -94,8 +94,7 @@ class Measurements:
     def _read(self, split: str, left_out: list[str] | None = None) -> dict[str, Sequence[Row]]:
         """On each rank its own: nothing is returned that would go to other ranks."""
         suite: dict[str, Sequence[Row]] = {}
-        load = lambda paths: load_rows(paths, max_image_pixels=self.config.data.max_image_pixels)
-        together(lambda: suite.update(eval_suite(self.config, split, load, left_out)))
+        together(lambda: suite.update(eval_suite(self.config, split, self.rows, left_out)))
         return suite
 
     def _report(self, when: str, step: int) -> None:

@@ -29,15 +29,15 @@ LONGEST_VALUE = 150
 """Characters of a setting in a message: of two system prompts the mend must still be in torchrun's line."""
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Replace `path` by `text` (UTF-8): after a crash it holds the old content or the new, never a part.
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Replace `path` by `content` (a text in UTF-8): after a crash it holds the old content or the new, never a part.
 
     Raises:
         UserError: it cannot be written (disk full, permissions).
     """
     beside = path.with_name(f".{path.name}.tmp")
     try:
-        beside.write_text(text, encoding="utf-8")
+        beside.write_bytes(content if isinstance(content, bytes) else content.encode())
         fsync(beside)
         os.replace(beside, path)
         fsync(path.parent)

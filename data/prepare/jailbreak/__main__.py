@@ -16,8 +16,8 @@ from rich.table import Table
 
 from cosmo_rl.cpgd.judges.endpoint_spec import Server, parse_server
 
-from ...dataset import load_rows
 from ...errors import UserError
+from ...index import load_rows
 from ...schema import Row
 from .asking import open_model, settle
 from .augment import Done, Settled, Unit, augment, deal, is_unsafe, twin_keys

@@ -11,7 +11,7 @@ import pytest
 import runs
 
 from cosmo_rl.cpgd.config import DataConfig
-from cosmo_rl.cpgd.run.sources import load_training_rows, model_fingerprint
+from cosmo_rl.cpgd.run.plan import model_fingerprint, plan
 from cosmo_rl.data.prepare.mini import safety_rows
 
 
@@ -26,7 +26,7 @@ def load(path, stage=2, batch_tokens=16_384, **data):
     config = runs.config()
     config = replace(config, stage=stage, batch=replace(config.batch, max_tokens=batch_tokens),
                      data=replace(config.data, path=(str(path),), mix=(), **data))
-    return load_training_rows(config, runs.policy_processor())
+    return plan(config, runs.policy_processor()).rows
 
 
 def test_rows_of_an_evaluation_set_are_dropped(files, caplog):

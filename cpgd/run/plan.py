@@ -1,0 +1,335 @@
+"""What a stage starts from: its model folder, and the rows that it trains on.
+
+`plan` finds out about the rows what can be known before the first step, in one pass over their files that one process
+of a host makes: they are whole (data/index.py), within the token budgets, of use to their rewards, and not in an
+evaluation set. The trainer stops at what is wrong; `--dry-run` gathers it, and shows the rest.
+"""
+
+import hashlib
+import logging
+import os
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from cosmo_rl.data.collate import check_prompt
+from cosmo_rl.data.errors import RowError, UserError
+from cosmo_rl.data.index import Index, Picture, index_rows, load_rows
+from cosmo_rl.data.schema import Row
+from cosmo_rl.model.load import Processor
+from cosmo_rl.model.parallel import on_main, together, world
+from cosmo_rl.model.tiny import TINY_PATH, build_tiny
+
+from ..config import Config
+from ..rewards.build import RowNeeds
+from ..update import chosen_ids
+from .rundir import RunDir, write_atomic
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+# -- the model folder -------------------------------------------------------------------------------------------------
+
+
+def start_path(config: Config, run: RunDir) -> Path:
+    """Folder the stage starts from: --model.path, else the previous stage's hf/ of this run, else the preset's own.
+
+    Raises:
+        UserError: the preset ships no weights and none were given.
+    """
+    found = given_path(config, run.path)
+    if found:
+        return found
+    fresh = run.stage_dir / "init"
+
+    def build() -> None:
+        from cosmo_rl.data.prepare.mini import mini_texts
+
+        if not (fresh / "preprocessor_config.json").exists():  # written last
+            build_tiny(mini_texts(), config.seed, fresh)
+
+    on_main(build)
+    return fresh
+
+
+def given_path(config: Config, run: Path) -> Path | None:
+    """`start_path` in run directory `run`; None where the model must be built first: stage 0 of `tiny`."""
+    if config.model.path:
+        return Path(config.model.path)
+    previous = run / f"stage{config.stage - 1}" / "hf"
+    if config.stage > 0 and previous.is_dir():
+        return previous
+    if config.preset != "tiny":
+        raise UserError(f"preset {config.preset} has no weights of its own and {previous} does not exist; give a "
+                        "local Qwen2.5-VL folder with --model.path")
+    return TINY_PATH if config.stage > 0 else None
+
+
+def prompt_files(path: Path) -> list[str]:
+    """The files of the model folder `path` that decide a prompt's tokens and where a response ends."""
+    return [name for name in ("tokenizer.json", "preprocessor_config.json", "config.json", "tokenizer_config.json",
+                              "chat_template.jinja", "chat_template.json", "generation_config.json")
+            if (path / name).is_file()]
+
+
+def model_fingerprint(path: Path) -> str:
+    """16 hex digits over the `prompt_files` of the model folder `path`."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name in prompt_files(path):
+        digest.update(hashlib.blake2b((path / name).read_bytes()).digest())
+    return digest.hexdigest()
+
+
+# -- the rows ---------------------------------------------------------------------------------------------------------
+
+
+class RowSize(NamedTuple):
+    """What a row takes of the budgets, in tokens."""
+
+    prompt: int
+    """Image tokens included."""
+    image: int
+    response: int
+    """Of `chosen` in stage 0, else the longest there may be."""
+
+
+class Rejected(NamedTuple):
+    """A row or file that training would refuse, or leave out."""
+
+    where: str
+    problem: str
+    mend: str
+    field: str = ""
+
+
+@dataclass(slots=True)
+class Faults:
+    """What a dry run gathers, where training would stop at the first."""
+
+    rejected: list[Rejected] = field(default_factory=list)
+    settings: list[str] = field(default_factory=list)
+    """What is wrong beside the rows."""
+    notes: list[str] = field(default_factory=list)
+
+    def reject(self, errors: Sequence[RowError]) -> None:
+        """Each problem of each row."""
+        self.rejected += [Rejected(where, problem, mend, name) for error in errors
+                          for where, name, problem, mend in (one.args for one in error.problems)]
+
+    def reject_row(self, where: str, text: str) -> None:
+        """A row with the problem and the mend of a UserError's text."""
+        problem, _, mend = text.rpartition("; ")  # the problem may quote a "; " of the row
+        self.rejected.append(Rejected(where, problem or mend, mend if problem else "correct or drop the row"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What one pass over the rows has found."""
+
+    rows: Index
+    """To train on."""
+    needs: RowNeeds | None
+    """What the rewards have to know of all rows; None in stage 0."""
+    eval_rows: Index | None
+    """Of --data.eval-path."""
+
+    @property
+    def domains(self) -> list[str]:
+        """The domain of each row."""
+        return self.rows.domains
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits over the rows in order and the content of their images, whatever folder they lie in."""
+        return self.rows.fingerprint
+
+
+def plan(config: Config, processor: Processor, stage_dir: Path | None = None, faults: Faults | None = None) -> Plan:
+    """The rows of a stage, read once a host and checked; all ranks must call it together.
+
+    Args:
+        stage_dir: where the process that reads leaves what it found to the others of its host; None: each reads.
+        faults: takes all that is wrong; such rows are left out.
+    Raises:
+        UserError: a row is bad, its prompt over the budget or of no use to its reward, there are none (left, after
+            those that are in an evaluation set), or the preset has no data of its own; on all ranks.
+    """
+    made: list[Plan] = []
+    shared: list[Path] = []
+    if stage_dir is not None and world() > 1 and config.data.path:  # the embedded rows are made, not read
+        shared = [stage_dir / f".{name}-{socket.gethostname()}.npz" for name in ("rows", "eval")]
+    reads = not shared or os.environ.get("LOCAL_RANK", "0") == "0"
+
+    def read() -> None:
+        made.append(_read(config, processor, faults))
+        needs, eval_rows = made[0].needs, made[0].eval_rows
+        if shared:
+            write_atomic(shared[0], made[0].rows.dump({"needs": needs and needs.state_dict()}))
+        if shared and eval_rows is not None:
+            write_atomic(shared[1], eval_rows.dump({}))
+
+    def load() -> None:
+        rows, more = Index.load(shared[0])
+        needs = RowNeeds(config.reward) if config.stage > 0 else None
+        if needs is not None:
+            needs.load_state_dict(more["needs"])
+        made.append(Plan(rows=rows, needs=needs, eval_rows=Index.load(shared[1])[0] if config.data.eval_path else None))
+
+    together(lambda: read() if reads else None)
+    together(lambda: None if reads else load())
+    for file in shared if reads else ():
+        file.unlink(missing_ok=True)
+    if len(set(together(lambda: made[0].fingerprint))) > 1:
+        raise UserError("the rows of --data.path, or their images, are not the same on all hosts; copy one version to "
+                        "every host")
+    return made[0]
+
+
+def row_size(row: Row, config: Config, processor: Processor,
+             image_sizes: Sequence[tuple[int, int]] | None = None) -> RowSize:
+    """The row's size, from its text and the sizes of its images, which are read from their headers if not given.
+
+    Raises:
+        UserError: its prompt is over --data.max-prompt-tokens, or with the response over --batch.max-tokens; or stage
+            0 cannot imitate its `chosen`.
+    """
+    prompt, image = check_prompt(row, processor, max_prompt_tokens=config.data.max_prompt_tokens,
+                                 system_prompt=config.data.system_prompt, image_sizes=image_sizes)
+    response = len(chosen_ids(row, processor)) if config.stage == 0 else config.rollout.max_new_tokens
+    if prompt + response > config.batch.max_tokens:
+        raise UserError(f"row {row.id}: a prompt of {prompt} tokens and up to {response} of response do not fit into "
+                        f"--batch.max-tokens {config.batch.max_tokens}; raise it, or drop the row")
+    return RowSize(prompt, image, response)
+
+
+def embedded_rows(config: Config) -> Sequence[Row]:
+    """The data that the preset brings along; raises UserError if it has none."""
+    if config.preset != "tiny":
+        raise UserError(f"preset {config.preset} has no embedded data; give row files with --data.path")
+    from cosmo_rl.data.prepare.mini import mini_rows
+
+    return mini_rows(config.stage)
+
+
+class _Checks:
+    """What the pass asks of each row; what is wrong with one does not stop it."""
+
+    def __init__(self, config: Config, processor: Processor, faults: Faults | None) -> None:
+        self.config, self.processor, self.faults = config, processor, faults
+        self.needs = self._or_fault(lambda: RowNeeds(config.reward)) if config.stage > 0 else None
+        # the embedded rows are known to fit
+        self.sized = bool(config.data.path) or faults is not None
+        self.problems: dict[int, str] = {}
+        """Of rows, by their number in the pass."""
+        self.own_system: set[int] = set()
+        """Rows with a system message of their own."""
+        self.count = 0
+
+    def __call__(self, row: Row, pictures: Sequence[Picture]) -> RowSize | None:
+        number, self.count = self.count, self.count + 1
+        if row.messages[0]["role"] == "system":
+            self.own_system.add(number)
+        size, problem = None, ""
+        try:
+            if self.sized:
+                size = row_size(row, self.config, self.processor, [picture.size for picture in pictures])
+        except UserError as error:
+            problem = str(error).removeprefix(f"row {row.id}: ")
+        problem = problem or self.ask_needs(row)
+        if problem:
+            self.problems[number] = problem
+        return size
+
+    def ask_needs(self, row: Row) -> str:
+        """What the rewards find wrong with the row."""
+        needs = self.needs
+        problem = needs and self._or_fault(lambda: needs.problem(row))  # a package of a rule may be missing
+        if problem is None:
+            self.needs = None
+        return problem or ""
+
+    def _or_fault(self, action: Callable[[], T]) -> T | None:
+        try:
+            return action()
+        except UserError as error:
+            if self.faults is None:
+                raise
+            self.faults.settings.append(str(error))
+            return None
+
+
+def _read(config: Config, processor: Processor, faults: Faults | None) -> Plan:
+    """`plan` on a process that reads."""
+    data, errors = config.data, None if faults is None else list[RowError]()
+    checks = _Checks(config, processor, faults)
+    load = partial(load_rows, max_image_pixels=data.max_image_pixels, rejected=errors)
+    dropped: dict[int, str] = {}
+    if not data.path:
+        rows = index_rows(embedded_rows(config), max_image_pixels=data.max_image_pixels, check=checks)
+        eval_rows = load(data.eval_path) if data.eval_path else None
+    elif not data.named_sets():
+        rows, eval_rows = load(data.path, check=checks), None
+    else:
+        rows, eval_rows, dropped = _compared(config, load, checks)
+    if faults and errors:
+        faults.reject(errors)
+    kept = data.contaminated == "report"
+    good: list[int] = []
+    own_system = 0
+    for i, number in enumerate(rows.records["order"].tolist()):
+        if i in dropped and faults:
+            if kept:
+                faults.notes.append(f"{rows.where(i)}: {dropped[i]}; it is kept (--data.contaminated report)")
+            else:
+                faults.rejected.append(Rejected(rows.where(i), dropped[i], "remove it, or give --data.contaminated "
+                                                "report to train on such rows"))
+        if i in dropped and not kept:
+            continue
+        if problem := checks.problems.get(number):
+            if faults is None:
+                raise UserError(f"row {rows[i].id}: {problem}")
+            faults.reject_row(rows.where(i), problem)
+            continue
+        good.append(i)
+        own_system += number in checks.own_system
+    if faults and own_system and data.system_prompt:
+        faults.notes.append(f"{own_system:,} rows have a system message of their own, which stands in place of "
+                            "--data.system-prompt")
+    if dropped and not kept:
+        if not good and faults is None:
+            raise UserError(f"all {len(rows)} training rows are in an evaluation set "
+                            f"({', '.join(data.named_sets())}); give other rows with --data.path")
+        if checks.needs:  # which saw them too
+            checks.needs = RowNeeds(config.reward)
+            for i in good:
+                checks.ask_needs(rows[i])
+    return Plan(rows=rows if len(good) == len(rows) else rows.select(good), needs=checks.needs, eval_rows=eval_rows)
+
+
+def _compared(config: Config, load: Callable[..., Index],
+              checks: _Checks) -> tuple[Index, Index | None, dict[int, str]]:
+    """The training rows, those of --data.eval-path, and what to say of each training row that is to be dropped."""
+    from cosmo_rl.data.prepare.contamination import DROPPED, Looks, compare
+
+    def looked_at(paths: Sequence[str], check: Callable[..., RowSize | None] = lambda *_: None) -> tuple[Index, Any]:
+        looks = Looks()
+
+        def both(row: Row, pictures: Sequence[Picture]) -> RowSize | None:
+            looks.add(row, pictures)
+            return check(row, pictures)
+
+        rows = load(paths, check=both, see=looks.see)
+        return rows, [looks.all[number] for number in rows.records["order"].tolist()]
+
+    rows, looks = looked_at(config.data.path, checks)
+    sets = {name: looked_at(paths) for name, paths in config.data.named_sets().items()}
+    report = compare(rows, looks, sets)
+    if report.matches and checks.faults is None:
+        logger.warning("%s", report.table())
+    told = {match.index: f"it is in evaluation set {match.evaluation_set} ({match.kind})" for match in report.matches
+            if match.kind in DROPPED}
+    return rows, sets["eval_path"][0] if config.data.eval_path else None, told
