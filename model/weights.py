@@ -5,8 +5,6 @@ Tensors go by their Hugging Face names, one at a time, so that no rank holds a s
 
 import errno
 import json
-import os
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -15,6 +13,8 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+
+from cosmo_rl.data.disk import replacing
 
 from .load import Processor
 from .parallel import all_gather, rank
@@ -81,12 +81,7 @@ def save_pretrained(policy: Policy, processor: Processor, folder: str | Path,
 
 def _write(policy: Policy, processor: Processor, folder: Path, state: dict[str, torch.Tensor],
            dtype: torch.dtype) -> None:
-    new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
-    if old.exists() and not folder.exists():  # killed between the two renames below: the only whole copy
-        old.rename(folder)
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    try:
+    with replacing(folder) as new:
         new.mkdir(parents=True)
         policy.model.save_pretrained(new, state_dict=state)
         (new / "generation_config.json").unlink(missing_ok=True)  # made up; the folder's own, if any, comes below
@@ -96,17 +91,6 @@ def _write(policy: Policy, processor: Processor, folder: Path, state: dict[str, 
         mode = (new / "config.json").stat().st_mode  # as the umask has it; safetensors writes for the owner alone
         for path in new.iterdir():
             path.chmod(mode)
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
-    except (OSError, SafetensorError):
-        shutil.rmtree(new, ignore_errors=True)
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _with_dtype(config: bytes, dtype: torch.dtype) -> bytes:

@@ -22,6 +22,7 @@ from cosmo_rl.cpgd.run import checkpoint
 from cosmo_rl.cpgd.run.checkpoint import check_state, load_latest, restore, save
 from cosmo_rl.cpgd.run.guard import Guard
 from cosmo_rl.cpgd.run.watch import Watch
+from cosmo_rl.data import disk
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.sampler import PromptSampler
 
@@ -158,11 +159,11 @@ class Killed(BaseException):
     (checkpoint, "dcp_save", False),
     (checkpoint, "dcp_save", True),
     (checkpoint, "_commit", False),
-    (checkpoint, "fsync", False),
-    (Path, "rename", False),
-    (Path, "rename", True),
-    (checkpoint, "write_atomic", False),
-    (checkpoint, "write_atomic", True),
+    (disk, "fsync", False),
+    (Path, "replace", False),
+    (Path, "replace", True),
+    (checkpoint, "replace_file", False),
+    (checkpoint, "replace_file", True),
     (shutil, "rmtree", False),
 ])
 def test_killed_while_saving(tmp_path, monkeypatch, module, name, after):
@@ -190,7 +191,7 @@ def test_killed_while_saving(tmp_path, monkeypatch, module, name, after):
     state = load_latest(tmp_path, again, again_optimizer)
     assert state is not None
     # Only once `latest` is written does the new one count.
-    assert state["step"] == (4 if name == "rmtree" or (name == "write_atomic" and after) else 2)
+    assert state["step"] == (4 if name == "rmtree" or (name == "replace_file" and after) else 2)
     assert_equal(full(again), expected[state["step"]])
     train(again, again_optimizer, 4 - state["step"])
     assert_equal(full(again), expected[4])

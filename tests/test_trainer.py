@@ -101,7 +101,7 @@ MOMENTS = [
     ("cosmo_rl.cpgd.rollout.hf:HFEngine._generate_batch", 2, True, [2]),  # in a rollout
     ("cosmo_rl.cpgd.update:clip_grad_norm", 3, True, [2]),  # in an update, line 3 already written
     ("cosmo_rl.cpgd.run.checkpoint:_write_shards", 4, True, [2]),  # while a checkpoint is written
-    ("cosmo_rl.cpgd.run.checkpoint:write_atomic", 4, False, [2, 4]),  # it is there, `latest` does not name it yet
+    ("cosmo_rl.cpgd.run.checkpoint:replace_file", 4, False, [2, 4]),  # it is there, `latest` does not name it yet
     ("cosmo_rl.data.sampler:PromptSampler.take", 6, False, [4, 6]),  # between two rollouts
     ("cosmo_rl.cpgd.trainer:save_pretrained", 8, False, [6, 8]),  # after the last step
     ("cosmo_rl.cpgd.run.measure:write_measured", 8, False, [6, 8]),  # hf/ is there, the report is not

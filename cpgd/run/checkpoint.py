@@ -26,7 +26,6 @@ import shutil
 import sys
 import zlib
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
 from itertools import chain, count
@@ -43,11 +42,9 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.tensor import DTensor
 
-from cosmo_rl.data.disk import fsync
+from cosmo_rl.data.disk import move, remove, replace_file
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.model.parallel import on_main, rank, together, world
-
-from .rundir import write_atomic
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -114,15 +111,14 @@ def save(
         attempt(lambda: _commit(temp, target, rest, manifest), main_only=True)
     except UserError:
         if rank() == 0:
-            shutil.rmtree(temp, ignore_errors=True)
+            remove(temp)
         raise
     if rank() == 0:
         # A number above this step was left by a run that was then taken back to an earlier checkpoint.
         kept = [path for path in _complete(folder) if _step(path) <= step][-keep:]
         for path in _complete(folder):
             if path not in kept:
-                with suppress(OSError):  # tried again after the next one
-                    _remove(path)
+                remove(path)  # tried again after the next one, if it cannot be
     return target
 
 
@@ -218,7 +214,7 @@ def _before(path: Path) -> Path | None:
 
 def _set_aside(damaged: dict[Path, str], path: Path) -> None:
     """Continue from `path` in later starts too; rename the damaged ones, which the next save would remove."""
-    write_atomic(path.parent / "latest", path.name + "\n")
+    replace_file(path.parent / "latest", path.name + "\n")
     for old, problem in damaged.items():
         names = (old.with_name(f"damaged-{_step(old):06d}" + (f"-{n}" if n else "")) for n in count())
         aside = next(name for name in names if not name.exists())
@@ -267,8 +263,8 @@ def _targets(
 
 def _prepare(folder: Path, temp: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(".tmp-*"):  # of a run killed while it saved
-        _remove(left)
+    for left in (*folder.glob(".tmp-*"), *folder.glob(".step-*")):  # of a run killed while it saved
+        remove(left)
     temp.mkdir()
 
 
@@ -286,14 +282,8 @@ def _commit(temp: Path, target: Path, rest: dict, manifest: dict) -> None:
     (temp / "state.json").write_text(json.dumps(rest), encoding="utf-8")
     manifest |= _checksums([temp / "state.json"])
     (temp / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-    for path in temp.iterdir():
-        fsync(path)
-    fsync(temp)
-    if target.exists() or target.is_symlink():  # not the latest, see save
-        _remove(target)
-    temp.rename(target)
-    fsync(target.parent)
-    write_atomic(target.parent / "latest", target.name + "\n")
+    move(temp, target)
+    replace_file(target.parent / "latest", target.name + "\n")
 
 
 def _share(items: list[T]) -> list[T]:
@@ -377,14 +367,6 @@ def _complete(folder: Path) -> list[Path]:
 
 def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
-
-
-def _remove(path: Path) -> None:
-    """A folder with all in it; of a link the link alone."""
-    if path.is_symlink() or not path.is_dir():
-        path.unlink()
-    else:
-        shutil.rmtree(path)
 
 
 def _latest(folder: Path) -> Path | None:

@@ -186,7 +186,7 @@ def _check_evaluation(config: Config, processor: Processor, eval_rows: Index | N
     unused: list[str] = []
     embedded = {config.eval.split, "validation" if config.eval.every else config.eval.split}
     for split in ["validation"] if eval_rows is not None else sorted(embedded):  # the last one is watched
-        suite = eval_suite(config, split, lambda _: eval_rows, unused)
+        suite = eval_suite(config, split, eval_rows, unused)
         for group, rows in suite.items():
             for i, row in enumerate(rows):
                 try:

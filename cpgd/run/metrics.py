@@ -34,7 +34,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cosmo_rl.data import strict_json
-from cosmo_rl.data.disk import fsync
+from cosmo_rl.data.disk import fsync, replace_file
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.terminal import printable
 from cosmo_rl.model.parallel import together
@@ -42,7 +42,6 @@ from cosmo_rl.model.parallel import together
 from ..rewards.scorer import Scorer
 from ..rollout.values import Group, Rollout
 from ..update import StepResult
-from .rundir import write_atomic
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -258,7 +257,7 @@ class MetricsWriter:
             kept = [row for row in read_metrics(path) if row["step"] <= step]
             if name == "metrics":
                 _tell_gaps(path, kept, step)
-            write_atomic(path, "".join(map(_line, kept)))
+            replace_file(path, "".join(map(_line, kept)))
         if not self._tensorboard:
             return
         from torch.utils.tensorboard import SummaryWriter

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from cosmo_rl.data.collate import check_prompt
+from cosmo_rl.data.disk import replace_file
 from cosmo_rl.data.errors import RowError, UserError
 from cosmo_rl.data.index import Index, Picture, index_rows, load_rows
 from cosmo_rl.data.schema import Row
@@ -26,7 +27,7 @@ from cosmo_rl.model.tiny import TINY_PATH, build_tiny
 from ..config import Config
 from ..rewards.build import RowNeeds
 from ..update import chosen_ids
-from .rundir import RunDir, write_atomic
+from .rundir import RunDir
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -168,9 +169,9 @@ def plan(config: Config, processor: Processor, stage_dir: Path | None = None, fa
         made.append(_read(config, processor, faults))
         needs, eval_rows = made[0].needs, made[0].eval_rows
         if shared:
-            write_atomic(shared[0], made[0].rows.dump({"needs": needs and needs.state_dict()}))
+            replace_file(shared[0], made[0].rows.dump({"needs": needs and needs.state_dict()}))
         if shared and eval_rows is not None:
-            write_atomic(shared[1], eval_rows.dump({}))
+            replace_file(shared[1], eval_rows.dump({}))
 
     def load() -> None:
         rows, more = Index.load(shared[0])

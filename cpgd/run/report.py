@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cosmo_rl.data.disk import replace_file
 from cosmo_rl.data.schema import ImageSource, Row, open_image
 from cosmo_rl.data.terminal import printable, shortened
 
@@ -25,7 +26,6 @@ from ..config import Config
 from ..rewards.word_rules import CAUTION, on_free_text
 from .evaluation import MEASURES, Answered, divided, not_compared, numbers
 from .metrics import read_metrics
-from .rundir import write_atomic
 
 LABELS = {
     "safe_rate": "Unsafe rows refused",
@@ -87,7 +87,7 @@ def write_measured(
         }
         for a in shown
     ]
-    write_atomic(stage_dir / f"{when}.json", json.dumps({
+    replace_file(stage_dir / f"{when}.json", json.dumps({
         "sampled": numbers(sampled), "greedy": numbers(greedy),
         **{f"by_{part}": divided(sampled, greedy, part) for part in ("task", "domain")},
         "not_compared": told(not_compared(sampled)), "shown": rows,
@@ -131,8 +131,8 @@ def finish_report(stage_dir: Path, config: Config, *, seconds: float | None, by_
             "config_hash": config.hash(),
         }
         lines = read_metrics(stage_dir / "metrics.jsonl")
-        write_atomic(stage_dir / "report.html", render(report, config, lines, before, after))
-        write_atomic(path, json.dumps(report, indent=2) + "\n")
+        replace_file(stage_dir / "report.html", render(report, config, lines, before, after))
+        replace_file(path, json.dumps(report, indent=2) + "\n")
     print_table(report, title=f"stage {config.stage}, seed {report['seed']}, {report['steps']} steps")
     return report
 

@@ -16,7 +16,7 @@ import socket
 import time
 from pathlib import Path
 
-from cosmo_rl.data.disk import fsync
+from cosmo_rl.data.disk import replace_file
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.terminal import shortened
 from cosmo_rl.model.parallel import together
@@ -27,26 +27,6 @@ logger = logging.getLogger(__name__)
 ABSENT = "(absent)"
 LONGEST_VALUE = 150
 """Characters of a setting in a message: of two system prompts the mend must still be in torchrun's line."""
-
-
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Replace `path` by `content` (a text in UTF-8): after a crash it holds the old content or the new, never a part.
-
-    Raises:
-        UserError: it cannot be written (disk full, permissions).
-    """
-    beside = path.with_name(f".{path.name}.tmp")
-    try:
-        beside.write_bytes(content if isinstance(content, bytes) else content.encode())
-        fsync(beside)
-        os.replace(beside, path)
-        fsync(path.parent)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; free space or make its folder writable, then repeat the "
-            "command"
-        ) from error
 
 
 def _flat(nested: dict, prefix: str = "") -> dict[str, object]:
@@ -135,7 +115,7 @@ class RunDir:
         """Keep what `changed` names in config.json, and say so; on rank 0, once the run goes on."""
         if not self.changed:
             return
-        write_atomic(self.stage_dir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
+        replace_file(self.stage_dir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
         falls = any(text.startswith("steps ") for text in self.changed)
         logger.info("settings changed since the last start: %s%s", ", ".join(self.changed),
                     f"; the learning rate now falls to step {config.steps}" if falls else "")
@@ -168,7 +148,7 @@ class RunDir:
                 "remove the folder, or continue it with --resume auto"
             )
         if not present:
-            write_atomic(saved, json.dumps(config.to_dict(), indent=2) + "\n")
+            replace_file(saved, json.dumps(config.to_dict(), indent=2) + "\n")
             return
         if not saved.exists():
             raise UserError(
@@ -186,7 +166,7 @@ class RunDir:
             if differing:
                 shutil.rmtree(self.stage_dir / "init", ignore_errors=True)
                 (self.stage_dir / "before.json").unlink(missing_ok=True)
-            write_atomic(saved, json.dumps(config.to_dict(), indent=2) + "\n")
+            replace_file(saved, json.dumps(config.to_dict(), indent=2) + "\n")
         elif differing:
             raise UserError(
                 f"{self.stage_dir} belongs to a run with other settings: {'; '.join(differing)}. Repeat its settings "
