@@ -130,8 +130,8 @@ class Trainer:
         on_main(lambda: self.metrics.rewind(self.step or -1))  # a try without a checkpoint may have measured step 0
         if other_reward and self.step < config.steps:  # as when it failed, and our own error said to mend it
             self.journal.warn(self.step + 1, [
-                f"{config.reward.function}, or a module beside it, is not what it was at the checkpoint: rewards are by "
-                "the new one from here on"])
+                f"{config.reward.function}, or a module beside it, is not what it was at the checkpoint: rewards are "
+                "by the new one from here on"])
         self.measurements.before(self.step, self._save)
         self._train()
         try:

@@ -268,7 +268,8 @@ def optimizer_step(policy: Policy, optimizer: torch.optim.Optimizer, updates: Se
     optimizer.zero_grad(set_to_none=True)
     loss, clipped, drift, entropy, tokens = totals.tolist()
     count = max(tokens, 1)
-    return StepResult(learning_rate, loss, grad_norm, clipped / count, drift / count, entropy / count, int(tokens), logprobs)
+    return StepResult(learning_rate, loss, grad_norm, clipped / count, drift / count, entropy / count, int(tokens),
+                      logprobs)
 
 
 def make_optimizer(policy: Policy, optim: OptimConfig) -> torch.optim.AdamW:

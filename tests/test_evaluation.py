@@ -10,13 +10,13 @@ import pytest
 import runs
 
 from cosmo_rl.cpgd import collect
-from cosmo_rl.cpgd.batch import Response, Sample
 from cosmo_rl.cpgd.config import Config, DataConfig, EvalConfig
 from cosmo_rl.cpgd.rewards.base import NotApplicable
 from cosmo_rl.cpgd.rewards.format import split_thinking
 from cosmo_rl.cpgd.rewards.helpful import Helpful
 from cosmo_rl.cpgd.rewards.task_aware import TaskAware, is_right
 from cosmo_rl.cpgd.rollout.engine import form_batches
+from cosmo_rl.cpgd.rollout.values import Response
 from cosmo_rl.cpgd.run import evaluation
 from cosmo_rl.cpgd.run.evaluation import (
     MEASURES,
@@ -124,8 +124,9 @@ def test_reward_evaluation_and_guard_agree_on_every_answer(fields, tags):
     for answer in ANSWERS:
         for ended in ("stop", "length"):
             text = f"<think> x </think> {answer or ' '}"
-            response = Response(np.array([1]), np.array([0.0], np.float32), ended, 0)
-            sample = Sample(row=row, prompt=cast(Any, None), group=0, k=0, response=response, text=text)
+            request = Request(row=row, prompt=cast(Any, None), k=0, seed=0)
+            sample = Response(request=request, ids=np.array([1]), logprobs=np.array([0.0], np.float32), text=text,
+                              finish_reason=ended, version=0)
             outcome = (Helpful() if row.task == "helpful" else RULES)(sample)
             if unpaid:
                 assert outcome == NotApplicable()
@@ -174,15 +175,13 @@ def test_rows_that_no_rule_can_use_are_told():
 
 def test_suite_of_a_run():
     base = runs.config()
-    loaded = []
-    load = lambda paths: loaded.append(paths) or [*safety_rows("validation")[:6]]
-    suite = eval_suite(replace(base, eval=EvalConfig(max_rows=5)), "validation", load)
+    suite = eval_suite(replace(base, eval=EvalConfig(max_rows=5)), "validation", None)
     assert len(suite) == 7 and {len(rows) for rows in suite.values()} == {5}
     assert all("validation" in row.id for rows in suite.values() for row in rows), "recipes are tuned on this split"
-    assert eval_suite(replace(base, data=DataConfig(path=("own.jsonl",))), "heldout", load) == {} and not loaded
+    assert eval_suite(replace(base, data=DataConfig(path=("own.jsonl",))), "heldout", None) == {}
     data = DataConfig(path=("own.jsonl",), eval_path=("held.jsonl",))
-    own = eval_suite(replace(base, data=data), "heldout", load)
-    assert {name: len(rows) for name, rows in own.items()} == {"unsafe": 2, "benign": 4} and loaded == [("held.jsonl",)]
+    own = eval_suite(replace(base, data=data), "heldout", [*safety_rows("validation")[:6]])
+    assert {name: len(rows) for name, rows in own.items()} == {"unsafe": 2, "benign": 4}
 
 
 # -- batches ----------------------------------------------------------------------------------------------------------

@@ -162,8 +162,9 @@ class Collector:
     def collect(self, version: int, clock: Clock) -> Rollout:
         """The next rollout, of the weights that the engine has, which are those of step `version`."""
         rollout, sampled = self.config.rollout, list[Sample]()
-        groups, first, refill = select(self.sampler.take(rollout.prompts), partial(self._attempt, version, clock, sampled),
-                                       self.sampler.replace, rollout.dynamic_sampling)
+        attempt = partial(self._attempt, version, clock, sampled)
+        groups, first, refill = select(self.sampler.take(rollout.prompts), attempt, self.sampler.replace,
+                                       rollout.dynamic_sampling)
         return Rollout(version=version, groups=tuple(groups), first=tuple(first), refill=refill,
                        advantages=rollout_advantages(groups, self.config.objective),
                        sampled_tokens=sum(len(s.response.ids) for s in sampled))

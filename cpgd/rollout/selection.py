@@ -12,8 +12,6 @@ fewer of them teach.
 """
 
 from collections import Counter
-
-from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""What a stage tells while it trains: lines of its files, the progress view, warnings. Rank 0 writes, all ranks call."""
+"""What a stage tells while it trains: its files, the progress view, warnings. All ranks call, rank 0 writes."""
 
 import logging
 from collections.abc import Sequence

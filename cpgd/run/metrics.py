@@ -129,14 +129,16 @@ def judges_took(scorer: Scorer) -> dict[str, Any]:
     }}
 
 
-def step_line(result: StepResult, told: Mapping[str, Any], clock: Mapping[str, float], sampled: int) -> dict[str, Any]:
+def step_line(result: StepResult, told: Mapping[str, Any], clock: Mapping[str, float],
+              sampled: int) -> dict[str, Any]:
     """The fields of metrics.jsonl that come with an optimizer step.
 
     Args:
         told: of its rollout. clock: seconds by phase. sampled: response tokens of the rollout.
     """
     return {
-        "loss": result.loss, "grad_norm": result.grad_norm, "lr": result.learning_rate, "skipped": not result.finite, **told,
+        "loss": result.loss, "grad_norm": result.grad_norm, "lr": result.learning_rate,
+        "skipped": not result.finite, **told,
         "clip_fraction": result.clip_fraction, "drift": result.drift, "entropy": result.entropy,
         "response_tokens": result.response_tokens, "seconds": {k: round(v, 4) for k, v in clock.items()},
         "tokens_per_second": tokens_per_second(clock, result.response_tokens, sampled),
