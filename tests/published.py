@@ -9,7 +9,7 @@ from datasets import Dataset, Features, Sequence, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from cosmo_rl.data.prepare.adapters.rlvr_ifeval import FUNCTIONS
+from cosmo_rl.data.prepare.adapters.instructions import FUNCTIONS
 
 LIMIT = 10_000
 HINT = "Hint: Please answer the question and provide the correct option letter, e.g., A, B, C, D, at the end."

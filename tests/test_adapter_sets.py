@@ -10,11 +10,12 @@ from published import BUILDERS, lines, picture, rlvr, source_of
 from cosmo_rl.cpgd.rewards.build import build_rewards
 from cosmo_rl.cpgd.run.recipes import recipe
 from cosmo_rl.data.index import load_rows
-from cosmo_rl.data.prepare.adapters import convert as conversion
-from cosmo_rl.data.prepare.adapters.convert import Convert, convert
-from cosmo_rl.data.prepare.adapters.hendrycks_math import last_boxed
-from cosmo_rl.data.prepare.adapters.registry import NAMES, adapter, layout
-from cosmo_rl.data.prepare.adapters.rlvr_ifeval import EXACT, FUNCTIONS
+from cosmo_rl.data.prepare.__main__ import main
+from cosmo_rl.data.prepare.adapters.instructions import EXACT, FUNCTIONS
+from cosmo_rl.data.prepare.adapters.reasoning import last_boxed
+from cosmo_rl.data.prepare.adapters.registry import NAMES, adapter
+from cosmo_rl.data.prepare.convert import convert
+from cosmo_rl.data.prepare.options import Convert
 from cosmo_rl.data.schema import RowError
 
 LISTED = "Which?\nChoices:\n(A) 1\n(B) 2"
@@ -212,10 +213,10 @@ def test_a_long_text_is_read_in_one_pass(tmp_path, name, change):
     assert time.perf_counter() - started < 5
 
 
-@pytest.mark.parametrize("name", [name for name in GOOD if len(layout(name).fields) == 1])
+@pytest.mark.parametrize("name", [name for name in GOOD if len(adapter(name).fields) == 1])
 def test_a_missing_column_is_another_layout(tmp_path, name):
     picture(tmp_path / "1.png", 0)
-    for column in sorted(layout(name).fields[-1]):
+    for column in sorted(adapter(name).fields[-1]):
         lines(tmp_path / "a.jsonl", [{key: value for key, value in GOOD[name].items() if key != column}])
         with pytest.raises(RowError) as caught:
             list(adapter(name)(tmp_path / "a.jsonl"))
@@ -230,7 +231,7 @@ def test_the_rewards_take_the_rows_of_every_set(tmp_path, name):
     out = tmp_path / "rows.jsonl"
     assert convert(Convert(name=name, in_=(str(source_of(name, tmp_path)),), out=str(out))).left_out == 0
     rows = [row for row in load_rows([out], max_image_pixels=10_000) if row.task != "value" or row.answer]
-    assert {row.task for row in load_rows([out], max_image_pixels=10_000)} <= {*layout(name).tasks}
+    assert {row.task for row in load_rows([out], max_image_pixels=10_000)} <= {*adapter(name).tasks}
     without: list[tuple[int, str]] = []
     config = recipe("tiny", 2).reward
     build_rewards(replace(config, task_aware=1.0), rows, without)
@@ -266,7 +267,7 @@ def test_the_last_box(text, answer):
 def test_a_conversion_tells_each_problem_and_counts_the_record_once(tmp_path, capsys):
     talk = TALK("a? <video>", "see <image>")
     lines(tmp_path / "a.jsonl", [{"conversations": talk}, {"conversations": TALK("a?", "b")}])
-    conversion.main(["--name", "llava", "--in", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "rows.jsonl")])
+    main(["convert", "--name", "llava", "--in", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "rows.jsonl")])
     table = capsys.readouterr().out
     assert f"rejected{1:>39}\n" in table
     for told in ("`messages[0].content`: holds <video>", "`chosen`: holds <image>"):
@@ -274,21 +275,22 @@ def test_a_conversion_tells_each_problem_and_counts_the_record_once(tmp_path, ca
 
 
 def test_the_list_names_every_adapter_with_task_layout_and_licence(capsys):
-    conversion.main(["--list"])
+    main(["convert", "--list"])
     told = capsys.readouterr().out
     for name in NAMES:
-        one = layout(name)
+        one = adapter(name)
         block = told[told.index(f"{name:<20}"):].split("\n")[:4]
         assert block[0] == f"{name:<20}{', '.join(one.tasks)}" and f"licence: {one.licence}" in block[1]
         assert all(field in block[3] for fields in one.fields for field in fields)
 
 
 @pytest.mark.parametrize("missing", ["name", "in", "out"])
-def test_a_conversion_without_one_of_its_three_options(tmp_path, missing):
+def test_a_conversion_without_one_of_its_three_options(tmp_path, capsys, missing):
     given = {"name": "llava", "in": str(tmp_path), "out": str(tmp_path / "rows.jsonl")}
     words = [word for name, value in given.items() if name != missing for word in (f"--{name}", value)]
-    with pytest.raises(SystemExit, match=rf"^convert: --{missing} is missing; give --name, --in and --out \(--list"):
-        conversion.main(words)
+    assert main(["convert", *words]) == 1
+    told = f"convert: --{missing} is missing; give --name, --in and --out (--list"
+    assert capsys.readouterr().err.startswith(told)
 
 
 def test_a_letter_that_is_a_value_stays_one(tmp_path):

@@ -1,7 +1,6 @@
 """Each published layout, in rows made up for the test: what becomes of every field, and how another layout is told."""
 
 import json
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +10,12 @@ from published import BUILDERS, HINT, IMAGE, LIMIT, PICTURE, TEXT, lines, parque
 
 from cosmo_rl.data.files import KINDS, read_records
 from cosmo_rl.data.index import load_rows
-from cosmo_rl.data.prepare.adapters import convert as conversion
-from cosmo_rl.data.prepare.adapters.convert import Convert, convert
+from cosmo_rl.data.prepare import convert as conversion
+from cosmo_rl.data.prepare.__main__ import main
 from cosmo_rl.data.prepare.adapters.reading import LayoutError, Record, options
 from cosmo_rl.data.prepare.adapters.registry import NAMES, adapter
+from cosmo_rl.data.prepare.convert import convert
+from cosmo_rl.data.prepare.options import Convert
 from cosmo_rl.data.schema import RowError, open_image, parse_row
 
 
@@ -31,7 +32,7 @@ def published(tmp_path_factory) -> dict[str, tuple[Path, list[dict]]]:
 def test_every_adapter_is_here_and_documented():
     assert tuple(sorted(BUILDERS)) == NAMES
     for name in NAMES:
-        text = import_module(f"cosmo_rl.data.prepare.adapters.{name}").__doc__ or ""
+        text = adapter(name).mapping.__doc__ or ""
         assert all(word in text for word in ("ayout", "Licence: ", "Mapping: ")) and "read" in text.lower(), name
     with pytest.raises(ValueError, match="did you mean vlguard"):
         adapter("VL-Guard")
@@ -54,7 +55,7 @@ def test_the_rows_of_a_published_layout(published, name):
 def test_a_conversion_loads_with_the_same_pictures(published, tmp_path, name, capsys):
     folder, expected = published[name]
     source, out = source_of(name, folder), tmp_path / "rows.jsonl"
-    conversion.main(["--name", name, "--in", str(source), "--out", str(out)])
+    main(["convert", "--name", name, "--in", str(source), "--out", str(out)])
     rows = load_rows([out], max_image_pixels=LIMIT)
     assert [row.id for row in rows] == [row["id"] for row in adapter(name)(source)]
     for row, wanted in zip(rows, adapter(name)(source), strict=True):
@@ -72,8 +73,7 @@ def test_another_layout_is_named_with_file_row_and_field(published, name):
         path = next(path for path in sorted(folder.rglob("*")) if path.suffix in KINDS and "test" not in path.name
                     and "evaluation" not in path.name)
         record = next(read_records(path, kinds=KINDS))[1]
-        layouts = import_module(f"cosmo_rl.data.prepare.adapters.{name}").LAYOUT
-        if layouts.fit(record):
+        if adapter(name).fit(record):
             assert other == name or {other, name} == {"llava", "mathv360k"}
             continue
         with pytest.raises(LayoutError) as caught:
@@ -250,7 +250,7 @@ def test_a_conversion_leaves_out_broken_images_and_says_why(tmp_path, capsys):
         [{"image": f"{i % 3}.png", "safe": False, "instr-resp": pair} for i in range(6)]
         + [{"image": "7.png", "safe": False, "instr-resp": pair}]))
     out = tmp_path / "new" / "rows.jsonl"
-    conversion.main(["--name", "vlguard", "--in", str(tmp_path / "set"), "--out", str(out), "--domain", "risk"])
+    main(["convert", "--name", "vlguard", "--in", str(tmp_path / "set"), "--out", str(out), "--domain", "risk"])
     table = capsys.readouterr().out
     assert "risk            safety      unsafe            4\n" in table
     assert f"rejected{3:>39}\n" in table and f"{2:>9}  as row vlguard:train:2: field `images[0]`: " in table
@@ -289,16 +289,16 @@ def test_a_conversion_never_leaves_half_a_file(published, tmp_path, monkeypatch)
     ({"name": "geometry3k"}, "there is no file train-*.parquet in it"),
     ({"max_image_pixels": 10}, "gave no row, so "),
 ])
-def test_a_conversion_that_cannot_be(published, tmp_path, monkeypatch, change, part):
+def test_a_conversion_that_cannot_be(published, tmp_path, monkeypatch, capsys, change, part):
     monkeypatch.chdir(tmp_path)
     options = {"name": "vlguard", "in_": (str(published["vlguard"][0]),), "out": "rows.jsonl", **change}
     with pytest.raises(ValueError) as caught:
         convert(Convert(**options))
     assert part in str(caught.value)
     assert not list(tmp_path.rglob("*"))
-    with pytest.raises(SystemExit, match=r"^convert: "):
-        conversion.main([word for name, value in options.items()
-                         for word in (f"--{name.rstrip('_').replace('_', '-')}", str(value))])
+    words = [word for name, value in options.items()
+             for word in (f"--{name.rstrip('_').replace('_', '-')}", *(value if isinstance(value, tuple) else [value]))]
+    assert main(["convert", *map(str, words)]) == 1 and capsys.readouterr().err.startswith("convert: ")
 
 
 def test_a_record_reads_truth_values_and_images_strictly(tmp_path):
@@ -333,7 +333,7 @@ def test_a_folder_gives_no_test_split_and_files_of_one_stem_have_their_own_ids(t
     assert next(adapter("mmk12")(tmp_path / "test.jsonl"))["id"] == "mmk12:test:1"  # by its name it is read
 
 
-def test_files_of_one_name_in_two_folders_have_their_own_ids(tmp_path, monkeypatch):
+def test_files_of_one_name_in_two_folders_have_their_own_ids(tmp_path, monkeypatch, capsys):
     talk = {"conversations": [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}]}
     files = [tmp_path / name for name in ("x/train.json", "y/deep/train.json", "y/other.json", "train.jsonl")]
     for file in files:
@@ -345,10 +345,10 @@ def test_files_of_one_name_in_two_folders_have_their_own_ids(tmp_path, monkeypat
     assert ids(*files) == ["llava:x/train:1", "llava:y/deep/train:1", "llava:other:1", "llava:train.jsonl:1"]
     assert [ids(file) for file in files[:2]] == [["llava:train:1"]] * 2, "as they were: none clashes"
     assert ids(files[0], files[2]) == ["llava:train:1", "llava:other:1"]
-    conversion.main(["--name", "llava", "--in", *map(str, files), "--out", str(tmp_path / "rows.jsonl")])
+    main(["convert", "--name", "llava", "--in", *map(str, files), "--out", str(tmp_path / "rows.jsonl")])
     assert len(load_rows([str(tmp_path / "rows.jsonl")], max_image_pixels=1)) == 4, "which refuses two of one id"
-    with pytest.raises(SystemExit, match=r"train.json: the file is given twice; name it once"):
-        conversion.main(["--name", "llava", "--in", *[str(files[0])] * 2, "--out", str(tmp_path / "again.jsonl")])
+    assert main(["convert", "--name", "llava", "--in", *[str(files[0])] * 2, "--out", str(tmp_path / "x.jsonl")]) == 1
+    assert "train.json: the file is given twice; name it once" in capsys.readouterr().err
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to("x")
     for same in ("x/train.json", "y/../x/train.json", "link/train.json"):
@@ -363,7 +363,7 @@ def test_half_a_character_rejects_its_record_only(tmp_path, capsys, field, part)
     good = {"jailbreak_query": "q", "redteam_query": "r", "format": "f", "policy": "p", "image_path": "1.png"}
     lines(tmp_path / "a.jsonl", [good, {**good, field: "\ud800.png"}])
     out = tmp_path / "rows.jsonl"
-    conversion.main(["--name", "jailbreakv_28k", "--in", str(tmp_path / "a.jsonl"), "--out", str(out)])
+    main(["convert", "--name", "jailbreakv_28k", "--in", str(tmp_path / "a.jsonl"), "--out", str(out)])
     table = capsys.readouterr().out
     assert part in table and table.encode() and len(out.read_text().splitlines()) == 1
 
@@ -371,12 +371,12 @@ def test_half_a_character_rejects_its_record_only(tmp_path, capsys, field, part)
 def test_names_of_files_do_not_steer_the_terminal(tmp_path, capsys):
     source, out = tmp_path / "\x1b[2J.jsonl", tmp_path / "\x1b]0;.jsonl"
     lines(source, [{"question": "q", "answer": "#### 3"}, {"question": "q", "answer": "none"}])
-    conversion.main(["--name", "gsm8k", "--in", str(source), "--out", str(out)])
+    main(["convert", "--name", "gsm8k", "--in", str(source), "--out", str(out)])
     table = capsys.readouterr().out
     assert "\\x1b[2J.jsonl:2: field `answer`" in table and table.startswith(str(tmp_path)) and "\x1b" not in table
-    with pytest.raises(SystemExit, match=r"\\x1b\[2J\.jsonl:1: field `level`") as ended:
-        conversion.main(["--name", "hendrycks_math", "--in", str(source), "--out", str(tmp_path / "b.jsonl")])
-    assert "\x1b" not in str(ended.value)
+    assert main(["convert", "--name", "hendrycks_math", "--in", str(source), "--out", str(tmp_path / "b.jsonl")]) == 1
+    error = capsys.readouterr().err
+    assert "\\x1b[2J.jsonl:1: field `level`" in error and "\x1b" not in error
 
 
 @pytest.mark.parametrize("images", [None, []])
