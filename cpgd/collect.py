@@ -22,10 +22,11 @@ from cosmo_rl.model.policy import Policy
 from .advantages import group_advantages
 from .batch import Request, Response, Sample, request_seed
 from .config import Config
-from .rewards.base import Evidence, Outcome, Prepared, RewardFn, check_budget, combine
+from .rewards.base import Evidence, Outcome, check_budget
 from .rewards.format import answer_start
-from .rewards.judged import Judging, with_rules
+from .rewards.scorer import Scorer
 from .rewards.visual_focus import blank_prompt
+from .rollout import values
 from .rollout.engine import Engine, form_batches
 from .update import build_micros
 
@@ -101,16 +102,24 @@ def sample_groups(engine: Engine, rows: Sequence[Row], prompts: Sequence[Encoded
     return list(samples_of(dict(enumerate(responses))).values())
 
 
-class Verdicts:
-    """Outcomes of judged terms, asked for while sampling goes on and collected at its end."""
+def as_value(sample: Sample) -> values.Response:
+    """The response as the scorer takes it."""
+    request = values.Request(row=sample.row, prompt=sample.prompt, k=sample.k, seed=0)
+    old = sample.response
+    return values.Response(request=request, ids=old.ids, logprobs=old.logprobs, text=sample.text,
+                           finish_reason=old.finish_reason, version=old.version)
 
-    def __init__(self, judging: Judging) -> None:
-        self.judging = judging
+
+class Verdicts:
+    """Outcomes of terms, asked for while sampling goes on and collected at its end."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.scorer = scorer
         self.open: list[tuple[list[int], Future[list[dict[str, Outcome]]]]] = []
 
     def ask(self, samples: dict[int, Sample]) -> None:
-        """Begin to judge a batch of this rank's samples, by index."""
-        self.open.append((list(samples), self.judging.submit(list(samples.values()))))
+        """Begin to score a batch of this rank's samples, by index."""
+        self.open.append((list(samples), self.scorer.submit(list(map(as_value, samples.values())))))
 
     def collect(self) -> dict[int, dict[str, Outcome]]:
         """Outcomes by sample index and term, of all ranks; all must call it together."""
@@ -121,15 +130,15 @@ class Verdicts:
         return found
 
 
-def judges_took(judging: Judging | None) -> dict[str, Any]:
+def judges_took(scorer: Scorer | None) -> dict[str, Any]:
     """What the judges' endpoints did since the last time, for a line of metrics.jsonl; all ranks call it together.
 
     Returns:
-        {"judging": {judges of an endpoint: sums over the ranks of `Judging.taken`}}; {} without judges.
+        {"judging": {judges of an endpoint: sums over the ranks of `Scorer.taken`}}; {} without judges.
     """
-    if judging is None or not judging.seats:  # none: an async function of the user's alone
+    if scorer is None or not scorer.clients:
         return {}
-    ranks = together(judging.taken)
+    ranks = together(scorer.taken)
     return {"judging": {
         endpoint: {name: round(sum(took[endpoint].get(name, 0) for took in ranks), 4)
                    for name in dict.fromkeys(name for took in ranks for name in took[endpoint])}
@@ -137,30 +146,20 @@ def judges_took(judging: Judging | None) -> dict[str, Any]:
     }}
 
 
-def score(samples: Sequence[Sample], rewards: Mapping[str, RewardFn], weights: Mapping[str, float], budget: float,
-          evidence: Mapping[int, Evidence] | None = None,
-          judged: Mapping[int, Mapping[str, Outcome]] | None = None, earlier: Sequence[Sample] = ()) -> None:
-    """Fill in reward, terms and failure of every sample; all ranks must call it together, each scores its share.
+def score(samples: Sequence[Sample], scorer: Scorer, budget: float, outcomes: Mapping[int, Mapping[str, Outcome]],
+          evidence: Mapping[int, Evidence] | None = None, earlier: Sequence[Sample] = ()) -> None:
+    """Fill in reward, terms and failure of every sample; all ranks must call it together.
 
     Args:
-        evidence: by sample index, for rewards with `needs_policy`.
-        judged: by sample index, outcomes that stand in a rule's place.
+        outcomes: by sample index, of `Verdicts.collect`.
+        evidence: by sample index, where the scorer needs the policy.
         earlier: scored samples of the same rollout; the budget is one for all.
     Raises:
         RewardBudgetError: on every rank, when too many rewards failed.
     """
-    mine = range(rank(), len(samples), world())
-
-    def outcomes() -> dict[int, tuple[float | None, dict[str, float], str]]:
-        for name, rule in rewards.items():
-            if isinstance(rule, Prepared):
-                rule.prepare([samples[i] for i in mine if name not in (judged or {}).get(i, {})])
-        return {i: combine(with_rules((judged or {}).get(i, {}), rewards, samples[i], (evidence or {}).get(i)), weights)
-                for i in mine}
-
-    for part in together(outcomes):
-        for i, (reward, terms, failure) in part.items():
-            samples[i].reward, samples[i].terms, samples[i].failure = reward, terms, failure
+    for i, sample in enumerate(samples):
+        found = scorer.sample(as_value(sample), outcomes[i], (evidence or {}).get(i))
+        sample.reward, sample.terms, sample.failure = found.reward, found.terms, found.failure
     scored = [*earlier, *samples]
     check_budget([f"{s.id}: {s.failure}" for s in scored if s.reward is None], len(scored), budget)
 

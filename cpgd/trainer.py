@@ -36,9 +36,7 @@ from cosmo_rl.model.weights import full_state_dict, save_pretrained
 from .batch import Sample
 from .collect import Verdicts, fill_advantages, gather_evidence, judges_took, sample_groups, score, split_updates
 from .config import Config
-from .rewards.build import build_rewards
-from .rewards.function import function_digest
-from .rewards.task_aware import TaskAware
+from .rewards.build import RowNeeds, build_scorer
 from .rewards.word_rules import CAUTION, by_words
 from .rollout.hf import HFEngine
 from .run.card import write_card
@@ -86,8 +84,8 @@ class Trainer:
         names = domains(self.rows)
         self.sampler = PromptSampler(names, mixture(config, names), config.seed, config.data.curriculum)
         self.guard, self.watch = Guard(config.eval), Watch()
-        if self.judging:
-            on_main(self.judging.verify)
+        if self.scorer:
+            on_main(self.scorer.verify)
 
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.model.dtype]
         options = {"attention": config.model.attention, "liger": wants_liger(config.model.liger, device)}
@@ -113,10 +111,14 @@ class Trainer:
         data = self.config.data
         check_system_prompt(data.system_prompt, self.processor, max_prompt_tokens=data.max_prompt_tokens)
         self.rows: Sequence[Row] = load_training_rows(self.config, self.processor)
-        self.judging, self.function_digest = None, ""
+        self.scorer, self.function_digest, self.ruled = None, "", set[str]()
         if self.config.stage > 0:
-            self.rewards, self.judging, self.reward_weights = build_rewards(self.config.reward, self.rows)
-            self.function_digest = function_digest(self.rewards)
+            needs = RowNeeds(self.config.reward)
+            for row in self.rows:
+                if problem := needs.problem(row):
+                    raise UserError(f"row {row.id}: {problem}")
+            self.scorer, self.ruled = build_scorer(self.config.reward, needs), needs.ruled
+            self.function_digest = self.scorer.function_digest
 
     def _agree(self) -> None:
         """What each rank has read of its host's files is the same on all.
@@ -273,8 +275,7 @@ class Trainer:
 
     def _by_words(self) -> list[str]:
         """The rewards that word rules give; told loudly, as they cannot judge free text."""
-        task_aware = self.rewards.get("task_aware") if self.config.stage else None
-        ruled = by_words(self.config, task_aware.asked if isinstance(task_aware, TaskAware) else ())
+        ruled = by_words(self.config, self.ruled)
         if ruled:
             logger.warning("WARNING: rewarded by word rules: %s: %s", ", ".join(ruled), CAUTION)
         return ruled
@@ -323,7 +324,7 @@ class Trainer:
                            self.sampler.replace, config.rollout.dynamic_sampling)
         samples = selection.samples
         fill_advantages(samples, config)
-        rewards, took = rollout_summary(selection.first) | selection.counts, judges_took(self.judging)
+        rewards, took = rollout_summary(selection.first) | selection.counts, judges_took(self.scorer)
         sampled = sum(len(s.response.ids) for s in selection.sampled)
         on_main(lambda: self.metrics.samples(sample_lines(samples, config.log.samples, self.step + 1)))
         self._tell(self.step + 1, self.watch.rollout(samples, selection.first, config.rollout.max_new_tokens))
@@ -360,15 +361,16 @@ class Trainer:
         with _timed(clock, "data"):
             rows, prompts = self._encoded(numbers)
         with _timed(clock, "rollout"):
-            verdicts = self.judging and Verdicts(self.judging)
+            assert self.scorer
+            verdicts = Verdicts(self.scorer)
             samples = sample_groups(self.engine, rows, prompts, self.processor, config, self.step,
-                                    judge=verdicts and verdicts.ask, earlier=earlier)
+                                    judge=verdicts.ask, earlier=earlier)
         with _timed(clock, "reward"):
             evidence = None
-            if any(fn.needs_policy for fn in self.rewards.values()):
+            outcomes = verdicts.collect()
+            if self.scorer.needs_policy:
                 evidence = gather_evidence(self.policy, samples, config, self.processor, self.device)
-            score(samples, self.rewards, self.reward_weights, config.reward.failure_budget, evidence,
-                  verdicts and verdicts.collect(), earlier)
+            score(samples, self.scorer, config.reward.failure_budget, outcomes, evidence, earlier)
         self.sampler.observe(pass_rates(numbers, samples))
         return samples
 
@@ -452,8 +454,8 @@ def main(config: Config) -> int:
             try:
                 trainer.run()
             finally:
-                if trainer.judging:
-                    trainer.judging.close()
+                if trainer.scorer:
+                    trainer.scorer.close()
     except (UserError, OSError) as error:
         return fail(error)
     except KeyboardInterrupt:

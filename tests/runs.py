@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 from conftest import ROOT
+from scoring import scorer_of
 
-from cosmo_rl.cpgd.collect import fill_advantages, sample_groups, score
+from cosmo_rl.cpgd.collect import Verdicts, fill_advantages, sample_groups, score
 from cosmo_rl.cpgd.config import Config, ObjectiveConfig
-from cosmo_rl.cpgd.rewards.build import build_rewards
 from cosmo_rl.cpgd.rollout.hf import HFEngine
 from cosmo_rl.cpgd.run.metrics import TIMING_FIELDS, read_metrics
 from cosmo_rl.cpgd.run.recipes import recipe
@@ -254,7 +254,9 @@ def rollout() -> SimpleNamespace:
     prompts = [encode_prompt(row, processor, max_prompt_tokens=512, max_image_pixels=10**6) for row in rows]
     engine = HFEngine(load_model(MODEL), processor, settings.rollout)
     samples = sample_groups(engine, rows, prompts, processor, settings, step=0)
-    rewards, _, weights = build_rewards(settings.reward, rows)
-    score(samples, rewards, weights, 0.1)
+    scorer = scorer_of(settings.reward, rows)
+    (verdicts := Verdicts(scorer)).ask(dict(enumerate(samples)))
+    score(samples, scorer, 0.1, verdicts.collect())
+    scorer.close()
     fill_advantages(samples, settings)
     return SimpleNamespace(rows=rows, prompts=prompts, samples=samples, engine=engine, processor=processor)

@@ -10,6 +10,7 @@ from cosmo_rl.cpgd import collect
 from cosmo_rl.cpgd.batch import request_seed
 from cosmo_rl.cpgd.collect import fill_advantages, generate, sample_groups, score, split_updates
 from cosmo_rl.cpgd.rewards.base import Failed, NotApplicable, RewardBudgetError, Score
+from cosmo_rl.cpgd.rewards.scorer import Scorer
 
 
 @pytest.fixture
@@ -60,23 +61,17 @@ def test_ranks_share_whole_batches(monkeypatch):
         assert response.logprobs.tobytes() == whole[i].logprobs.tobytes()
 
 
-class Fixed:
-    """A reward term that says what it is told, by sample id."""
-
-    needs_policy = False
-
-    def __init__(self, outcomes, other):
-        self.outcomes, self.other = outcomes, other
-
-    def __call__(self, sample, evidence=None):
-        return self.outcomes.get(sample.id, self.other)
+def told(by_id, samples):
+    """Outcomes by sample index, of terms that say what they are told by sample id, else their second value."""
+    return {i: {name: said.get(s.id, other) for name, (said, other) in by_id.items()} for i, s in enumerate(samples)}
 
 
 def test_a_failed_reward_leaves_its_group(samples):
     first = samples[0].row.id
-    rewards = {"a": Fixed({f"{first}#0": Failed("no judge"), f"{first}#1": Score(1.0)}, Score(0.25)),
-               "b": Fixed({f"{first}#1": NotApplicable()}, Score(1.0))}
-    score(samples, rewards, {"a": 1.0, "b": 3.0}, budget=0.1)
+    outcomes = told({"a": ({f"{first}#0": Failed("no judge"), f"{first}#1": Score(1.0)}, Score(0.25)),
+                     "b": ({f"{first}#1": NotApplicable()}, Score(1.0))}, samples)
+    scorer = Scorer({}, {"a": 1.0, "b": 3.0})
+    score(samples, scorer, 0.1, outcomes)
     assert samples[0].reward is None and samples[0].failure == "a: no judge"
     assert samples[1].reward == 1.0 and samples[1].terms == {"a": 1.0}
     assert samples[2].reward == (0.25 + 3) / 4 and samples[2].failure == ""
@@ -87,26 +82,7 @@ def test_a_failed_reward_leaves_its_group(samples):
     assert all(s.advantage == 0 for s in samples[4:])
 
     with pytest.raises(RewardBudgetError, match=rf"1 of 24 responses.*{first}#0: a: no judge"):
-        score(samples, rewards, {"a": 1.0, "b": 3.0}, budget=0.04)
-
-
-class Ahead(Fixed):
-    """A term that can work ahead."""
-
-    def __init__(self):
-        super().__init__({}, Score(1.0))
-        self.ahead = []
-
-    def prepare(self, samples):
-        self.ahead += [s.id for s in samples]
-
-
-def test_a_rank_prepares_its_own_samples_that_no_judge_has_taken(samples, monkeypatch):
-    monkeypatch.setattr(collect, "rank", lambda: 1)
-    monkeypatch.setattr(collect, "world", lambda: 2)
-    term = Ahead()
-    score(samples, {"a": term}, {"a": 1.0}, budget=1.0, judged={3: {"a": Score(0.5)}})
-    assert term.ahead == [s.id for s in samples[1::2] if s is not samples[3]]
+        score(samples, scorer, 0.04, outcomes)
 
 
 def test_updates_are_whole_groups_in_order(samples):

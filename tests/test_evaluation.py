@@ -3,14 +3,13 @@
 import threading
 import time
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import pytest
 import runs
+from scoring import outcome_of
 
 from cosmo_rl.cpgd import collect
-from cosmo_rl.cpgd.batch import Response, Sample
 from cosmo_rl.cpgd.config import Config, DataConfig, EvalConfig
 from cosmo_rl.cpgd.rewards.base import NotApplicable
 from cosmo_rl.cpgd.rewards.format import split_thinking
@@ -124,9 +123,7 @@ def test_reward_evaluation_and_guard_agree_on_every_answer(fields, tags):
     for answer in ANSWERS:
         for ended in ("stop", "length"):
             text = f"<think> x </think> {answer or ' '}"
-            response = Response(np.array([1]), np.array([0.0], np.float32), ended, 0)
-            sample = Sample(row=row, prompt=cast(Any, None), group=0, k=0, response=response, text=text)
-            outcome = (Helpful() if row.task == "helpful" else RULES)(sample)
+            outcome = outcome_of(Helpful() if row.task == "helpful" else RULES, text, row, ended)
             if unpaid:
                 assert outcome == NotApplicable()
                 continue

@@ -18,6 +18,7 @@ from cosmo_rl.cpgd.batch import Sample, request_seed
 from cosmo_rl.cpgd.collect import sample_groups, score, split_updates
 from cosmo_rl.cpgd.config import Config, DataConfig, ObjectiveConfig, RolloutConfig
 from cosmo_rl.cpgd.rewards.base import Failed, RewardBudgetError, Score
+from cosmo_rl.cpgd.rewards.scorer import Scorer
 from cosmo_rl.cpgd.run.metrics import read_metrics
 from cosmo_rl.cpgd.selection import has_signal, pass_rates, select
 from cosmo_rl.data.prepare.mini import general_rows, safety_rows
@@ -141,27 +142,20 @@ def test_seeds_go_on_counting_in_later_rounds(monkeypatch):
     assert len({r.seed for r in asked}) == 24
 
 
-class First:
-    """A reward that fails for the first response of each group."""
-
-    needs_policy = False
-
-    def __call__(self, sample, evidence=None):
-        return Failed("no judge") if sample.k == 0 else Score(0.5)
-
-
 def test_one_failure_budget_for_all_rounds():
     """A round of two prompts must not stop a run whose rollout is within the budget; nor may a bad one pass."""
     samples = [replace(s, terms={}) for s in runs.rollout().samples]
     earlier, fresh = samples[:16], samples[16:]
     for s in earlier:
         s.reward = 0.5
-    score(fresh, {"a": First()}, {"a": 1.0}, 0.1, earlier=earlier)
+    scorer = Scorer({}, {"a": 1.0})
+    outcomes = {i: {"a": Failed("no judge") if s.k == 0 else Score(0.5)} for i, s in enumerate(fresh)}
+    score(fresh, scorer, 0.1, outcomes, earlier=earlier)
     assert [s.reward for s in fresh] == [None, 0.5, 0.5, 0.5] * 2
     with pytest.raises(RewardBudgetError, match=r"2 of 24 responses"):
-        score(fresh, {"a": First()}, {"a": 1.0}, 0.08, earlier=earlier)
+        score(fresh, scorer, 0.08, outcomes, earlier=earlier)
     with pytest.raises(RewardBudgetError, match=r"2 of 8 responses"):
-        score(fresh, {"a": First()}, {"a": 1.0}, 0.1)
+        score(fresh, scorer, 0.1, outcomes)
 
 
 @pytest.mark.parametrize(("options", "message"), [

@@ -37,9 +37,9 @@ from cosmo_rl.model.load import TINY_PATH, Processor, check_attention, load_proc
 
 from ..config import Config
 from ..rewards.base import Failed, NotApplicable, Score
-from ..rewards.build import build_rewards
+from ..rewards.build import RowNeeds, build_scorer
 from ..rewards.function import UserFunction
-from ..rewards.task_aware import judge
+from ..rewards.task_aware import rules
 from ..rewards.word_rules import CAUTION, by_words
 from .ending import fail, leave
 from .evaluation import MEASURES, eval_batches, eval_suite
@@ -249,8 +249,8 @@ def _check_evaluation(config: Config, processor: Processor, found: Findings) -> 
                     found.rejected.append(_told(_where(rows, i, row), str(error).removeprefix(f"row {row.id}: ")))
                 else:
                     found.asked.setdefault(f"{split} {group}", []).append(prompt)
-    with judge() as rules:
-        unused += [f"row {row.id}: {problem}" for row in suite.get("general", ()) if (problem := rules.problem(row))]
+    with rules() as right:
+        unused += [f"row {row.id}: {problem}" for row in suite.get("general", ()) if (problem := right.problem(row))]
     if unused:
         found.notes.append(f"evaluation: {len(unused):,} rows are not measured, as no rule can use them; the first: "
                            f"{' | '.join(unused[:PLACES])}")
@@ -269,20 +269,20 @@ def _check_positions(prompt: Prompt, processor: Processor, config: Config) -> No
 
 def _rewarded(rows: Sequence[Row], config: Config, found: Findings) -> Sequence[Row]:
     """The rows that have a reward rule or judge; the sizes of the others go too."""
-    without: list[tuple[int, str]] = []
+    reward = replace(config.reward, judge_cache="")
     try:
-        rewards, judging, _ = build_rewards(replace(config.reward, judge_cache=""), rows, without)
+        needs = RowNeeds(reward)
+        without = [(i, problem) for i, row in enumerate(rows) if (problem := needs.problem(row))]
+        scorer = build_scorer(reward, needs)
     except UserError as error:
         found.settings.append(str(error))
         return rows
-    if judging:
-        judging.close()
+    scorer.close()
     found.rejected += [_told(_where(rows, i, rows[i]), problem) for i, problem in without]
     gone = {i for i, _ in without}
     kept = [i for i in range(len(rows)) if i not in gone]
-    function = rewards.get("function")
-    if isinstance(function, UserFunction):
-        _try_function(function, (rows[i] for i in kept), found)
+    if scorer.function:
+        _try_function(scorer.function, (rows[i] for i in kept), found)
     found.sizes = [found.sizes[i] for i in kept]
     return select(rows, kept) if gone else rows
 
