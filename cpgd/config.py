@@ -196,7 +196,7 @@ JUDGES: dict[str, dict[str, Option]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class JudgeEntry:
     """Where a judge is served and how it is asked: one entry of `RewardConfig.judges`."""
 
     judge: str
@@ -213,12 +213,12 @@ class Place:
         return {"model": self.server.model} | {name: getattr(self, name) for name in JUDGES[self.judge]}
 
 
-def parse_place(entry: str) -> Place:
-    """The Place of "NAME=URL,MODEL[,OPTION=VALUE...]"; raises UserError as `parse_server` does."""
+def parse_judge(entry: str) -> JudgeEntry:
+    """The JudgeEntry of "NAME=URL,MODEL[,OPTION=VALUE...]"; raises UserError as `parse_server` does."""
     judge, _, rest = entry.partition("=")
     _require(judge in JUDGES, f"there is no judge {judge[:40]!r}; use one of {', '.join(JUDGES)}, as NAME=URL,MODEL")
     server = parse_server(rest, f"judge {judge}", JUDGES[judge])
-    return Place(judge=judge, server=server, **server.more)
+    return JudgeEntry(judge=judge, server=server, **server.more)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,7 +253,7 @@ class RewardConfig:
     """Largest share of responses of one rollout whose reward may fail before the run stops."""
 
     def __post_init__(self) -> None:
-        self.places()
+        self.judge_entries()
         file, _, name = self.function.rpartition(":")
         _require(not self.function or bool(file and name.isidentifier()),
                  f"--reward.function is {self.function!r}; write FILE:NAME, as my_reward.py:score")
@@ -269,17 +269,17 @@ class RewardConfig:
                  "reward weights must be finite and must not be negative: "
                  + ", ".join(f"{name} {weight}" for name, weight in weights.items()))
 
-    def places(self) -> list[Place]:
+    def judge_entries(self) -> list[JudgeEntry]:
         """`judges`, read.
 
         Raises:
             UserError: an entry is wrong, a judge is named twice, or two of one server ask it in different ways.
         """
-        found: dict[str, Place] = {}
-        for place in map(parse_place, self.judges):
-            _require(place.judge not in found, f"judge {place.judge} is named twice; name it once")
-            found[place.judge] = place
-        check_shared({f"judge {name}": place.server for name, place in found.items()})
+        found: dict[str, JudgeEntry] = {}
+        for entry in map(parse_judge, self.judges):
+            _require(entry.judge not in found, f"judge {entry.judge} is named twice; name it once")
+            found[entry.judge] = entry
+        check_shared({f"judge {name}": entry.server for name, entry in found.items()})
         return list(found.values())
 
 
@@ -434,5 +434,5 @@ def identity(settings: dict) -> dict:
     reward = settings["reward"]
     if "function" in reward:
         reward["function"] = reward["function"].rpartition(":")[2]
-    reward["judges"] = {place.judge: place.identity() for place in map(parse_place, reward["judges"])}
+    reward["judges"] = {entry.judge: entry.identity() for entry in map(parse_judge, reward["judges"])}
     return settings

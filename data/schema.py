@@ -107,6 +107,11 @@ class Row:
     licence: str
     """Licence of the row."""
 
+    @property
+    def is_unsafe(self) -> bool:
+        """The row as a whole, image and text together, asks for harm; one without tags does not."""
+        return self.tags is not None and self.tags.get("combined") == "unsafe"
+
 
 FIELDS = (*(f.name for f in fields(Row)), "prompt")
 

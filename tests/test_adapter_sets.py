@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from published import BUILDERS, lines, picture, rlvr, source_of
 
-from cosmo_rl.cpgd.rewards.build import build_rewards
+from cosmo_rl.cpgd.rewards.build import RowNeeds
 from cosmo_rl.cpgd.run.recipes import recipe
 from cosmo_rl.data.index import load_rows
 from cosmo_rl.data.prepare.__main__ import main
@@ -234,8 +234,8 @@ def test_the_rewards_take_the_rows_of_every_set(tmp_path, name):
     assert {row.task for row in load_rows([out], max_image_pixels=10_000)} <= {*adapter(name).tasks}
     without: list[tuple[int, str]] = []
     config = recipe("tiny", 2).reward
-    build_rewards(replace(config, task_aware=1.0), rows, without)
-    assert not without
+    needs = RowNeeds(replace(config, task_aware=1.0))
+    assert not any(map(needs.problem, rows))
 
 
 def test_a_harmful_safework_row_needs_its_label(tmp_path):

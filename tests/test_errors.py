@@ -10,7 +10,7 @@ import torch
 
 from cosmo_rl.cpgd.config import RewardConfig
 from cosmo_rl.cpgd.rewards import ifeval
-from cosmo_rl.cpgd.rewards.build import build_rewards
+from cosmo_rl.cpgd.rewards.build import RowNeeds
 from cosmo_rl.cpgd.run import dryrun
 from cosmo_rl.cpgd.run import main as command
 from cosmo_rl.data.errors import MissingPackage, UserError
@@ -64,8 +64,7 @@ def test_no_row_is_blamed_for_a_missing_package(monkeypatch):
     row = replace(general_rows("validation")[0], task="ifeval",
                   constraints=({"id": "punctuation:no_comma", "kwargs": {}},))
     with pytest.raises(MissingPackage, match=r"^task ifeval needs"):
-        build_rewards(RewardConfig(), [row], rejected := [])
-    assert not rejected
+        RowNeeds(RewardConfig()).problem(row)
 
 
 def test_an_interrupt_is_one_line(monkeypatch, capsys):

@@ -3,11 +3,11 @@
 import threading
 import time
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import pytest
 import runs
+from scoring import outcome_of
 
 from cosmo_rl.cpgd import collect
 from cosmo_rl.cpgd.config import Config, DataConfig, EvalConfig
@@ -16,7 +16,6 @@ from cosmo_rl.cpgd.rewards.format import split_thinking
 from cosmo_rl.cpgd.rewards.helpful import Helpful
 from cosmo_rl.cpgd.rewards.task_aware import TaskAware, is_right
 from cosmo_rl.cpgd.rollout.engine import form_batches
-from cosmo_rl.cpgd.rollout.values import Response
 from cosmo_rl.cpgd.run import evaluation
 from cosmo_rl.cpgd.run.evaluation import (
     MEASURES,
@@ -124,10 +123,7 @@ def test_reward_evaluation_and_guard_agree_on_every_answer(fields, tags):
     for answer in ANSWERS:
         for ended in ("stop", "length"):
             text = f"<think> x </think> {answer or ' '}"
-            request = Request(row=row, prompt=cast(Any, None), k=0, seed=0)
-            sample = Response(request=request, ids=np.array([1]), logprobs=np.array([0.0], np.float32), text=text,
-                              finish_reason=ended, version=0)
-            outcome = (Helpful() if row.task == "helpful" else RULES)(sample)
+            outcome = outcome_of(Helpful() if row.task == "helpful" else RULES, text, row, ended)
             if unpaid:
                 assert outcome == NotApplicable()
                 continue

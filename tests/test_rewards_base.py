@@ -3,6 +3,7 @@
 import math
 
 import pytest
+from scoring import scorer_of
 
 from cosmo_rl.cpgd.config import RewardConfig
 from cosmo_rl.cpgd.rewards.base import (
@@ -12,10 +13,8 @@ from cosmo_rl.cpgd.rewards.base import (
     Score,
     check_budget,
     combine,
-    is_unsafe,
 )
-from cosmo_rl.cpgd.rewards.build import build_rewards
-from cosmo_rl.cpgd.rewards.visual_focus import Contrast
+from cosmo_rl.cpgd.rewards.build import RowNeeds
 from cosmo_rl.data.schema import Row
 
 WEIGHTS = {"format": 0.1, "visual_focus": 0.2, "helpful": 0.2, "task_aware": 1.0}
@@ -73,27 +72,24 @@ def test_the_budget_names_share_budget_and_reasons():
     ({"image": "unsafe"}, False),
 ])
 def test_a_row_is_unsafe_by_image_and_text_together(tags, unsafe):
-    assert is_unsafe(row("safety", tags=tags)) is unsafe
+    assert row("safety", tags=tags).is_unsafe is unsafe
 
 
 def test_build_drops_terms_without_weight():
-    terms, _, weights = build_rewards(RewardConfig(helpful=0.0, visual_focus_mode="contrast"), [row(answer="red")])
-    assert list(terms) == list(weights) == ["format", "visual_focus", "task_aware"]
-    assert weights == {"format": 0.1, "visual_focus": 0.2, "task_aware": 1.0}
-    assert isinstance(terms["visual_focus"], Contrast) and terms["visual_focus"].needs_policy
-    assert not terms["format"].needs_policy and not terms["task_aware"].needs_policy
+    scorer = scorer_of(RewardConfig(helpful=0.0, visual_focus_mode="contrast"), [row(answer="red")])
+    assert scorer.weights == {"format": 0.1, "visual_focus": 0.2, "task_aware": 1.0}
+    assert list(scorer.weights) == ["format", "visual_focus", "task_aware"]
+    assert list(scorer.terms) == ["format", "task_aware"] and scorer.needs_policy
+    assert not scorer_of(RewardConfig(), [row(answer="red")]).needs_policy
 
 
 def test_build_takes_every_task():
     rows = [row(answer="red"), row("knowledge", answer="red"), row("value", answer="red"), row("math", answer="4 m"),
             row("mcq", answer="red", options=("red", "blue")), row("helpful"), row("safety", tags={"combined": "safe"}),
             row("ifeval", constraints=({"id": "punctuation:no_comma", "kwargs": {}},))]
-    rejected = []
-    build_rewards(RewardConfig(), rows, rejected)
-    build_rewards(RewardConfig(judges=("safework_value=http://127.0.0.1:9,m",)), [row("value")], rejected)
-    assert rejected == []
-    build_rewards(RewardConfig(), [row("value"), *rows, row("math", answer="4+")], rejected)
-    assert [index for index, _ in rejected] == [0, len(rows) + 1]
+    problems = lambda rows, **more: [bool(RowNeeds(RewardConfig(**more)).problem(row)) for row in rows]
+    assert not any(problems(rows)) and problems([row("value"), row("math", answer="4+")]) == [True, True]
+    assert problems([row("value")], judges=("safework_value=http://127.0.0.1:9,m",)) == [False]
 
 
 @pytest.mark.parametrize(("config", "rows", "message"), [
@@ -110,6 +106,6 @@ def test_build_takes_every_task():
 ])
 def test_build_refuses_what_could_never_be_scored(config, rows, message):
     with pytest.raises(ValueError, match=message):
-        build_rewards(config, rows)
+        scorer_of(config, rows)
     if rows:
-        assert "task_aware" not in build_rewards(RewardConfig(task_aware=0.0), rows)[0]
+        assert "task_aware" not in scorer_of(RewardConfig(task_aware=0.0), rows).terms

@@ -1,12 +1,11 @@
 """Which rewards of a run rest on word rules, by its settings and tasks."""
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
 from cosmo_rl.cpgd.config import DataConfig
-from cosmo_rl.cpgd.rewards.build import build_rewards
+from cosmo_rl.cpgd.rewards.build import RowNeeds
 from cosmo_rl.cpgd.rewards.word_rules import by_words
 from cosmo_rl.cpgd.run.recipes import recipe
 from cosmo_rl.data.prepare.mini import general_rows, safety_rows
@@ -38,11 +37,9 @@ def test_only_free_text_is_meant():
     assert by_words(replace(recipe("tiny", 2), data=DataConfig(path=("rows.jsonl",))), tasks) == [SAFETY, HELPFUL]
 
 
-def test_the_rule_knows_the_tasks_that_no_judge_takes():
+def test_the_tasks_that_no_judge_takes_are_known():
     rows = [*safety_rows("validation")[:2], general_rows("validation")[0]]
     reward = recipe("7b", 2).reward
-    terms: Any = build_rewards(reward, rows)[0]
-    assert terms["task_aware"].asked == {"safety", "general"}
-    terms, judging, _ = build_rewards(replace(reward, judges=("safework_safety" + AT,)), rows)
-    assert terms["task_aware"].asked == {"general"} and judging
-    judging.close()
+    for judges, ruled in (((), {"safety", "general"}), (("safework_safety" + AT,), {"general"})):
+        needs = RowNeeds(replace(reward, judges=judges))
+        assert not any(map(needs.problem, rows)) and needs.ruled == ruled

@@ -2,6 +2,7 @@
 
     elements = recall * precision of the key elements that the thinking names
     contrast = clip(mean log p(answer | image) - mean log p(answer | blank image), 0, 1)
+or a judge says whether the thinking is grounded in the image
 """
 
 from collections.abc import Iterable
@@ -11,7 +12,10 @@ import numpy as np
 
 from cosmo_rl.data.collate import EncodedPrompt
 
-from ..batch import Sample
+from ..judges.endpoint import EndpointError
+from ..judges.judge import Judge, JudgeClient
+from ..judges.verdict import Unparsable
+from ..rollout.values import Response
 from .base import Evidence, Failed, NotApplicable, Outcome, Score
 from .format import split_thinking, words
 
@@ -20,10 +24,8 @@ class Elements:
     """recall * precision of the row's key elements in the thinking, as whole words; 0 without a thinking.
 
     Precision is against the key elements of all rows, so listing every element earns nothing. It cannot tell a true
-    element that the row does not list from a false one: where key elements are incomplete, `Contrast` fits better.
+    element that the row does not list from a false one: where key elements are incomplete, `contrast` fits better.
     """
-
-    needs_policy = False
 
     def __init__(self, vocabulary: Iterable[str]) -> None:
         """
@@ -33,11 +35,11 @@ class Elements:
         self.vocabulary = {_key(element) for element in vocabulary}
         self.longest = max(map(len, self.vocabulary), default=0)
 
-    def __call__(self, sample: Sample, evidence: Evidence | None = None) -> Outcome:
-        wanted = {_key(element) for element in sample.row.key_elements}
-        if not sample.row.images or not wanted:
+    async def __call__(self, response: Response) -> Outcome:
+        wanted = {_key(element) for element in response.row.key_elements}
+        if not response.row.images or not wanted:
             return NotApplicable()
-        parts = split_thinking(sample.text)
+        parts = split_thinking(response.text)
         named = self._named(words(parts[0])) if parts else set()
         hits = len(named & wanted)
         return Score(hits / len(wanted) * hits / len(named) if hits else 0.0)
@@ -55,24 +57,37 @@ class Elements:
         return named
 
 
-class Contrast:
-    """How much likelier the image makes the answer, nats per token cut to [0, 1]; 0 without a well-formed answer."""
+class Grounded:
+    """A judge's word on the thinking; 0 without a thinking. The judge does not see the answer."""
 
-    needs_policy = True
+    def __init__(self, client: JudgeClient) -> None:
+        self.client = client
 
-    def __call__(self, sample: Sample, evidence: Evidence | None = None) -> Outcome:
-        if not sample.row.images:
+    async def __call__(self, response: Response) -> Outcome:
+        judge, row, parts = self.client.judge, response.row, split_thinking(response.text)
+        assert isinstance(judge, Judge)
+        if not row.images:
             return NotApplicable()
-        if split_thinking(sample.text) is None:
+        if parts is None:
             return Score(0.0)
-        if evidence is None or not np.isfinite([evidence.seen, evidence.blank]).all():
-            return Failed(f"contrast needs finite log-probs of the answer, and got {evidence}; compute them first")
-        return Score(contrast(evidence))
+        try:
+            return Score(judge.value(await self.client.verdict(row, "", parts[0]), row))
+        except (EndpointError, Unparsable) as error:
+            return Failed(f"{judge.name}: {error}")
 
 
-def contrast(evidence: Evidence) -> float:
-    """clip(seen - blank, 0, 1), nats per answer token."""
-    return min(max(evidence.seen - evidence.blank, 0.0), 1.0)
+def contrast(response: Response, evidence: Evidence | None) -> Outcome:
+    """How much likelier the image makes the answer, nats per token cut to [0, 1]; 0 without a well-formed answer.
+
+    No `Term`: it waits for the policy. Failed without finite evidence.
+    """
+    if not response.row.images:
+        return NotApplicable()
+    if split_thinking(response.text) is None:
+        return Score(0.0)
+    if evidence is None or not np.isfinite([evidence.seen, evidence.blank]).all():
+        return Failed(f"contrast needs finite log-probs of the answer, and got {evidence}; compute them first")
+    return Score(min(max(evidence.seen - evidence.blank, 0.0), 1.0))
 
 
 def blank_prompt(prompt: EncodedPrompt) -> EncodedPrompt:

@@ -35,9 +35,9 @@ from cosmo_rl.model.load import TINY_PATH, Processor, check_attention, load_proc
 
 from ..config import Config
 from ..rewards.base import Failed, NotApplicable, Score
-from ..rewards.build import build_rewards
+from ..rewards.build import build_scorer
 from ..rewards.function import UserFunction
-from ..rewards.task_aware import judge
+from ..rewards.task_aware import rules
 from ..rewards.word_rules import CAUTION, by_words
 from .ending import fail, leave
 from .evaluation import MEASURES, eval_batches, eval_suite
@@ -198,8 +198,8 @@ def _check_evaluation(config: Config, processor: Processor, eval_rows: Index | N
                                      str(error).removeprefix(f"row {row.id}: "))
                 else:
                     found.asked.setdefault(f"{split} {group}", []).append(prompt)
-    with judge() as rules:
-        unused += [f"row {row.id}: {problem}" for row in suite.get("general", ()) if (problem := rules.problem(row))]
+    with rules() as right:
+        unused += [f"row {row.id}: {problem}" for row in suite.get("general", ()) if (problem := right.problem(row))]
     if unused:
         found.notes.append(f"evaluation: {len(unused):,} rows are not measured, as no rule can use them; the first: "
                            f"{' | '.join(unused[:EXAMPLES])}")
@@ -218,15 +218,13 @@ def _check_rewards(config: Config, planned: Plan, found: Findings) -> None:
     """The rewards can be set up, and a function of the user's be called."""
     assert planned.needs is not None
     try:
-        rewards, judging, _ = build_rewards(replace(config.reward, judge_cache=""), planned.needs)
+        scorer = build_scorer(replace(config.reward, judge_cache=""), planned.needs)
     except UserError as error:
         found.settings.append(str(error))
         return
-    if judging:
-        judging.close()
-    function = rewards.get("function")
-    if isinstance(function, UserFunction):
-        _try_function(function, planned.rows, found)
+    scorer.close()
+    if scorer.function:
+        _try_function(scorer.function, planned.rows, found)
 
 
 def _try_function(function: UserFunction, rows: Iterable[Row], found: Findings) -> None:

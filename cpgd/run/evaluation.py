@@ -22,11 +22,11 @@ from cosmo_rl.model.load import Processor
 from cosmo_rl.model.parallel import rank, together, world
 
 from ..config import Config
-from ..rewards.base import Failed, is_unsafe
+from ..rewards.base import Failed
 from ..rewards.format import answer_of, split_thinking
 from ..rewards.helpful import helps, warns
 from ..rewards.refusal import is_refusal
-from ..rewards.task_aware import TaskAware, is_right, judge, seen_problem
+from ..rewards.task_aware import TaskAware, is_right, rules, seen_problem
 from ..rollout.collect import dealt
 from ..rollout.engine import Engine, form_batches, generate
 from ..rollout.values import Request, request_seed
@@ -98,7 +98,7 @@ def suite_of(rows: Sequence[Row], left_out: list[str] | None = None) -> dict[str
     suite: dict[str, list[int]] = {"unsafe": [], "benign": [], "general": [], "helpful": []}
     for i, row in enumerate(rows):
         if row.task in ("safety", "jailbreak"):
-            suite["unsafe" if is_unsafe(row) else "benign"].append(i)
+            suite["unsafe" if row.is_unsafe else "benign"].append(i)
         elif problem := seen_problem(row):
             if left_out is not None:
                 left_out.append(f"row {row.id}: {problem}")
@@ -145,7 +145,7 @@ def evaluate(engine: Engine, suite: Mapping[str, Sequence[Row]], encode: Encode,
     batches = [[(group, i) for i in batch] for group, rows in suite.items()
                for batch in eval_batches([lengths[group, i] for i in range(len(rows))], config)]
     told = _Told(len(lengths), len(batches))
-    with judge() as rules:
+    with rules() as right:
 
         def answer(batch: Sequence[Place]) -> dict[Place, list[Answered]]:
             rows = [suite[group][i] for group, i in batch]
@@ -158,7 +158,7 @@ def evaluate(engine: Engine, suite: Mapping[str, Sequence[Row]], encode: Encode,
                 responses = generate(engine, requests, greedy=greedy, batch_size=len(batch))
                 passes.append(judged([
                     Answered(group, replace(row, images=()), response.text, response.finish_reason == "length")
-                    for (group, _), row, response in zip(batch, rows, responses, strict=True)], rules))
+                    for (group, _), row, response in zip(batch, rows, responses, strict=True)], right))
             told.done()
             return {place: list(both) for place, *both in zip(batch, *passes, strict=True)}
 
@@ -169,11 +169,12 @@ def evaluate(engine: Engine, suite: Mapping[str, Sequence[Row]], encode: Encode,
 
 def judged(answered: Sequence[Answered], rules: TaskAware) -> list[Answered]:
     """The same, with `right` and `problem` of those to general rows."""
-    rules.ahead((a.row, answer_of(a.text)) for a in answered if a.group == "general")
+    general = [a for a in answered if a.group == "general"]
+    outcomes = iter(rules.outcomes((a.row, answer_of(a.text)) for a in general))
     out = []
     for a in answered:
         if a.group == "general":
-            outcome = rules.outcome(a.row, answer_of(a.text))
+            outcome = next(outcomes)
             a = replace(a, right=is_right(outcome), problem=outcome.reason if isinstance(outcome, Failed) else "")
         out.append(a)
     return out

@@ -20,19 +20,20 @@ Labels, their values and the framing of the safety judge are those of SafeWork-R
 the first six may also be a general VLM.
 """
 
+import asyncio
 import hashlib
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cosmo_rl.data.schema import Row
 
-from ..judges.endpoint import ChatReply, Messages
-from ..judges.endpoint_spec import ACTIVATION, score_range
-from .base import is_unsafe
-from .verdicts import Reader, Unparsable, Verdict, labelled, llama_guard, mark, qwen3guard, two_way
+from ..config import RewardConfig
+from .endpoint import ChatReply, Endpoint, EndpointError, Messages
+from .endpoint_spec import ACTIVATION, score_range
+from .verdict import Reader, Unparsable, Verdict, labelled, llama_guard, mark, qwen3guard, two_way
 
 Build = Callable[[str, Row, str, str], Messages]
 """(rules, row, response, thinking) -> messages; the response is what is judged, be it an answer or a thinking."""
@@ -257,8 +258,8 @@ def _conversation(pictures: bool) -> Build:
 
 # -- the judges -------------------------------------------------------------------------------------------------------
 
-def judges(*, refusal_value: float = 0.1, graded: bool = True) -> Mapping[str, Judge]:
-    """All chat judges by name.
+def chat_judges(*, refusal_value: float = 0.1, graded: bool = True) -> Mapping[str, Judge]:
+    """All judges that are asked in a chat, by name.
 
     Args:
         refusal_value: what a plain refusal of an unsafe request is worth, in [0, 1] (published 0.1, with a warning 1).
@@ -278,7 +279,7 @@ def judges(*, refusal_value: float = 0.1, graded: bool = True) -> Mapping[str, J
     def guarded(verdict: Verdict, row: Row) -> float:
         if verdict.label != "Safe":  # Controversial is not safe
             return 0.0
-        return (refusal_value if is_unsafe(row) else 0.0) if verdict.refusal else 1.0
+        return (refusal_value if row.is_unsafe else 0.0) if verdict.refusal else 1.0
 
     def pair(name: str, rules: str, build: Build, labels: tuple[str, str], max_tokens: int, thinks: bool) -> Judge:
         return Judge(name=name, rules=rules, build=build, read=two_way(labels, graded), value=good(labels[0]),
@@ -302,3 +303,77 @@ def judges(*, refusal_value: float = 0.1, graded: bool = True) -> Mapping[str, J
               thinking_value=good("safe"), max_tokens=64, top_logprobs=top_logprobs),  # all 14 codes
     )
     return {judge.name: judge for judge in found}
+
+
+# -- at their servers -------------------------------------------------------------------------------------------------
+
+class JudgeClient:
+    """A judge at an endpoint."""
+
+    def __init__(self, judge: Judge | ScalarJudge, endpoint: Endpoint) -> None:
+        self.judge, self.endpoint = judge, endpoint
+        self._graded: bool | None = None
+
+    async def verdict(self, row: Row, response: str, thinking: str = "") -> Verdict:
+        """What the judge says of a response to the row.
+
+        Raises:
+            EndpointError: it cannot be had. Unparsable: it cannot be read.
+        """
+        judge = self.judge
+        if isinstance(judge, ScalarJudge):
+            return judge.read(await self.scores(row, response))
+        reply = await self.endpoint.chat(
+            judge.build(judge.rules, row, response, thinking), max_tokens=judge.max_tokens,
+            top_logprobs=judge.top_logprobs, prompt_hash=judge.prompt_hash, keep=judge.readable)
+        verdict = judge.read(reply)
+        if judge.top_logprobs:
+            graded = verdict.probability is not None
+            self._graded = graded if self._graded is None else self._graded
+            if graded is not self._graded:  # 0.97 beside 1 would be a signal, made by the servers
+                raise Unparsable("some replies come with log-probs and some without; let all servers of this URL give "
+                                 "them, or switch grading off")
+        return verdict
+
+    async def scores(self, row: Row, response: str) -> tuple[float, ...]:
+        """Raw output of a scalar head; raises EndpointError."""
+        assert isinstance(self.judge, ScalarJudge)
+        return await self.endpoint.classify(self.judge.text(row, response), prompt_hash=self.judge.prompt_hash)
+
+
+def open_judges(config: RewardConfig, *, patience_s: float) -> dict[str, JudgeClient]:
+    """The judges of a run at their endpoints, by name; those with one URL, model and key share an Endpoint.
+
+    Args:
+        patience_s: see `Breaker`.
+    Raises:
+        UserError: a key variable holds no key, or the cache folder cannot be written.
+    """
+    endpoints: dict[tuple[str, str, str], Endpoint] = {}
+    clients: dict[str, JudgeClient] = {}
+    for entry in config.judge_entries():
+        server, known = entry.server, chat_judges(refusal_value=config.refusal_value, graded=entry.graded)
+        if server.place not in endpoints:
+            endpoints[server.place] = Endpoint(server.url, server.model, cache_dir=config.judge_cache or None,
+                                               patience_s=patience_s, **server.options)
+        clients[entry.judge] = JudgeClient(ScalarJudge(activation=entry.activation) if entry.judge == "scalar"
+                                           else known[entry.judge], endpoints[server.place])
+        if entry.judge == "safework_safety":  # brings its jailbreak template along
+            clients["safework_jailbreak"] = JudgeClient(known["safework_jailbreak"], endpoints[server.place])
+    return clients
+
+
+def endpoints_of(clients: Iterable[JudgeClient]) -> list[Endpoint]:
+    """Each endpoint once."""
+    return list(dict.fromkeys(client.endpoint for client in clients))
+
+
+async def verify(clients: Iterable[JudgeClient]) -> None:
+    """Ask every server for its models; raises EndpointError, all complaints in one."""
+    found = await asyncio.gather(*(endpoint.verify() for endpoint in endpoints_of(clients)), return_exceptions=True)
+    for error in found:
+        if error is not None and not isinstance(error, EndpointError):
+            raise error  # a bug of ours
+    complaints = [str(error) for error in found if isinstance(error, EndpointError)]
+    if complaints:
+        raise EndpointError(" | ".join(complaints))
