@@ -48,7 +48,8 @@ class Fixed:
 
 def collected(rows, scorer, engine=None, **changes):
     config = runs.config()
-    config = replace(config, rollout=replace(config.rollout, prompts=len(rows)), **changes)
+    optim = replace(config.optim, updates_per_rollout=1)
+    config = replace(config, rollout=replace(config.rollout, prompts=len(rows)), optim=optim, **changes)
     return runs.collector(rows, engine or Recorded(), scorer, config).collect(5, {})
 
 
