@@ -19,7 +19,7 @@ from cosmo_rl.data.prompts import check_system_prompt, introduce
 from cosmo_rl.data.sampler import PromptSampler
 from cosmo_rl.model.liger import wants_liger
 from cosmo_rl.model.load import load_model, load_processor
-from cosmo_rl.model.parallel import on_main, rank, shard, together
+from cosmo_rl.model.parallel import agree, on_main, rank, shard, together
 from cosmo_rl.model.policy import Policy, Update
 from cosmo_rl.model.weights import full_state_dict, save_pretrained
 
@@ -65,9 +65,12 @@ class Trainer:
         processor = self.processor = load_processor(path, config.data.resize_pixels)
         data = config.data
         together(lambda: check_system_prompt(data.system_prompt, processor, max_prompt_tokens=data.max_prompt_tokens))
+        agree(data.system_prompt, "--data.system-prompt is not the same on all ranks; put its file on every host")
         self.plan = plan(config, processor, run.stage_dir)
         self.scorer = self._open_scorer() if config.stage else None
-        self._agree()
+        self.function_digest = self.scorer.function_digest if self.scorer else ""
+        agree(self.function_digest, "the file of --reward.function, or a module beside it, is not the same on all "
+                                    "ranks; copy one version to every host")
         self.model_fingerprint = model_fingerprint(path)
         self.sampler = PromptSampler(self.plan.domains, mixture(config, self.plan.domains), config.seed,
                                      data.curriculum)
@@ -101,18 +104,6 @@ class Trainer:
         together(lambda: found.append(build_scorer(self.config.reward, self.plan.needs)))
         on_main(found[0].verify)
         return found[0]
-
-    def _agree(self) -> None:
-        """What each rank has read of its host's files is the same on all.
-
-        Raises:
-            UserError: it is not, as where one host lacks the file, whose name is then taken for the prompt.
-        """
-        if len(set(together(lambda: self.config.data.system_prompt))) > 1:
-            raise UserError("--data.system-prompt is not the same on all ranks; put its file on every host")
-        if len(set(together(lambda: self.scorer.function_digest if self.scorer else ""))) > 1:
-            raise UserError("the file of --reward.function, or a module beside it, is not the same on all ranks; copy "
-                            "one version to every host")
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
@@ -182,15 +173,14 @@ class Trainer:
         self.skipped_in_row, self.trained_s = state["skipped_in_row"], state["trained_s"]
         guard.enforce()
         logger.info("resumed at step %d", self.step)
-        return state.get("function_digest", "") != (self.scorer.function_digest if self.scorer else "")
+        return state.get("function_digest", "") != self.function_digest
 
     def _save(self) -> None:
         on_main(lambda: self.metrics.sync())
         state = {"iteration": self.iteration, "skipped_in_row": self.skipped_in_row, "trained_s": self.trained_s,
                  "sampler": self.sampler.state_dict(), "guard": self.measurements.guard.state_dict(),
                  "watch": self.watch.state_dict(), "fingerprint": self.plan.fingerprint,
-                 "model_fingerprint": self.model_fingerprint,
-                 "function_digest": self.scorer.function_digest if self.scorer else "",
+                 "model_fingerprint": self.model_fingerprint, "function_digest": self.function_digest,
                  "config": self.config.to_dict(), "config_hash": self.config.hash()}
         save(self.run_dir.checkpoints, self.step, self.policy, self.optimizer, state, self.config.checkpoint.keep)
 
@@ -239,8 +229,6 @@ class Trainer:
             results.append(result)
         self.journal.warn(self.step, self.watch.updated(results))
         self.iteration += 1
-
-    # -- one optimizer step -------------------------------------------------------------------------------------------
 
     def _optimizer_step(self, updates: Sequence[Update]) -> StepResult:
         optim = self.config.optim

@@ -86,6 +86,16 @@ def together(action: Callable[[], T]) -> list[T]:
     return [cast(T, value) for value, _ in outcomes]
 
 
+def agree(value: str, complaint: str) -> None:
+    """All ranks hold the same `value`, which each has read of its host's files; all ranks must call it.
+
+    Raises:
+        UserError: `complaint`, on every rank.
+    """
+    if len(set(together(lambda: value))) > 1:
+        raise UserError(complaint)
+
+
 def on_main(action: Callable[[], object]) -> None:
     """Run `action` on rank 0; all ranks must call it.
 

@@ -21,7 +21,7 @@ from cosmo_rl.data.errors import RowError, UserError
 from cosmo_rl.data.index import Index, Picture, index_rows, load_rows
 from cosmo_rl.data.schema import Row
 from cosmo_rl.model.load import Processor
-from cosmo_rl.model.parallel import on_main, together, world
+from cosmo_rl.model.parallel import agree, on_main, together, world
 from cosmo_rl.model.tiny import TINY_PATH, build_tiny
 
 from ..config import Config
@@ -184,9 +184,8 @@ def plan(config: Config, processor: Processor, stage_dir: Path | None = None, fa
     together(lambda: None if reads else load())
     for file in shared if reads else ():
         file.unlink(missing_ok=True)
-    if len(set(together(lambda: made[0].fingerprint))) > 1:
-        raise UserError("the rows of --data.path, or their images, are not the same on all hosts; copy one version to "
-                        "every host")
+    agree(made[0].fingerprint, "the rows of --data.path, or their images, are not the same on all hosts; copy one "
+                               "version to every host")
     return made[0]
 
 
