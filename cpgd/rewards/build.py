@@ -61,7 +61,7 @@ class RowNeeds:
         if row.task == "value" and not row.answer and not judged:
             return (f"there is no reward rule for task value without `answer`; add it, name judge {BY_TASK['value']} "
                     "in --reward.judges, or set --reward.task-aware 0")
-        if judged or needs_answer(row):
+        if judged:
             return needs_answer(row)
         self.ruled.add(row.task)
         return self.rules.problem(row)
