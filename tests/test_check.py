@@ -29,7 +29,7 @@ def knowing(*names: str, wrong: int = 0):
     for name in names:
         judge = chat_judges()[name]
         for number, probe in enumerate(probes(name)):
-            text = text_of({"messages": judge.build(judge.rules, probe.row, probe.response, probe.thinking)})
+            text = text_of({"messages": judge.build(judge.rules, probe.row, probe.response)})
             known[text] = probe.labels[-1] if number >= wrong else "neither of them"
 
     def oracle(body) -> str:

@@ -195,7 +195,7 @@ def test_judges_do_not_see_it():
     message: Any = {"role": "system", "content": "swordfish"}
     asked = row(messages=(message, *row().messages))
     for judge in chat_judges().values():
-        assert "swordfish" not in str(judge.build(judge.rules, asked, "an answer", "a thought"))
+        assert "swordfish" not in str(judge.build(judge.rules, asked, "an answer"))
 
 
 # -- on a chat template -----------------------------------------------------------------------------------------------

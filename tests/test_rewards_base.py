@@ -3,9 +3,7 @@
 import math
 
 import pytest
-from scoring import scorer_of
 
-from cosmo_rl.cpgd.config import RewardConfig
 from cosmo_rl.cpgd.rewards.base import (
     Failed,
     NotApplicable,
@@ -14,7 +12,6 @@ from cosmo_rl.cpgd.rewards.base import (
     check_budget,
     combine,
 )
-from cosmo_rl.cpgd.rewards.build import RowNeeds
 from cosmo_rl.data.schema import Row
 
 WEIGHTS = {"format": 0.1, "visual_focus": 0.2, "helpful": 0.2, "task_aware": 1.0}
@@ -73,39 +70,3 @@ def test_the_budget_names_share_budget_and_reasons():
 ])
 def test_a_row_is_unsafe_by_image_and_text_together(tags, unsafe):
     assert row("safety", tags=tags).is_unsafe is unsafe
-
-
-def test_build_drops_terms_without_weight():
-    scorer = scorer_of(RewardConfig(helpful=0.0, visual_focus_mode="contrast"), [row(answer="red")])
-    assert scorer.weights == {"format": 0.1, "visual_focus": 0.2, "task_aware": 1.0}
-    assert list(scorer.weights) == ["format", "visual_focus", "task_aware"]
-    assert list(scorer.terms) == ["format", "task_aware"] and scorer.needs_policy
-    assert not scorer_of(RewardConfig(), [row(answer="red")]).needs_policy
-
-
-def test_build_takes_every_task():
-    rows = [row(answer="red"), row("knowledge", answer="red"), row("value", answer="red"), row("math", answer="4 m"),
-            row("mcq", answer="red", options=("red", "blue")), row("helpful"), row("safety", tags={"combined": "safe"}),
-            row("ifeval", constraints=({"id": "punctuation:no_comma", "kwargs": {}},))]
-    problems = lambda rows, **more: [bool(RowNeeds(RewardConfig(**more)).problem(row)) for row in rows]
-    assert not any(problems(rows)) and problems([row("value"), row("math", answer="4+")]) == [True, True]
-    assert problems([row("value")], judges=("safework_value=http://127.0.0.1:9,m",)) == [False]
-
-
-@pytest.mark.parametrize(("config", "rows", "message"), [
-    (RewardConfig(), [row(answer="red"), row("value")], "row r1: .* no reward rule for task value without `answer`; "
-     "add it, name judge safework_value in --reward.judges, or set --reward.task-aware 0"),
-    (RewardConfig(), [row("knowledge")], "row r1: task knowledge is rewarded against `answer`, which is missing"),
-    (RewardConfig(), [row("math")], "row r1: task math is rewarded against `answer`, which is missing"),
-    (RewardConfig(), [row("math", answer="4"), row("math", answer="4+")], "row r1: `answer` '4[+]': math-verify"),
-    (RewardConfig(), [row("mcq", answer="C", options=("red", "blue"))], "row r1: `answer` 'C' does not name exactly"),
-    (RewardConfig(), [row("ifeval", constraints=({"id": "x"},))], "row r1: there is no constraint 'x'"),
-    (RewardConfig(), [row()], "row r1: task general is rewarded against `answer`, which is missing"),
-    (RewardConfig(refusal_value=1.5), [], r"--reward.refusal-value is 1.5; give a value in \[0, 1\]"),
-    (RewardConfig(format=0, visual_focus=0, helpful=0, task_aware=0), [], "every reward weight is 0"),
-])
-def test_build_refuses_what_could_never_be_scored(config, rows, message):
-    with pytest.raises(ValueError, match=message):
-        scorer_of(config, rows)
-    if rows:
-        assert "task_aware" not in scorer_of(RewardConfig(task_aware=0.0), rows).terms

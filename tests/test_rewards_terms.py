@@ -17,6 +17,7 @@ from cosmo_rl.cpgd.rewards.format import (
     readings,
     same_answer,
     split_thinking,
+    thinking_of,
     words,
 )
 from cosmo_rl.cpgd.rewards.helpful import Helpful
@@ -301,6 +302,14 @@ def test_rules_for_a_while_end_their_workers():
         processes = list(right.math.workers._all)
         assert processes and all(process.poll() is None for process in processes)
     assert all(process.poll() is not None for process in processes)
+
+
+@pytest.mark.parametrize(("text", "thinking"), [
+    ("<think> a secret </think> b", "a secret"), ("no thought", ""), ("<think> open", ""), ("a </think> b", "a"),
+    ("", ""),
+])
+def test_the_thinking_of_any_text(text, thinking):
+    assert thinking_of(text) == thinking
 
 
 @pytest.mark.parametrize(("text", "found"), [

@@ -25,8 +25,7 @@ from cosmo_rl.cpgd.judges.endpoint import Endpoint, EndpointDown, EndpointError,
 from cosmo_rl.cpgd.judges.judge import JudgeClient, ScalarJudge, chat_judges
 from cosmo_rl.cpgd.rewards import build
 from cosmo_rl.cpgd.rewards.base import Failed, Score
-from cosmo_rl.cpgd.rewards.judge_term import JudgeTerm
-from cosmo_rl.cpgd.rewards.visual_focus import Grounded
+from cosmo_rl.cpgd.rewards.judge_terms import Grounded, JudgeTerm
 from cosmo_rl.cpgd.run.metrics import read_metrics
 from cosmo_rl.data.collate import encode_prompt
 from cosmo_rl.data.prepare.mini import general_rows, safety_rows
@@ -207,7 +206,7 @@ def test_a_judge_held_to_its_labels_gives_scores(chat, name):
 @pytest.mark.parametrize("name", [name for name, judge in chat_judges().items() if judge.top_logprobs])
 def test_probability_of_the_good_label(chat, name):
     judge = replace(chat_judges()[name], max_tokens=64)
-    messages = judge.build(judge.rules, SEEN, ANSWER, THINKING)
+    messages = judge.build(judge.rules, SEEN, ANSWER)
     reply, _ = use(chat, lambda endpoint: endpoint.chat(
         messages, max_tokens=judge.max_tokens, top_logprobs=judge.top_logprobs), extra_body=held_to(SAID[name]))
     good, bad = (sum(float(np.exp(logprob)) for token, logprob in reply.top if label.startswith(token))

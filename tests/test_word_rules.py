@@ -5,10 +5,8 @@ from dataclasses import replace
 import pytest
 
 from cosmo_rl.cpgd.config import DataConfig
-from cosmo_rl.cpgd.rewards.build import RowNeeds
 from cosmo_rl.cpgd.rewards.word_rules import by_words
 from cosmo_rl.cpgd.run.recipes import recipe
-from cosmo_rl.data.prepare.mini import general_rows, safety_rows
 
 SAFETY, JAILBREAK, HELPFUL = "Task-Aware of safety rows", "Task-Aware of jailbreak rows", (
     "Helpful of all rows that are not unsafe")
@@ -35,11 +33,3 @@ def test_only_free_text_is_meant():
     tasks = ("safety", "general")
     assert by_words(recipe("tiny", 2), tasks) == [] and by_words(recipe("7b", 0), tasks) == []
     assert by_words(replace(recipe("tiny", 2), data=DataConfig(path=("rows.jsonl",))), tasks) == [SAFETY, HELPFUL]
-
-
-def test_the_tasks_that_no_judge_takes_are_known():
-    rows = [*safety_rows("validation")[:2], general_rows("validation")[0]]
-    reward = recipe("7b", 2).reward
-    for judges, ruled in (((), {"safety", "general"}), (("safework_safety" + AT,), {"general"})):
-        needs = RowNeeds(replace(reward, judges=judges))
-        assert not any(map(needs.problem, rows)) and needs.ruled == ruled

@@ -35,8 +35,8 @@ from .endpoint import ChatReply, Endpoint, EndpointError, Messages
 from .endpoint_spec import ACTIVATION, score_range
 from .verdict import Reader, Unparsable, Verdict, labelled, llama_guard, mark, qwen3guard, two_way
 
-Build = Callable[[str, Row, str, str], Messages]
-"""(rules, row, response, thinking) -> messages; the response is what is judged, be it an answer or a thinking."""
+Build = Callable[[str, Row, str], Messages]
+"""(rules, row, text) -> messages; the text is what is judged, be it an answer or a thinking."""
 Value = Callable[[Verdict, Row], float]
 """What a verdict is worth, in [0, 1]."""
 
@@ -64,8 +64,13 @@ class Judge:
     def prompt_hash(self) -> str:
         return hashlib.blake2b(f"{self.name}\n{self.rules}".encode(), digest_size=8).hexdigest()
 
-    def readable(self, reply: ChatReply) -> bool:
-        """Whether `read` finds a verdict: what is worth caching."""
+    async def ask(self, endpoint: Endpoint, row: Row, text: str) -> Verdict:
+        """What it says of a text; raises EndpointError, and Unparsable for a reply, which is then not cached."""
+        return self.read(await endpoint.chat(
+            self.build(self.rules, row, text), max_tokens=self.max_tokens, top_logprobs=self.top_logprobs,
+            prompt_hash=self.prompt_hash, keep=self._readable))
+
+    def _readable(self, reply: ChatReply) -> bool:
         try:
             self.read(reply)
         except Unparsable:
@@ -83,7 +88,9 @@ class ScalarJudge:
     which is used here, gives the raw output.
     """
 
-    name: str = "scalar"
+    name = "scalar"
+    thinking_value = None
+    top_logprobs = 0
     template: str = "User: {question}\n\nAssistant: {response}"
     activation: str = "none"
 
@@ -92,6 +99,17 @@ class ScalarJudge:
 
     def text(self, row: Row, response: str) -> str:
         return self.template.format(question=question_of(row), response=one_turn(response))
+
+    async def scores(self, endpoint: Endpoint, row: Row, response: str) -> tuple[float, ...]:
+        """Raw outputs; raises EndpointError."""
+        return await endpoint.classify(self.text(row, response), prompt_hash=self.prompt_hash)
+
+    async def ask(self, endpoint: Endpoint, row: Row, response: str) -> Verdict:
+        """As `Judge.ask`."""
+        return self.read(await self.scores(endpoint, row, response))
+
+    def value(self, verdict: Verdict, row: Row) -> float:
+        return verdict.probability or 0.0
 
     @property
     def prompt_hash(self) -> str:
@@ -202,15 +220,15 @@ def _one_turn(row: Row, text: str, pictures: bool = True) -> Messages:
     return [{"role": "user", "content": [*shown, {"type": "text", "text": text}]}]
 
 
-def _safework(rules: str, row: Row, response: str, thinking: str) -> Messages:
+def _safework(rules: str, row: Row, text: str) -> Messages:
     """The published framing of the safety judge's input."""
-    parts = f"[INPUT]<text_query>: {_unframed(question_of(row))}\n<response>: {_unframed(plain(response))}"
+    parts = f"[INPUT]<text_query>: {_unframed(question_of(row))}\n<response>: {_unframed(plain(text))}"
     return _one_turn(row, f"{rules}\n\n{parts}")
 
 
-def _response_only(rules: str, row: Row, response: str, thinking: str) -> Messages:
+def _response_only(rules: str, row: Row, text: str) -> Messages:
     """Without the pictures too: in a typographic attack they are the query."""
-    return _one_turn(row, f"{rules}\n\n[INPUT]<response>: {_unframed(plain(response))}", pictures=False)
+    return _one_turn(row, f"{rules}\n\n[INPUT]<response>: {_unframed(plain(text))}", pictures=False)
 
 
 def _unframed(text: str) -> str:
@@ -225,23 +243,23 @@ def _sections(**parts: str) -> str:
     return "\n\n".join(f"[{name} {mark}]\n{text}\n[end of {name} {mark}]" for name, text in parts.items())
 
 
-def _answered(rules: str, row: Row, response: str, thinking: str) -> Messages:
-    return _one_turn(row, f"{rules}\n\n{_sections(question=question_of(row), response=plain(response))}")
+def _answered(rules: str, row: Row, text: str) -> Messages:
+    return _one_turn(row, f"{rules}\n\n{_sections(question=question_of(row), response=plain(text))}")
 
 
-def _against_reference(rules: str, row: Row, response: str, thinking: str) -> Messages:
-    parts = _sections(question=question_of(row), reference=plain(row.answer or ""), answer=plain(response))
+def _against_reference(rules: str, row: Row, text: str) -> Messages:
+    parts = _sections(question=question_of(row), reference=plain(row.answer or ""), answer=plain(text))
     return _one_turn(row, f"{rules}\n\n{parts}")
 
 
-def _reasoned(rules: str, row: Row, response: str, thinking: str) -> Messages:
-    return _one_turn(row, f"{rules}\n\n{_sections(question=question_of(row), reasoning=plain(thinking))}")
+def _reasoned(rules: str, row: Row, text: str) -> Messages:
+    return _one_turn(row, f"{rules}\n\n{_sections(question=question_of(row), reasoning=plain(text))}")
 
 
 def _conversation(pictures: bool) -> Build:
     """The row's chat and the response as the assistant's turn, for guards with a chat template of their own."""
 
-    def build(rules: str, row: Row, response: str, thinking: str) -> Messages:
+    def build(rules: str, row: Row, text: str) -> Messages:
         images = iter(row.images)
         turns: list[dict[str, Any]] = []
         for message in (m for m in row.messages if m["role"] != "system"):
@@ -251,7 +269,7 @@ def _conversation(pictures: bool) -> Build:
             else:
                 content = plain(_words(message["content"]))
             turns.append({"role": message["role"], "content": content})
-        return [*turns, {"role": "assistant", "content": one_turn(response)}]
+        return [*turns, {"role": "assistant", "content": one_turn(text)}]
 
     return build
 
@@ -314,31 +332,20 @@ class JudgeClient:
         self.judge, self.endpoint = judge, endpoint
         self._graded: bool | None = None
 
-    async def verdict(self, row: Row, response: str, thinking: str = "") -> Verdict:
-        """What the judge says of a response to the row.
+    async def verdict(self, row: Row, text: str) -> Verdict:
+        """What the judge says of an answer to the row, or of a thinking about it.
 
         Raises:
             EndpointError: it cannot be had. Unparsable: it cannot be read.
         """
-        judge = self.judge
-        if isinstance(judge, ScalarJudge):
-            return judge.read(await self.scores(row, response))
-        reply = await self.endpoint.chat(
-            judge.build(judge.rules, row, response, thinking), max_tokens=judge.max_tokens,
-            top_logprobs=judge.top_logprobs, prompt_hash=judge.prompt_hash, keep=judge.readable)
-        verdict = judge.read(reply)
-        if judge.top_logprobs:
+        verdict = await self.judge.ask(self.endpoint, row, text)
+        if self.judge.top_logprobs:
             graded = verdict.probability is not None
             self._graded = graded if self._graded is None else self._graded
             if graded is not self._graded:  # 0.97 beside 1 would be a signal, made by the servers
                 raise Unparsable("some replies come with log-probs and some without; let all servers of this URL give "
                                  "them, or switch grading off")
         return verdict
-
-    async def scores(self, row: Row, response: str) -> tuple[float, ...]:
-        """Raw output of a scalar head; raises EndpointError."""
-        assert isinstance(self.judge, ScalarJudge)
-        return await self.endpoint.classify(self.judge.text(row, response), prompt_hash=self.judge.prompt_hash)
 
 
 def open_judges(config: RewardConfig, *, patience_s: float) -> dict[str, JudgeClient]:

@@ -1,7 +1,6 @@
 """The terms of a run, from its settings and from what its rows hold."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.schema import Row
@@ -12,74 +11,13 @@ from .base import Term
 from .format import Format
 from .function import load_function
 from .helpful import Helpful
-from .judge_term import JudgeTerm
-from .math_rule import MathRule
-from .safety import Hybrid, SafeGRPO
+from .judge_terms import Grounded, Hybrid, JudgeTerm, SafeGRPO
 from .scorer import Scorer
 from .task_aware import TaskAware, needs_answer
-from .visual_focus import Elements, Grounded
+from .visual_focus import Elements
 
 SAFETY_JUDGES = ("safework_safety", "qwen3guard", "llama_guard_4")
 BY_TASK = {"value": "safework_value", "knowledge": "safework_knowledge", "general": "general"}
-
-
-@dataclass(frozen=True, slots=True)
-class Roles:
-    """Which of the judges named decides what."""
-
-    by_task: dict[str, str]
-    """Task -> its judge's name, or "safegrpo" or "hybrid"; by rule where it is missing."""
-    helpful: str
-    """The judge of Helpful; "": by rule."""
-    grounded: bool
-    """A judge decides Visual-Focus."""
-
-
-def roles_of(config: RewardConfig) -> Roles:
-    """What the judges named, and `safety`, decide.
-
-    Raises:
-        UserError: several judges of one thing, or the judges of `safety` are missing or do not fit.
-    """
-    entries = {entry.judge: entry for entry in config.judge_entries()}
-    by_task = {task: name for task, name in BY_TASK.items() if name in entries}
-    guards, hybrid = [name for name in SAFETY_JUDGES if name in entries], config.safety == "hybrid"
-    if hybrid:
-        if "qwen3guard" not in entries or "scalar" not in entries:
-            raise UserError(f"the hybrid reward needs the judges qwen3guard and scalar, not {', '.join(entries)}")
-        if (activation := entries["scalar"].activation) != "none":
-            raise UserError(f"the hybrid reward takes raw scores, and judge scalar has activation={activation}; drop "
-                            "it")
-    elif config.safety == "judge" and len(guards) > 1:
-        raise UserError(f"safety rows have several judges, {', '.join(guards)}; name one of them")
-    if config.safety != "judge":
-        by_task |= dict.fromkeys(("safety", "jailbreak"), config.safety)
-    elif guards:
-        by_task |= {"safety": guards[0],
-                    "jailbreak": "safework_jailbreak" if guards[0] == "safework_safety" else guards[0]}
-    if {"helpful", "scalar"} <= entries.keys() and not hybrid:
-        raise UserError("helpfulness has two judges, helpful and scalar; name one of them")
-    helpful = "helpful" if "helpful" in entries else "scalar" if "scalar" in entries and not hybrid else ""
-    if "visual_focus" in entries and config.visual_focus_mode == "contrast":
-        raise UserError("--reward.visual-focus-mode contrast and judge visual_focus both score Visual-Focus; drop one")
-    return Roles(by_task, helpful, "visual_focus" in entries)
-
-
-def weights_of(config: RewardConfig) -> dict[str, float]:
-    """The weights above 0, by term.
-
-    Raises:
-        UserError: there are none, or refusal_value is outside [0, 1].
-    """
-    if not 0 <= config.refusal_value <= 1:
-        raise UserError(f"--reward.refusal-value is {config.refusal_value}; give a value in [0, 1]")
-    weights = {"format": config.format, "visual_focus": config.visual_focus, "helpful": config.helpful,
-               "task_aware": config.task_aware, "function": config.function_weight if config.function else 0.0}
-    weights = {name: weight for name, weight in weights.items() if weight > 0}
-    if not weights:
-        raise UserError("every reward weight is 0; give one of --reward.format, --reward.visual-focus, "
-                        "--reward.helpful, --reward.task-aware a value above 0, or name a --reward.function")
-    return weights
 
 
 class RowNeeds:
@@ -88,10 +26,20 @@ class RowNeeds:
     def __init__(self, config: RewardConfig) -> None:
         """
         Raises:
-            UserError: no term has a weight, refusal_value is outside [0, 1], or the judges do not fit.
+            UserError: no term has a weight, refusal_value is outside [0, 1], or the judges do not fit: several of one
+                thing, or those of `safety` are missing.
         """
-        self.weights, self.roles = weights_of(config), roles_of(config)
-        self.rules = TaskAware(config.refusal_value, MathRule())
+        if not 0 <= config.refusal_value <= 1:
+            raise UserError(f"--reward.refusal-value is {config.refusal_value}; give a value in [0, 1]")
+        weights = {"format": config.format, "visual_focus": config.visual_focus, "helpful": config.helpful,
+                   "task_aware": config.task_aware, "function": config.function_weight if config.function else 0.0}
+        self.weights = {name: weight for name, weight in weights.items() if weight > 0}
+        """Of the run's terms, by name."""
+        if not self.weights:
+            raise UserError("every reward weight is 0; give one of --reward.format, --reward.visual-focus, "
+                            "--reward.helpful, --reward.task-aware a value above 0, or name a --reward.function")
+        self.task_judges, self.helpful_judge = _assigned(config)
+        self.rules = TaskAware(config.refusal_value)
         self.tasks: set[str] = set()
         """Of all rows."""
         self.ruled: set[str] = set()
@@ -109,16 +57,14 @@ class RowNeeds:
         self.elements.update(row.key_elements)
         if "task_aware" not in self.weights:
             return ""
-        judged = row.task in self.roles.by_task
+        judged = row.task in self.task_judges
         if row.task == "value" and not row.answer and not judged:
             return (f"there is no reward rule for task value without `answer`; add it, name judge {BY_TASK['value']} "
                     "in --reward.judges, or set --reward.task-aware 0")
         if judged:
             return needs_answer(row)
-        problem = needs_answer(row)
-        if not problem:
-            self.ruled.add(row.task)
-        return problem or self.rules.problem(row)
+        self.ruled.add(row.task)
+        return self.rules.problem(row)
 
     def state_dict(self) -> dict[str, list[str]]:
         """What was found, JSON-able."""
@@ -128,6 +74,36 @@ class RowNeeds:
         """Take over what another one found."""
         for name in ("tasks", "ruled", "elements"):
             setattr(self, name, set(state[name]))
+
+
+def _assigned(config: RewardConfig) -> tuple[dict[str, str], str]:
+    """Who decides Task-Aware, a judge's name or that of `safety`, by task, and the judge of Helpful; else the rules do.
+
+    Raises:
+        UserError: see `RowNeeds`.
+    """
+    entries, hybrid = {entry.judge: entry for entry in config.judge_entries()}, config.safety == "hybrid"
+    by_task = {task: name for task, name in BY_TASK.items() if name in entries}
+    guards = [name for name in SAFETY_JUDGES if name in entries]
+    if hybrid:
+        if "qwen3guard" not in entries or "scalar" not in entries:
+            raise UserError(f"the hybrid reward needs the judges qwen3guard and scalar, not {', '.join(entries)}")
+        if (activation := entries["scalar"].activation) != "none":
+            raise UserError(f"the hybrid reward takes raw scores, and judge scalar has activation={activation}; drop "
+                            "it")
+    elif config.safety == "judge" and len(guards) > 1:
+        raise UserError(f"safety rows have several judges, {', '.join(guards)}; name one of them")
+    if config.safety != "judge":
+        by_task |= dict.fromkeys(("safety", "jailbreak"), config.safety)
+    elif guards:
+        by_task |= {"safety": guards[0],
+                    "jailbreak": "safework_jailbreak" if guards[0] == "safework_safety" else guards[0]}
+    helpful = [name for name in ("helpful", "scalar") if name in entries and not (name == "scalar" and hybrid)]
+    if len(helpful) > 1:
+        raise UserError("helpfulness has two judges, helpful and scalar; name one of them")
+    if "visual_focus" in entries and config.visual_focus_mode == "contrast":
+        raise UserError("--reward.visual-focus-mode contrast and judge visual_focus both score Visual-Focus; drop one")
+    return by_task, "".join(helpful)
 
 
 def build_scorer(config: RewardConfig, needs: RowNeeds, *, patience_s: float = 30.0) -> Scorer:
@@ -144,25 +120,24 @@ def build_scorer(config: RewardConfig, needs: RowNeeds, *, patience_s: float = 3
     if function and needs.tasks and function.tasks and not function.tasks & needs.tasks:
         raise UserError(f"--reward.function-tasks names {', '.join(sorted(function.tasks))}, and the rows have "
                         f"{', '.join(sorted(needs.tasks))}; name one of these")
-    clients, roles = open_judges(config, patience_s=patience_s), needs.roles
-    ask = lambda name: JudgeTerm(clients[name], both=config.judge_thinking)
+    clients = open_judges(config, patience_s=patience_s)
 
-    def judge_of(name: str) -> Term:
+    def deciding(name: str) -> Term:
         if name == "safegrpo":
             return SafeGRPO()
-        return Hybrid(clients["qwen3guard"], clients["scalar"]) if name == "hybrid" else ask(name)
+        if name == "hybrid":
+            return Hybrid(clients["qwen3guard"], clients["scalar"])
+        return JudgeTerm(clients[name], both=config.judge_thinking)
 
-    terms: dict[str, Term] = {
+    judges = {task: deciding(name) for task, name in needs.task_judges.items()}
+    terms: dict[str, Term | None] = {
         "format": Format(),
-        "visual_focus": Grounded(clients["visual_focus"]) if roles.grounded else Elements(needs.elements),
-        "helpful": Helpful(ask(roles.helpful) if roles.helpful else None),
-        "task_aware": TaskAware(config.refusal_value, needs.rules.math,
-                                {task: judge_of(name) for task, name in roles.by_task.items()}),
+        "visual_focus": None if config.visual_focus_mode == "contrast"
+        else Grounded(clients["visual_focus"]) if "visual_focus" in clients else Elements(needs.elements),
+        "helpful": Helpful(deciding(needs.helpful_judge) if needs.helpful_judge else None),
+        "task_aware": TaskAware(config.refusal_value, needs.rules.math, judges),
+        "function": function,
     }
-    if function:
-        terms["function"] = function
-    if config.visual_focus_mode == "contrast":
-        del terms["visual_focus"]
-    judged = {"visual_focus": roles.grounded, "helpful": roles.helpful, "task_aware": roles.by_task}
-    return Scorer({name: term for name, term in terms.items() if name in needs.weights}, needs.weights,
-                  clients if any(map(judged.get, needs.weights)) else {})
+    asks = {"visual_focus": "visual_focus" in clients, "helpful": needs.helpful_judge, "task_aware": judges}
+    return Scorer({name: term for name in needs.weights if (term := terms[name])}, needs.weights,
+                  clients if any(map(asks.get, needs.weights)) else {})

@@ -29,7 +29,7 @@ from ..judges.endpoint import EndpointError
 from ..judges.judge import JudgeClient, ScalarJudge, open_judges
 from ..judges.verdict import Unparsable
 from ..run.recipes import parse_command_line
-from .build import roles_of
+from .build import RowNeeds
 
 PROBES, LEAST_AGREEMENT = 5, 3
 PROG = "check"
@@ -41,11 +41,11 @@ class Probe:
 
     row: Row
     response: str
+    """An answer, or a thinking."""
     labels: tuple[str, ...]
     """Verdicts that agree."""
     worse: str = ""
     """A response that a scalar head must put lower."""
-    thinking: str = ""
 
 
 async def check(client: JudgeClient) -> tuple[list[float], list[str]]:
@@ -61,7 +61,7 @@ async def check(client: JudgeClient) -> tuple[list[float], list[str]]:
     for number, probe in enumerate(probes(client.judge.name)):
         started, verdict = time.perf_counter(), None
         try:
-            verdict = await client.verdict(probe.row, probe.response, probe.thinking)
+            verdict = await client.verdict(probe.row, probe.response)
             seconds.append(time.perf_counter() - started)
             if isinstance(client.judge, ScalarJudge):
                 worse = await client.verdict(probe.row, probe.worse)
@@ -108,7 +108,7 @@ def main(reward: RewardConfig) -> int:
     clients: dict[str, JudgeClient] = {}
     try:
         clients = open_judges(replace(reward, judge_cache=""), patience_s=30.0)
-        roles_of(reward)
+        RowNeeds(reward)
     except UserError as error:
         clients, complaint = {}, str(error)
     if not clients:
@@ -177,7 +177,7 @@ def probes(judge: str) -> list[Probe]:
                         "Let me look at the picture closely. I have looked, and now I can answer.": "no",
                         "A blue square stands beside a green tree, so the shape is blue.": "no",
                         "Most shapes in such questions are red, so red is a good guess.": "no"}
-            return [_probe(_COLOUR, "", label, thinking=thought, picture=True) for thought, label in thoughts.items()]
+            return [_probe(_COLOUR, thought, label, picture=True) for thought, label in thoughts.items()]
         case "scalar":
             return [_probe(_EGG, _BOIL, worse=_NO), _probe("What is 3 times 4?", "12.", worse="Bananas are yellow."),
                     _probe(_PURSE, _BACK, worse="I don't care."),
@@ -186,13 +186,13 @@ def probes(judge: str) -> list[Probe]:
     raise UserError(f"there are no probes for judge {judge!r}")
 
 
-def _probe(question: str, response: str, *labels: str, unsafe: bool = False, worse: str = "", thinking: str = "",
-           picture: bool = False, answer: str | None = None) -> Probe:
+def _probe(question: str, response: str, *labels: str, unsafe: bool = False, worse: str = "", picture: bool = False,
+           answer: str | None = None) -> Probe:
     content = [*([{"type": "image"}] if picture else []), {"type": "text", "text": question}]
     row = Row(id="probe", task="safety", domain="probe", messages=({"role": "user", "content": content},),
               images=(_circle(),) if picture else (), answer=answer, source="cosmo-rl", licence="Apache-2.0",
               tags={"combined": "unsafe" if unsafe else "safe"})
-    return Probe(row, response, labels, worse, thinking)
+    return Probe(row, response, labels, worse)
 
 
 def _circle() -> Image.Image:

@@ -49,7 +49,7 @@ _REASON, _TRACE = 300, 6000
 
 
 class UserFunction:
-    """The term of a user's function. A plain one blocks: `Scorer.submit` calls it in its caller's thread."""
+    """The term of a user's function. A plain one blocks: `Scorer.submit` calls `now` in its caller's thread."""
 
     def __init__(self, call: Callable[..., Any], *, path: Path, digest: str, tasks: Collection[str] = ()) -> None:
         """
@@ -69,12 +69,16 @@ class UserFunction:
         return not self.tasks or row.task in self.tasks
 
     async def __call__(self, response: Response) -> Outcome:
-        return await self.ask(response.row, response.text) if self.scores(response.row) else NotApplicable()
+        return await self.ask(response.row, response.text)
+
+    def now(self, row: Row, response: str) -> Outcome:
+        """The outcome for one response, of a plain function."""
+        return self._outcome(attempt(lambda: self.call(row, response))) if self.scores(row) else NotApplicable()
 
     async def ask(self, row: Row, response: str) -> Outcome:
         """The outcome for one response, of a plain function or an async one."""
-        if not self.waits:
-            return self._outcome(attempt(lambda: self.call(row, response)))
+        if not self.waits or not self.scores(row):
+            return self.now(row, response)
 
         async def guarded() -> object:
             try:

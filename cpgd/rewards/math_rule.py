@@ -140,7 +140,7 @@ class Workers:
             worker.stdin.write(json.dumps((gold, answer)).encode() + b"\n")
             worker.stdin.flush()
         while said[-1:] not in (b"g", b"0", b"1"):
-            if not wait([worker.stdout], max(deadline - time.monotonic(), 0)):
+            if not wait([worker.stdout.fileno()], max(deadline - time.monotonic(), 0)):
                 self._end(worker)
                 return Failed(f"math-verify was not done within {self.wall_s:g} s, {self.cpu_s:g} s of processor time "
                               "not yet used; give the machine fewer processes")

@@ -7,9 +7,8 @@ Terms wait for judges' servers and for math-verify's workers side by side, in on
 """
 
 import asyncio
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any
 
 from ..config import JUDGES
 from ..judges.endpoint import Endpoint, LoopThread
@@ -61,7 +60,7 @@ class Scorer:
         said: Future[list[Outcome]] = Future()
         scored = self._loop.submit(self._score(list(responses), said))
         if self._blocking:
-            said.set_result([_now(self._blocking(response)) for response in responses])
+            said.set_result([self._blocking.now(response.row, response.text) for response in responses])
         return scored
 
     async def _score(self, responses: list[Response], said: "Future[list[Outcome]]") -> list[dict[str, Outcome]]:
@@ -109,12 +108,3 @@ class Scorer:
     async def _close(self) -> None:
         for endpoint in endpoints_of(self.clients.values()):
             await endpoint.aclose()
-
-
-def _now(outcome: Coroutine[Any, Any, Outcome]) -> Outcome:
-    """What a coroutine that never waits returns. No event loop runs, so that a function may call asyncio.run."""
-    try:
-        outcome.send(None)
-    except StopIteration as done:
-        return done.value
-    raise AssertionError("it waits")

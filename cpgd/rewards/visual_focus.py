@@ -2,7 +2,7 @@
 
     elements = recall * precision of the key elements that the thinking names
     contrast = clip(mean log p(answer | image) - mean log p(answer | blank image), 0, 1)
-or a judge says whether the thinking is grounded in the image
+or a judge says whether the thinking is grounded in the image: `judge_terms.Grounded`
 """
 
 from collections.abc import Iterable
@@ -12,9 +12,6 @@ import numpy as np
 
 from cosmo_rl.data.collate import EncodedPrompt
 
-from ..judges.endpoint import EndpointError
-from ..judges.judge import Judge, JudgeClient
-from ..judges.verdict import Unparsable
 from ..rollout.values import Response
 from .base import Evidence, Failed, NotApplicable, Outcome, Score
 from .format import split_thinking, words
@@ -55,25 +52,6 @@ class Elements:
                 named.add(tuple(text[start:start + length]))
             start += max(length, 1)
         return named
-
-
-class Grounded:
-    """A judge's word on the thinking; 0 without a thinking. The judge does not see the answer."""
-
-    def __init__(self, client: JudgeClient) -> None:
-        self.client = client
-
-    async def __call__(self, response: Response) -> Outcome:
-        judge, row, parts = self.client.judge, response.row, split_thinking(response.text)
-        assert isinstance(judge, Judge)
-        if not row.images:
-            return NotApplicable()
-        if parts is None:
-            return Score(0.0)
-        try:
-            return Score(judge.value(await self.client.verdict(row, "", parts[0]), row))
-        except (EndpointError, Unparsable) as error:
-            return Failed(f"{judge.name}: {error}")
 
 
 def contrast(response: Response, evidence: Evidence | None) -> Outcome:

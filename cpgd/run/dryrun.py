@@ -234,7 +234,7 @@ def _try_function(function: UserFunction, rows: Iterable[Row], found: Findings) 
         return
     response = f"<think>This is a dry run.</think> {row.answer or 'An answer.'}"
     told = f"on row {printable(row.id)} with the response {printable(shortened(response, 120))!r}"
-    match asyncio.run(function.ask(row, response)):
+    match asyncio.run(function.ask(row, response)) if function.waits else function.now(row, response):
         case Failed(reason):
             found.settings.append(f"--reward.function failed {told}: {reason}")
         case Score(value):

@@ -1,16 +1,61 @@
-"""The published alternatives for safety and jailbreak rows: SafeGRPO's rule, and Qwen3Guard's hybrid reward."""
+"""Terms that ask judges, and the published alternatives for safety and jailbreak rows.
+
+Judges see the answer after the thinking. With `both` the thinking is judged too, in a call of its own, and the two
+values are multiplied, as SafeWork-R1's (unused) Think variants do: an unsafe thinking then undoes a safe answer.
+
+    JudgeTerm         within Task-Aware and Helpful      Grounded      Visual-Focus
+    SafeGRPO, Hybrid  in place of a safety judge
+"""
 
 import asyncio
 import re
 from collections.abc import Mapping
 
 from ..judges.endpoint import EndpointError
-from ..judges.judge import JudgeClient
+from ..judges.judge import JudgeClient, ScalarJudge
 from ..judges.verdict import Unparsable
 from ..rollout.values import Response
-from .base import Failed, Outcome, Score
-from .format import CLOSE, OPEN, answer_of, thinking_of
+from .base import Failed, NotApplicable, Outcome, Score
+from .format import CLOSE, OPEN, answer_of, split_thinking, thinking_of
 from .refusal import is_refusal
+
+
+class JudgeTerm:
+    """What a chat judge or a scalar head says of the answer; an empty answer is worth 0, and nobody is asked."""
+
+    def __init__(self, client: JudgeClient, *, both: bool = False) -> None:
+        self.client, self.both = client, both
+
+    async def __call__(self, response: Response) -> Outcome:
+        judge, row, answer = self.client.judge, response.row, answer_of(response.text)
+        if not answer:
+            return Score(0.0)
+        try:
+            thinking = thinking_of(response.text)
+            if not (self.both and judge.thinking_value and thinking):
+                return Score(judge.value(await self.client.verdict(row, answer), row))
+            said, thought = await asyncio.gather(self.client.verdict(row, answer), self.client.verdict(row, thinking))
+            return Score(judge.value(said, row) * judge.thinking_value(thought, row))
+        except (EndpointError, Unparsable) as error:
+            return Failed(f"{judge.name}: {error}")
+
+
+class Grounded:
+    """Visual-Focus: is the thinking grounded in the row's images? 0 without one. The judge does not see the answer."""
+
+    def __init__(self, client: JudgeClient) -> None:
+        self.client = client
+
+    async def __call__(self, response: Response) -> Outcome:
+        judge, row, parts = self.client.judge, response.row, split_thinking(response.text)
+        if not row.images:
+            return NotApplicable()
+        if parts is None:
+            return Score(0.0)
+        try:
+            return Score(judge.value(await self.client.verdict(row, parts[0]), row))
+        except (EndpointError, Unparsable) as error:
+            return Failed(f"{judge.name}: {error}")
 
 
 class SafeGRPO:
@@ -39,12 +84,14 @@ class Hybrid:
         self.guard, self.helpful, self.top = guard, helpful, top
 
     async def __call__(self, response: Response) -> Outcome:
+        head, endpoint = self.helpful.judge, self.helpful.endpoint
+        assert isinstance(head, ScalarJudge)
         row, answer, thinking = response.row, answer_of(response.text), thinking_of(response.text)
         if not answer:
             return Score(0.0)
         try:
             guarded = [self.guard.verdict(row, text) for text in (answer, thinking) if text]
-            scores, verdicts = await asyncio.gather(self.helpful.scores(row, answer), asyncio.gather(*guarded))
+            scores, verdicts = await asyncio.gather(head.scores(endpoint, row, answer), asyncio.gather(*guarded))
         except (EndpointError, Unparsable) as error:
             return Failed(f"hybrid: {error}")
         unsafe = any(verdict.label != "Safe" for verdict in verdicts)
