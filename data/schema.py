@@ -1,12 +1,12 @@
 """One row of data: its fields, the strict parser of a raw record, and the opening of its images.
 
-A row comes from a JSON line, a parquet record or a Hugging Face dataset (dataset.py), or from the embedded data.
-A bad record is a `RowError` that names place, field, problem and mend. The message has all
-the problems of the row, so that it is mended once. Nothing is repaired, guessed or dropped, with two exceptions: a null
-counts as an absent field (parquet fills absent fields with nulls), and `prompt` is short for one user message with the
-images before the text.
+A row comes from a JSON line, a parquet record or a Hugging Face dataset (files.py), or from the embedded data.
+A bad record is a `RowError` that names file, line, field, problem and mend. The message has all the problems of the
+row, so that it is mended once. Nothing is repaired, guessed or dropped, with two exceptions: a null counts as an absent
+field (parquet fills absent fields with nulls), and `prompt` is short for one user message with the images before the
+text.
 
-A text never holds the place of an image: see placeholders.py.
+A text never holds the place of an image: see foreign.py.
 
 An image becomes 8-bit RGB. Where that is one thing only, it is done silently; where a choice would be made for the user
 or the picture would be spoiled, the row is an error:
@@ -34,8 +34,7 @@ from typing import Any, TypedDict, TypeVar
 from PIL import Image, ImageOps
 
 from .errors import MOST_TOLD, Problems, RowError, shown
-from .field_names import meant, nearest
-from .placeholders import mend, placeholder
+from .foreign import meant, mend, nearest, placeholder
 from .strict_json import MAX_DEPTH
 
 TASKS = ("safety", "jailbreak", "value", "knowledge", "general", "math", "mcq", "ifeval", "helpful")

@@ -196,10 +196,10 @@ def test_a_text_that_many_rows_share_is_not_walked_for_each():
     """6,000 x 6,000 rows of one question: 36 million comparisons if each row met each."""
     evaluation = [row(f"e{i}", "what is shown?", encoded(scene(0))) for i in range(3)] * 2000
     rows = [row(f"t{i}", "what is shown?", encoded(scene(1))) for i in range(3)] * 2000
-    start = time.perf_counter()
+    start = time.process_time()
     report = find_contaminated(rows, {"set": evaluation})
     assert {(match.kind, match.evaluation_id) for match in report.matches} == {("text, other image", "e0")}
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_each_set_is_reported_by_name_and_the_table_says_what_goes(tmp_path):

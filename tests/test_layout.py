@@ -68,6 +68,8 @@ def test_imports_follow_the_layers(path):
         assert rest, f"{where}: import modules, not the package"
         asks = "/".join(parts).startswith(ATTACKS) and rest[:2] == ["cpgd", "judges"]
         assert rest[0] in MAY_IMPORT[parts[0]] or asks, where
+        wing = parts[:2] == ("data", "prepare")
+        assert wing or not at_top or rest[:2] != ["data", "prepare"], f"{where}: not at the step's start"
         if parts[0] == rest[0] == "cpgd":
             assert rest[1] != "trainer" or parts[1:] == ("run", "main"), f"{where}: the trainer is the top"
             assert rest[1] in CPGD_LAYERS.get(parts[1], {rest[1]}), where

@@ -13,24 +13,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 from cosmo_rl.data.collate import check_prompt
 from cosmo_rl.data.disk import replace_file
-from cosmo_rl.data.errors import RowError, UserError
+from cosmo_rl.data.errors import MissingPackage, RowError, UserError
 from cosmo_rl.data.index import Index, Picture, index_rows, load_rows
 from cosmo_rl.data.schema import Row
 from cosmo_rl.model.load import Processor
 from cosmo_rl.model.parallel import agree, on_main, together, world
 from cosmo_rl.model.tiny import TINY_PATH, build_tiny
 
-from ..config import Config
+from ..config import Config, DataConfig
 from ..rewards.build import RowNeeds
 from ..update import chosen_ids
 from .rundir import RunDir
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 # -- the model folder -------------------------------------------------------------------------------------------------
@@ -216,120 +215,98 @@ def embedded_rows(config: Config) -> Sequence[Row]:
 
 
 class _Checks:
-    """What the pass asks of each row; what is wrong with one does not stop it."""
+    """What the pass asks of each row; a row that fails does not stop it."""
 
     def __init__(self, config: Config, processor: Processor, faults: Faults | None) -> None:
-        self.config, self.processor, self.faults = config, processor, faults
-        self.needs = self._or_fault(lambda: RowNeeds(config.reward)) if config.stage > 0 else None
-        # the embedded rows are known to fit
-        self.sized = bool(config.data.path) or faults is not None
-        self.problems: dict[int, str] = {}
-        """Of rows, by their number in the pass."""
-        self.own_system: set[int] = set()
+        self.config, self.processor, self.faults, self.needs = config, processor, faults, None
+        self.sized = bool(config.data.path) or faults is not None  # the embedded rows are known to fit
+        self.problems: list[str] = []
+        """Of each row, in the order of the pass; "" for none."""
+        self.own_system = 0
         """Rows with a system message of their own."""
-        self.count = 0
+        try:
+            self.needs = RowNeeds(config.reward) if config.stage > 0 else None
+        except UserError as error:
+            self._beside(error)
 
     def __call__(self, row: Row, pictures: Sequence[Picture]) -> RowSize | None:
-        number, self.count = self.count, self.count + 1
-        if row.messages[0]["role"] == "system":
-            self.own_system.add(number)
         size, problem = None, ""
+        self.own_system += row.messages[0]["role"] == "system"
         try:
             if self.sized:
                 size = row_size(row, self.config, self.processor, [picture.size for picture in pictures])
+            problem = self.needs.problem(row) if self.needs else ""
+        except MissingPackage as error:  # of a reward, and no row's fault
+            self.needs = self._beside(error)
         except UserError as error:
             problem = str(error).removeprefix(f"row {row.id}: ")
-        problem = problem or self.ask_needs(row)
-        if problem:
-            self.problems[number] = problem
+        self.problems.append(problem)
         return size
 
-    def ask_needs(self, row: Row) -> str:
-        """What the rewards find wrong with the row."""
-        needs = self.needs
-        problem = needs and self._or_fault(lambda: needs.problem(row))  # a package of a rule may be missing
-        if problem is None:
-            self.needs = None
-        return problem or ""
-
-    def _or_fault(self, action: Callable[[], T]) -> T | None:
-        try:
-            return action()
-        except UserError as error:
-            if self.faults is None:
-                raise
-            self.faults.settings.append(str(error))
-            return None
+    def _beside(self, error: UserError) -> None:
+        if self.faults is None:
+            raise error
+        self.faults.settings.append(str(error))
 
 
 def _read(config: Config, processor: Processor, faults: Faults | None) -> Plan:
     """`plan` on a process that reads."""
-    data, errors = config.data, None if faults is None else list[RowError]()
-    checks = _Checks(config, processor, faults)
+    data, errors, checks = config.data, None if faults is None else list[RowError](), _Checks(config, processor, faults)
     load = partial(load_rows, max_image_pixels=data.max_image_pixels, rejected=errors)
-    dropped: dict[int, str] = {}
+    eval_rows, held = None, dict[int, str]()
     if not data.path:
         rows = index_rows(embedded_rows(config), max_image_pixels=data.max_image_pixels, check=checks)
         eval_rows = load(data.eval_path) if data.eval_path else None
-    elif not data.named_sets():
-        rows, eval_rows = load(data.path, check=checks), None
+    elif data.named_sets():
+        rows, eval_rows, held = _compared(data, load, checks)
     else:
-        rows, eval_rows, dropped = _compared(config, load, checks)
+        rows = load(data.path, check=checks)
+    dropped = held if data.contaminated == "drop" else {}
     if faults and errors:
         faults.reject(errors)
-    kept = data.contaminated == "report"
-    good: list[int] = []
-    own_system = 0
-    for i, number in enumerate(rows.records["order"].tolist()):
-        if i in dropped and faults:
-            if kept:
-                faults.notes.append(f"{rows.where(i)}: {dropped[i]}; it is kept (--data.contaminated report)")
+    if faults:
+        for i, told in held.items():
+            if i in dropped:
+                faults.rejected.append(Rejected(rows.where(i), told, "remove it, or give --data.contaminated report to "
+                                                "train on such rows"))
             else:
-                faults.rejected.append(Rejected(rows.where(i), dropped[i], "remove it, or give --data.contaminated "
-                                                "report to train on such rows"))
-        if i in dropped and not kept:
-            continue
-        if problem := checks.problems.get(number):
-            if faults is None:
-                raise UserError(f"row {rows[i].id}: {problem}")
+                faults.notes.append(f"{rows.where(i)}: {told}; it is kept (--data.contaminated report)")
+    good: list[int] = []
+    for i, number in enumerate(rows.records["order"].tolist()):
+        problem = "" if i in dropped else checks.problems[number]
+        if problem and faults is None:
+            raise UserError(f"row {rows[i].id}: {problem}")
+        if problem and faults:
             faults.reject_row(rows.where(i), problem)
-            continue
-        good.append(i)
-        own_system += number in checks.own_system
-    if faults and own_system and data.system_prompt:
-        faults.notes.append(f"{own_system:,} rows have a system message of their own, which stands in place of "
+        elif i not in dropped:
+            good.append(i)
+    if dropped and not good and faults is None:
+        raise UserError(f"all {len(rows)} training rows are in an evaluation set ({', '.join(data.named_sets())}); "
+                        "give other rows with --data.path")
+    if faults and data.system_prompt and checks.own_system:
+        faults.notes.append(f"{checks.own_system:,} rows have a system message of their own, which stands in place of "
                             "--data.system-prompt")
-    if dropped and not kept:
-        if not good and faults is None:
-            raise UserError(f"all {len(rows)} training rows are in an evaluation set "
-                            f"({', '.join(data.named_sets())}); give other rows with --data.path")
-        if checks.needs:  # which saw them too
-            checks.needs = RowNeeds(config.reward)
-            for i in good:
-                checks.ask_needs(rows[i])
+    if dropped and checks.needs:  # it saw them too
+        checks.needs = RowNeeds(config.reward)
+        for i in good:
+            checks.needs.problem(rows[i])
     return Plan(rows=rows if len(good) == len(rows) else rows.select(good), needs=checks.needs, eval_rows=eval_rows)
 
 
-def _compared(config: Config, load: Callable[..., Index],
+def _compared(data: DataConfig, load: Callable[..., Index],
               checks: _Checks) -> tuple[Index, Index | None, dict[int, str]]:
-    """The training rows, those of --data.eval-path, and what to say of each training row that is to be dropped."""
+    """The training rows, those of --data.eval-path, and of each training row that an evaluation set holds, which."""
     from cosmo_rl.data.prepare.contamination import DROPPED, Looks, compare
 
-    def looked_at(paths: Sequence[str], check: Callable[..., RowSize | None] = lambda *_: None) -> tuple[Index, Any]:
-        looks = Looks()
-
-        def both(row: Row, pictures: Sequence[Picture]) -> RowSize | None:
-            looks.add(row, pictures)
-            return check(row, pictures)
-
-        rows = load(paths, check=both, see=looks.see)
-        return rows, [looks.all[number] for number in rows.records["order"].tolist()]
-
-    rows, looks = looked_at(config.data.path, checks)
-    sets = {name: looked_at(paths) for name, paths in config.data.named_sets().items()}
-    report = compare(rows, looks, sets)
+    looks, sets = Looks(checks), {}
+    rows = load(data.path, check=looks, see=looks.see)
+    for name, paths in data.named_sets().items():
+        others = Looks()
+        members = load(paths, check=others, see=others.see)
+        sets[name] = members, others.of(members)
+    report = compare(rows, looks.of(rows), sets)
     if report.matches and checks.faults is None:
         logger.warning("%s", report.table())
-    told = {match.index: f"it is in evaluation set {match.evaluation_set} ({match.kind})" for match in report.matches
+    held = {match.index: f"it is in evaluation set {match.evaluation_set} ({match.kind})" for match in report.matches
             if match.kind in DROPPED}
-    return rows, sets["eval_path"][0] if config.data.eval_path else None, told
+    return rows, sets["eval_path"][0] if data.eval_path else None, held

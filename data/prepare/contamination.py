@@ -33,7 +33,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import UserError
-from ..index import Picture, index_rows
+from ..index import Check, Index, Picture, index_rows
 from ..schema import Row
 
 KINDS = ("text and image", "text", "image", "text, other image", "near image")
@@ -122,20 +122,29 @@ class Look:
 
 
 class Looks:
-    """What is kept of a set of rows to compare them by; `add` and `see` are what one pass over them calls (index.py).
+    """What is kept of a set of rows to compare them by: the `check` of a pass over them, and its `see` (index.py).
 
     Memory: about 0.3 KiB a row, and 0.5 a distinct image.
     """
 
-    def __init__(self) -> None:
-        self.all: list[Look] = []
+    def __init__(self, check: Check | None = None) -> None:
+        """
+        Args:
+            check: called too.
+        """
+        self._all: list[Look] = []
+        self._check = check
 
-    def add(self, row: Row, pictures: Sequence[Picture]) -> None:
-        """Note the next row."""
+    def __call__(self, row: Row, pictures: Sequence[Picture]) -> tuple[int, int, int] | None:
         text = asked_text(row)
         specific = text.count(" ") + 1 >= _SPECIFIC_WORDS
         key = bytes([specific]) + hashlib.blake2b(text.encode(), digest_size=16).digest() if text else b""
-        self.all.append(Look(key, tuple(picture.seen for picture in pictures)))
+        self._all.append(Look(key, tuple(picture.seen for picture in pictures)))
+        return self._check(row, pictures) if self._check else None
+
+    def of(self, rows: Index) -> list[Look]:
+        """Of each row that the pass has left."""
+        return [self._all[number] for number in rows.records["order"].tolist()]
 
     def see(self, image: Image.Image) -> "Print":
         """What a decoded image is compared by."""
@@ -159,8 +168,7 @@ def find_contaminated(rows: Sequence[Row], evaluation_rows: Mapping[str, Sequenc
     """
     def looked_at(members: Sequence[Row]) -> tuple[Sequence[Row], list[Look]]:
         looks = Looks()
-        index_rows(members, max_image_pixels=max_image_pixels, check=looks.add, see=looks.see)
-        return members, looks.all
+        return members, looks.of(index_rows(members, max_image_pixels=max_image_pixels, check=looks, see=looks.see))
 
     sets = {name: looked_at(members) for name, members in evaluation_rows.items()}
     return compare(*looked_at(rows), sets, max_image_distance=max_image_distance)
