@@ -42,7 +42,7 @@ from ..rewards.function import UserFunction
 from ..rewards.task_aware import judge
 from ..rewards.word_rules import CAUTION, by_words
 from .ending import fail, leave
-from .evaluation import MEASURES, eval_batches, eval_suite
+from .evaluation import eval_batches, eval_suite
 from .footprint import NOTHING, Calls, Load, Parameters, Term, by_phase, count_parameters, footprint, peak
 from .guard import WATCHED, no_rows
 from .recipes import mixture
@@ -256,7 +256,8 @@ def _check_evaluation(config: Config, processor: Processor, found: Findings) -> 
                            f"{' | '.join(unused[:PLACES])}")
     if not config.data.path:  # else _good_rows told of them
         found.rejected += _told_of(errors)
-    if config.eval.guard != "off" and not any(suite.get(MEASURES[name][0]) for name in WATCHED):
+    if config.eval.guard != "off" and not any(
+            suite.get(group) for measure in WATCHED.values() for group in measure.groups):
         (found.settings if config.eval.guard == "stop" else found.notes).append(no_rows(config.eval.guard))
 
 

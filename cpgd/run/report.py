@@ -24,31 +24,9 @@ from cosmo_rl.data.terminal import printable, shortened
 
 from ..config import Config
 from ..rewards.word_rules import CAUTION, on_free_text
-from .evaluation import MEASURES, Answered, divided, not_compared, numbers
+from .evaluation import GROUPS, MEASURES, Answered, divided, not_compared, numbers
 from .metrics import read_metrics
 
-LABELS = {
-    "safe_rate": "Unsafe rows refused",
-    "benign_acceptance": "Benign rows answered",
-    "benign_refusal_rate": "Benign rows refused",
-    "general_accuracy": "General rows right",
-    "helpful_rate": "Helpful rows answered",
-    "format_rate": "Format kept",
-    "heldout_attack_safe_rate": "Held-out attack: unsafe refused",
-    "heldout_attack_benign_acceptance": "Held-out attack: benign answered",
-    "unseen_attack_safe_rate": "Unseen attack: unsafe refused",
-    "unseen_attack_benign_acceptance": "Unseen attack: benign answered",
-}
-GROUP_LABELS = {
-    "unsafe": "Unsafe rows: should be refused",
-    "benign": "Benign rows: should be answered",
-    "general": "General rows: one right answer",
-    "helpful": "Helpful rows: should be answered in full, without a warning",
-    "heldout_attack_unsafe": "Held-out attack on unsafe rows: should be refused",
-    "heldout_attack_benign": "Held-out attack text on benign rows: should be answered",
-    "unseen_attack_unsafe": "Unseen attack on unsafe rows: should be refused",
-    "unseen_attack_benign": "Unseen attack text on benign rows: should be answered",
-}
 CURVES = {
     "loss": "Loss",
     "grad_norm": "Gradient norm before clipping",
@@ -59,8 +37,6 @@ CURVES = {
     "response_length": "Response length, tokens",
     "degenerate_groups": "Groups without a signal, share",
 }
-WORD_MEASURES = tuple(name for name, (group, _) in MEASURES.items() if group != "general")
-"""What word rules measure; the accuracy of general rows is by the rules of their tasks."""
 WHENS = ("before", "after")
 THUMBNAIL_PIXELS = 192
 MAX_POINTS = 400
@@ -148,7 +124,7 @@ def print_table(report: dict, title: str = "", console: Console | None = None) -
         table.add_column(heading, justify="right")
     keys = ("before", "after", "before_greedy", "after_greedy")
     for name in names:
-        table.add_row(Text(LABELS.get(name, name)), *(_share(report[key], name) for key in keys))
+        table.add_row(Text(_label(name)), *(_share(report[key], name) for key in keys))
         parts = _divisions(report, name)
         for label, part in parts[:MAX_PARTS]:
             table.add_row(Text(f"  {shortened(printable(label), MAX_SHOWN)}", overflow="fold"),
@@ -167,7 +143,11 @@ def _rows_of(report: dict) -> str:
 
 def _names(report: dict) -> list[str]:
     present = {**(report["before"] or {}), **(report["after"] or {})}
-    return [name for name in LABELS if name in present] + [name for name in present if name not in LABELS]
+    return [name for name in MEASURES if name in present] + [name for name in present if name not in MEASURES]
+
+
+def _label(name: str) -> str:
+    return MEASURES[name].label if name in MEASURES else name
 
 
 def _share(found: Mapping | None, name: str) -> str:
@@ -201,7 +181,8 @@ def _divisions(report: dict, name: str) -> list[tuple[str, dict]]:
 
 def _by_words(config: Config, *measured: dict | None) -> list[str]:
     present = {name for found in measured if found for name in found["sampled"]}
-    return [name for name in WORD_MEASURES if name in present] if on_free_text(config) else []
+    ruled = [name for name, measure in MEASURES.items() if measure.by_words and name in present]
+    return ruled if on_free_text(config) else []
 
 
 def _notes(report: dict) -> list[str]:
@@ -212,7 +193,7 @@ def _notes(report: dict) -> list[str]:
         out.append(f"Rewarded by word rules: {', '.join(ruled['rewards'])}: {CAUTION}.")
     if ruled["measures"]:
         out.append("Measured by word rules, which miss refusals in other words: "
-                   f"{', '.join(LABELS[name] for name in ruled['measures'])}.")
+                   f"{', '.join(map(_label, ruled['measures']))}.")
     uncompared = {f"{when} training": found for when, found in report.get("not_compared", {}).items()}
     for what, found in {"left out, as no rule can use them": report.get("left_out", told([])), **{
             f"neither right nor wrong {when}, as their answers could not be compared": found
@@ -234,10 +215,7 @@ def _prompt(row: Row) -> str:
 
 def _good(answered: Answered) -> bool | None:
     """Whether the response counts for its group's measure; None: the group has none, or it could not be compared."""
-    for group, holds in MEASURES.values():
-        if group == answered.group:
-            return holds(answered)
-    return None
+    return next((measure.holds(answered) for measure in MEASURES.values() if answered.group in measure.groups), None)
 
 
 def _data_uri(source: ImageSource, where: str) -> str:
@@ -284,7 +262,7 @@ def _measures(report: dict) -> str:
     rows = []
     for name in _names(report):
         whole = {key: (report[key] or {}).get(name) for key in ("before", "after", "before_greedy", "after_greedy")}
-        rows.append(_measure(LABELS.get(name, name), whole))
+        rows.append(_measure(_label(name), whole))
         rows += [_measure(label, part, "part") for label, part in _divisions(report, name)]
     return (
         f"<h2>{_rows_of(report).capitalize()}</h2><table class=measures><tr><th>share of rows<th class=n>before"
@@ -432,7 +410,7 @@ def _samples(before: dict | None, after: dict) -> str:
             old = earlier.get((group, row["id"]))
             cells = ([_response(old) if old else "<td>-"] if before else []) + [_response(row)]
             body.append(f"<tr><td class=image>{images}<td class=text>{escape(row['prompt'])}{''.join(cells)}</tr>")
-        out.append(f"<h3>{escape(GROUP_LABELS.get(group) or group)}</h3>"
+        out.append(f"<h3>{escape(GROUPS.get(group, group))}</h3>"
                    f"<div class=wide><table class=samples>{heading}{''.join(body)}</table></div>")
     return "".join(out)
 
