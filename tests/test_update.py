@@ -26,7 +26,7 @@ from cosmo_rl.cpgd.update import (
     rl_loss,
     rl_micros,
 )
-from cosmo_rl.model.parallel import all_gather, init_distributed, rank, shard
+from cosmo_rl.model.parallel import init_distributed, rank, shard, together
 from cosmo_rl.model.weights import full_state_dict
 
 CPU = torch.device("cpu")
@@ -150,7 +150,7 @@ def _two_ranks(path):
             policy.reshard()
             moved(policy)
             loss, gradients, _ = gradients_of(policy, config, micros, old)
-            results[f"{aggregation}-{layout}"] = (sum(all_gather(loss)), gradients)
+            results[f"{aggregation}-{layout}"] = (sum(together(lambda loss=loss: loss)), gradients)
     if rank() == 0:
         torch.save(results, path)
 

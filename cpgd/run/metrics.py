@@ -45,14 +45,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 TIMING_FIELDS = ("seconds", "tokens_per_second", "judging")
 """What a step took, not what it did: a verdict is the same from the cache and after three attempts."""
-FILES = {
-    "metrics": "a line a step",
-    "samples": "sampled responses",
-    "nonfinite": "steps that were skipped, with their samples",
-    "evals": "numbers of evaluations during training",
-    "warnings": "what `watch.Watch` has said",
-}
-"""NAME.jsonl of each -> what is in it."""
+FILES = ("metrics", "samples", "nonfinite", "evals", "warnings")
+"""Lines of steps, sampled responses, skipped steps with their samples, evaluations, and what `watch.Watch` has said."""
 ALWAYS = ("metrics", "samples")
 """There from the start; the others once there is a line for them."""
 CHARTED = ("metrics", "evals")
@@ -78,16 +72,14 @@ def reward_stats(samples: Iterable[Sample]) -> dict[str, dict[str, dict[str, flo
         if sample.reward is not None:
             for name, value in {"reward": sample.reward, **sample.terms}.items():
                 values[sample.row.domain][name][sample.group].append(value)
-    out: dict[str, dict[str, dict[str, float]]] = {}
-    for domain, terms in sorted(values.items()):
-        out[domain] = {}
-        for name, groups in terms.items():
-            flat = np.concatenate([np.asarray(group, dtype=np.float64) for group in groups.values()])
-            same = [max(group) - min(group) <= 1e-6 for group in groups.values()]
-            out[domain][name] = {
-                "mean": float(flat.mean()), "std": float(flat.std()), "saturated": float(np.mean(same)),
-            }
-    return out
+    return {domain: {name: _stats(list(groups.values())) for name, groups in terms.items()}
+            for domain, terms in sorted(values.items())}
+
+
+def _stats(groups: Sequence[Sequence[float]]) -> dict[str, float]:
+    flat = np.concatenate([np.asarray(group, dtype=np.float64) for group in groups])
+    same = [max(group) - min(group) <= 1e-6 for group in groups]
+    return {"mean": float(flat.mean()), "std": float(flat.std()), "saturated": float(np.mean(same))}
 
 
 def rollout_summary(samples: Sequence[Sample]) -> dict[str, Any]:
@@ -294,10 +286,8 @@ class ProgressView:
     def __init__(self, total: int, done: int = 0, title: str = "", console: Console | None = None) -> None:
         self._console = console or Console()
         self._total, self._title = total, title
-        self._bar = Progress(
-            TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeElapsedColumn(),
-            TextColumn("left"), TimeRemainingColumn(), console=self._console,
-        )
+        self._bar = Progress(TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("steps"),
+                             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self._console)
         self._task = self._bar.add_task(title, total=total, completed=done)
         self._live = Live(self._bar, console=self._console) if self._console.is_terminal else None
         if self._live is not None:
