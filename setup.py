@@ -33,14 +33,14 @@ setup(
         "rich",
         "httpx",
         "math-verify",
-        "matplotlib",
         "tensorboard",
         "easy-vqa",
     ],
     extras_require={
         "gpu": ["triton; sys_platform == 'linux'", "liger-kernel"],
         "ifeval": ["if-verifiable", "nupunkt"],
+        "attacks": ["matplotlib"],  # its font, for drawn text beyond ASCII
         "dev": ["pytest", "ninja", "ruff", "pyright", "liger-kernel", "triton; sys_platform == 'linux'",
-                "if-verifiable", "nupunkt"],
+                "if-verifiable", "nupunkt", "matplotlib"],
     },
 )

@@ -125,10 +125,7 @@ class Trainer:
                 "by the new one from here on"])
         self.measurements.before(self.step, self._save)
         self._train()
-        try:
-            save_pretrained(self.policy, self.processor, self.run_dir.hf, getattr(torch, config.model.export_dtype))
-        except OSError as error:  # raised on all ranks
-            raise UserError(f"{self.run_dir.hf}: {error.strerror}") from error
+        save_pretrained(self.policy, self.processor, self.run_dir.hf, getattr(torch, config.model.export_dtype))
         on_main(lambda: write_card(self.run_dir.hf, config, self.start))
         logger.info("saved to %s", self.run_dir.hf)
         self.measurements.after(self.step)

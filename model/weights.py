@@ -3,7 +3,6 @@
 Tensors go by their Hugging Face names, one at a time, so that no rank holds a second full model.
 """
 
-import errno
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,9 +14,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from cosmo_rl.data.disk import replacing
+from cosmo_rl.data.errors import UserError
 
 from .load import Processor
-from .parallel import all_gather, rank
+from .parallel import rank, together
 from .policy import Policy
 
 
@@ -61,22 +61,22 @@ def save_pretrained(policy: Policy, processor: Processor, folder: str | Path,
         folder: replaced if it exists; its parent is created.
         dtype: of all weights on disk; float32 is that of the masters (a frozen tower is held in the compute dtype).
     Raises:
-        OSError: on every rank, when rank 0 cannot write; an earlier `folder` is then still whole.
+        UserError: on every rank, when rank 0 cannot write; an earlier `folder` is then still whole.
     """
     state = {}
     for name, tensor in full_state_dict(policy, dtype):
         if rank() == 0:
             state[name] = tensor.cpu()
-    error = ""
-    if rank() == 0:
+
+    def write() -> None:
         try:
-            _write(policy, processor, Path(folder), state, dtype)
-        except (OSError, SafetensorError) as failure:
-            error = str(failure)
-    error = all_gather(error)[0]
-    if error:
-        raise OSError(errno.EIO, f"the model cannot be saved ({error}); free space or give another --run-dir",
-                      str(folder))
+            if rank() == 0:
+                _write(policy, processor, Path(folder), state, dtype)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{folder}: the model cannot be saved ({error}); free space or give another --run-dir"
+                            ) from error
+
+    together(write)
 
 
 def _write(policy: Policy, processor: Processor, folder: Path, state: dict[str, torch.Tensor],

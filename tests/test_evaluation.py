@@ -119,7 +119,7 @@ def test_reward_evaluation_and_guard_agree_on_every_answer(fields, tags):
     unpaid = row.task == "helpful" and tags is not None and tags["combined"] == "unsafe"
     assert (suite == {}) is unpaid
     group = next(iter(suite), "")
-    name = next((name for name, (of, _) in MEASURES.items() if of == group), "")
+    name = next((name for name, measure in MEASURES.items() if group in measure.groups), "")
     for answer in ANSWERS:
         for ended in ("stop", "length"):
             text = f"<think> x </think> {answer or ' '}"

@@ -32,7 +32,7 @@ from cosmo_rl.cpgd.update import (
     split_updates,
 )
 from cosmo_rl.data.prepare.mini import safety_rows
-from cosmo_rl.model.parallel import all_gather, init_distributed, rank, shard
+from cosmo_rl.model.parallel import init_distributed, rank, shard, together
 from cosmo_rl.model.policy import Policy
 from cosmo_rl.model.weights import full_state_dict
 
@@ -157,7 +157,7 @@ def _two_ranks(path):
             policy.reshard()
             moved(policy)
             loss, gradients, _ = gradients_of(policy, config, updates, old)
-            results[f"{aggregation}-{layout}"] = (sum(all_gather(loss)), gradients)
+            results[f"{aggregation}-{layout}"] = (sum(together(lambda: loss)), gradients)
     if rank() == 0:
         torch.save(results, path)
 

@@ -17,7 +17,7 @@ from functools import cache, lru_cache
 from typing import Any
 
 from cosmo_rl.data.errors import MissingPackage, UserError
-from cosmo_rl.data.field_names import nearest
+from cosmo_rl.data.foreign import nearest
 
 from .ifeval_checks import OURS, language, says, tokens
 

@@ -57,9 +57,8 @@ _LONGEST_NAME = 80
 """Bytes read of `latest`, which a user may have written."""
 
 
-def save(
-    folder: str | Path, step: int, policy: nn.Module, optimizer: torch.optim.Optimizer, state: dict, keep: int
-) -> Path:
+def save(folder: str | Path, step: int, policy: nn.Module, optimizer: torch.optim.Optimizer, state: dict,
+         keep: int) -> Path:
     """Write checkpoint `step` and drop all but the newest `keep`; all ranks must call it together.
 
     Args:
@@ -94,19 +93,14 @@ def save(
         raise UserError(
             f"{bad} is not finite after step {step}: no checkpoint of it is written, and earlier ones in {folder} are "
             "kept; the same settings lead here again, so start in another --run-dir with a lower learning rate "
-            "(--optim.learning-rate)"
-        )
+            "(--optim.learning-rate)")
     try:
         attempt(lambda: _prepare(folder, temp), main_only=True)
         attempt(lambda: _write_shards(tensors, temp))
         sums = attempt(lambda: _checksums(_share(sorted(temp.glob("*.safetensors")))))
-        rest = {
-            "step": step,
-            "state": state,
-            "optimizer_steps": optimizer_steps,
-            "rng": together(_rng_state),
-            "versions": {name: version(name) for name in ("torch", "transformers", "numpy")} | {"python": sys.version},
-        }
+        versions = {name: version(name) for name in ("torch", "transformers", "numpy")} | {"python": sys.version}
+        rest = {"step": step, "state": state, "optimizer_steps": optimizer_steps, "rng": together(_rng_state),
+                "versions": versions}
         manifest = {name: entry for part in sums if part for name, entry in part.items()}
         attempt(lambda: _commit(temp, target, rest, manifest), main_only=True)
     except UserError:
@@ -199,8 +193,8 @@ def _newest_whole(folder: Path) -> Path | None:
         damaged[path] = problem
         path = together(partial(_before, path))[0]
     if path is None and damaged:
-        names = (damaged_path.name for damaged_path in damaged)
-        raise UserError(f"no whole checkpoint is left: {'; '.join(damaged.values())}: {_mend(folder, *names)}")
+        raise UserError(f"no whole checkpoint is left: {'; '.join(damaged.values())}: "
+                        + _mend(folder, *(old.name for old in damaged)))
     if path is not None and damaged:
         on_main(partial(_set_aside, damaged, path))
     return path
@@ -220,15 +214,11 @@ def _set_aside(damaged: dict[Path, str], path: Path) -> None:
         aside = next(name for name in names if not name.exists())
         old.rename(aside)
         logger.warning("%s; set aside as %s", problem, aside)
-    logger.warning(
-        "CONTINUING FROM %s INSTEAD: the steps after it are done again. To use the other once it is mended, stop this "
-        "run, rename it back and write its name into %s", path, path.parent / "latest",
-    )
+    logger.warning("CONTINUING FROM %s INSTEAD: the steps after it are done again. To use the other once it is mended, "
+                   "stop this run, rename it back and write its name into %s", path, path.parent / "latest")
 
 
-def _tensors(
-    policy: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+def _tensors(policy: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Flat tensors under model.*, exp_avg.*, exp_avg_sq.* and AdamW's step count of each parameter."""
     weights = policy.state_dict()  # FSDP2 reshards first: named_parameters() is right only after this
     names = [name for name, _ in chain(policy.named_parameters(), policy.named_buffers()) if name in weights]
@@ -242,9 +232,8 @@ def _tensors(
     return tensors, steps
 
 
-def _targets(
-    path: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, steps: dict[str, float]
-) -> dict[str, torch.Tensor]:
+def _targets(path: Path, policy: nn.Module, optimizer: torch.optim.Optimizer,
+             steps: dict[str, float]) -> dict[str, torch.Tensor]:
     """The live tensors to be read into, with AdamW's state made anew and its step counts set."""
     optimizer.zero_grad(set_to_none=True)
     optimizer.state.clear()
@@ -407,46 +396,32 @@ def _cannot_write(target: Path, error: OSError) -> str:
         free = f"{shutil.disk_usage(target.parent).free / 1e6:.0f} MB free"
     except OSError:
         free = "free space unknown"
-    return (
-        f"cannot write checkpoint {target}: {error.strerror or error} ({free}); free space or make the folder "
-        "writable, then repeat the command: earlier checkpoints are kept"
-    )
-
-
-def _encode(state: torch.Tensor) -> str:
-    return base64.b64encode(state.numpy().tobytes()).decode()
-
-
-def _decode(text: str) -> torch.Tensor:
-    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+    return (f"cannot write checkpoint {target}: {error.strerror or error} ({free}); free space or make the folder "
+            "writable, then repeat the command: earlier checkpoints are kept")
 
 
 def _rng_state() -> dict:
     """This rank's global generators, JSON-ready."""
     kind, keys, *rest = np.random.get_state()
-    cuda = _encode(torch.cuda.get_rng_state()) if torch.cuda.is_available() else None
-    return {
-        "torch": _encode(torch.get_rng_state()),
-        "cuda": cuda,
-        "numpy": [kind, np.asarray(keys).tolist(), *rest],
-        "python": random.getstate(),
-    }
+    encode = lambda state: base64.b64encode(state.numpy().tobytes()).decode()
+    return {"torch": encode(torch.get_rng_state()),
+            "cuda": encode(torch.cuda.get_rng_state()) if torch.cuda.is_available() else None,
+            "numpy": [kind, np.asarray(keys).tolist(), *rest], "python": random.getstate()}
 
 
 def _restore_rng(path: Path, states: list[dict]) -> None:
     """This rank's generators as they were; a rank that saved none keeps its own."""
+    decode = lambda text: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+    if rank() >= len(states):
+        return
     try:
-        if rank() < len(states):
-            _set_rng_state(states[rank()])
+        state = states[rank()]
+        torch.set_rng_state(decode(state["torch"]))
+        if state["cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(decode(state["cuda"]))
+        np.random.set_state(tuple(state["numpy"]))
+        kind, keys, gauss = state["python"]
+        random.setstate((kind, tuple(keys), gauss))
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise UserError(f"{path / 'state.json'} is damaged: the generators refuse its `rng` ({error}); "
                         + _mend(path.parent, path.name)) from error
-
-
-def _set_rng_state(state: dict) -> None:
-    torch.set_rng_state(_decode(state["torch"]))
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_decode(state["cuda"]))
-    np.random.set_state(tuple(state["numpy"]))
-    kind, keys, gauss = state["python"]
-    random.setstate((kind, tuple(keys), gauss))

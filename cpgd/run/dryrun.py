@@ -40,7 +40,7 @@ from ..rewards.function import UserFunction
 from ..rewards.task_aware import rules
 from ..rewards.word_rules import CAUTION, by_words
 from .ending import fail, leave
-from .evaluation import MEASURES, eval_batches, eval_suite
+from .evaluation import eval_batches, eval_suite
 from .footprint import NOTHING, Calls, Load, Parameters, Term, by_phase, count_parameters, footprint, peak
 from .guard import WATCHED, no_rows
 from .plan import Faults, Plan, Rejected, RowSize, given_path, plan
@@ -203,7 +203,8 @@ def _check_evaluation(config: Config, processor: Processor, eval_rows: Index | N
     if unused:
         found.notes.append(f"evaluation: {len(unused):,} rows are not measured, as no rule can use them; the first: "
                            f"{' | '.join(unused[:EXAMPLES])}")
-    if config.eval.guard != "off" and not any(suite.get(MEASURES[name][0]) for name in WATCHED):
+    if config.eval.guard != "off" and not any(
+            suite.get(group) for measure in WATCHED.values() for group in measure.groups):
         (found.settings if config.eval.guard == "stop" else found.notes).append(no_rows(config.eval.guard))
 
 

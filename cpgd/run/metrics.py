@@ -49,14 +49,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 TIMING_FIELDS = ("seconds", "tokens_per_second", "judging")
 """What a step took, not what it did: a verdict is the same from the cache and after three attempts."""
-FILES = {
-    "metrics": "a line a step",
-    "samples": "sampled responses",
-    "nonfinite": "steps that were skipped, with their samples",
-    "evals": "numbers of evaluations during training",
-    "warnings": "what `watch.Watch` has said",
-}
-"""NAME.jsonl of each -> what is in it."""
+FILES = ("metrics", "samples", "nonfinite", "evals", "warnings")
+"""Lines of steps, sampled responses, skipped steps with their samples, evaluations, and what `watch.Watch` has said."""
 ALWAYS = ("metrics", "samples")
 """There from the start; the others once there is a line for them."""
 CHARTED = ("metrics", "evals")
@@ -86,16 +80,13 @@ def reward_stats(groups: Iterable[Group]) -> dict[str, dict[str, dict[str, float
                     of_group[name].append(value)
         for name, found in of_group.items():
             values[group[0].row.domain][name].append(found)
-    out: dict[str, dict[str, dict[str, float]]] = {}
-    for domain, terms in sorted(values.items()):
-        out[domain] = {}
-        for name, found in terms.items():
-            flat = np.concatenate([np.asarray(group, dtype=np.float64) for group in found])
-            same = [max(group) - min(group) <= 1e-6 for group in found]
-            out[domain][name] = {
-                "mean": float(flat.mean()), "std": float(flat.std()), "saturated": float(np.mean(same)),
-            }
-    return out
+    return {domain: {name: _stats(found) for name, found in terms.items()} for domain, terms in sorted(values.items())}
+
+
+def _stats(groups: Sequence[Sequence[float]]) -> dict[str, float]:
+    flat = np.concatenate([np.asarray(group, dtype=np.float64) for group in groups])
+    same = [max(group) - min(group) <= 1e-6 for group in groups]
+    return {"mean": float(flat.mean()), "std": float(flat.std()), "saturated": float(np.mean(same))}
 
 
 def rollout_summary(rollout: Rollout) -> dict[str, Any]:
@@ -336,10 +327,8 @@ class ProgressView:
     def __init__(self, total: int, done: int = 0, title: str = "", console: Console | None = None) -> None:
         self._console = console or Console()
         self._total, self._title = total, title
-        self._bar = Progress(
-            TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeElapsedColumn(),
-            TextColumn("left"), TimeRemainingColumn(), console=self._console,
-        )
+        self._bar = Progress(TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("steps"),
+                             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self._console)
         self._task = self._bar.add_task(title, total=total, completed=done)
         self._live = Live(self._bar, console=self._console) if self._console.is_terminal else None
         if self._live is not None:
