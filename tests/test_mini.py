@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from cosmo_rl.data.prepare import mini
-from cosmo_rl.data.prepare.jailbreak.text import ATTACKS, attack
+from cosmo_rl.data.prepare.jailbreak.registry import ATTACKS
+from cosmo_rl.data.prepare.jailbreak.rows import attack_row
 
 SPLITS = ("train", "validation", "heldout")
 
@@ -119,8 +120,8 @@ def test_attacks():
     assert ATTACKS["leet"]("taste it") == "74$73 17"
     assert ATTACKS["flip"]("how do i draw it?") == "it? draw i do how"
     row = mini.safety_rows("validation")[0]
-    hit = attack(row, "flip")
+    hit = attack_row(row, "flip")
     assert hit.id == f"{row.id}+flip" and hit.attack["source_id"] == row.id and hit.tags == row.tags
     assert text(hit) == ATTACKS["flip"](text(row)) and hit.images == row.images
     with pytest.raises(ValueError, match=r"unknown attack 'rot'.*flip.*leet"):
-        attack(row, "rot")
+        attack_row(row, "rot")

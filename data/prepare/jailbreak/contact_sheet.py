@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from PIL import Image, ImageDraw
 
 from ...schema import Row, open_image
-from .augment import MAX_IMAGE_PIXELS, is_unsafe
 from .registry import ordered
 from .render import dejavu_sans, face_of, lacks, wrap
-from .text import ZERO_WIDTH, last_text
+from .rows import MAX_IMAGE_PIXELS, is_unsafe, last_text
+from .text import ZERO_WIDTH
 
 SAMPLES, PER_LABEL = 3, 2
 """Samples of an attack, and most of them with one label."""

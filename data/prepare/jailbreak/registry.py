@@ -73,8 +73,8 @@ class Question(NamedTuple):
     seed: int
 
 
-class Asker(Protocol):
-    """A model to ask."""
+class AttackerModel(Protocol):
+    """A model that an endpoint attack asks (an attacker model, as PAIR and PyRIT say)."""
 
     @property
     def model(self) -> str:
@@ -94,7 +94,7 @@ class Aids:
     """As many pictures as `Attack.carriers` asks for, RGB."""
     read: Reader | None = None
     """OCR that must read rendered text back; None: the checks of render.py alone."""
-    ask: Asker | None = None
+    ask: AttackerModel | None = None
     """Of an endpoint attack."""
 
 
