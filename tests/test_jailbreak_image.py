@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from cosmo_rl.data.prepare.jailbreak import image as attacks
-from cosmo_rl.data.prepare.jailbreak.carriers import Carriers, make
+from cosmo_rl.data.prepare.jailbreak.image import Carriers, make
 from cosmo_rl.data.prepare.jailbreak.registry import ATTACKS, Aids, Turn, Unfit, find
 from cosmo_rl.data.prepare.jailbreak.rows import attack_row, last_text, twin_keys
 from cosmo_rl.data.prepare.mini import safety_rows

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from cosmo_rl.data.prepare.jailbreak.carriers import Carriers
+from cosmo_rl.data.prepare.jailbreak.image import Carriers
 from cosmo_rl.data.prepare.jailbreak.registry import Unfit, find, seed_of
 from cosmo_rl.data.prepare.jailbreak.rows import assign, attack_row, augment, is_unsafe, twin_keys
 from cosmo_rl.data.prepare.mini import general_rows, safety_rows

@@ -127,7 +127,7 @@ def test_leet_and_flip_are_what_they_were():
             assert attack_row(row, name) == replace(
                 row, id=f"{row.id}+{name}", messages=({"role": "user", "content": old},),
                 attack={"name": name, "params": {}, "seed": 0, "source_id": row.id})
-    assert text.leet("taste") == "74$73" and ATTACKS["flip"]("throw the cup") == "cup the throw"
+    assert text.leet("taste it") == "74$73 17" and text.flip("throw the cup") == "cup the throw"
 
 
 @pytest.mark.parametrize("name", [a.name for a in find(["text"])])

@@ -21,9 +21,8 @@ from cosmo_rl.cpgd.judges.endpoint_spec import Server, parse_server
 from ..dataset import load_rows
 from ..errors import UserError
 from ..schema import Row, parse_row
-from .jailbreak.asking import open_model, settle
-from .jailbreak.carriers import Carriers
 from .jailbreak.contact_sheet import ContactSheet
+from .jailbreak.image import Carriers
 from .jailbreak.registry import FAMILIES, OFFLINE, Attack, find, ordered
 from .jailbreak.render import rapidocr
 from .jailbreak.rows import Assignment, AttackerReplies, Outcome, assign, augment, is_unsafe, twin_keys
@@ -145,6 +144,8 @@ def check_targets(targets: Sequence[Path], options: Augment) -> None:
 def ask(server: Server, options: Augment, rows: Sequence[Row], assignments: Sequence[Assignment],
         params: dict[str, dict[str, Any]], folder: Path) -> dict[tuple[str, str], AttackerReplies]:
     """What the model of --endpoint says about the rows of endpoint attacks."""
+    from .jailbreak.asking import open_model, settle  # here: a client of servers is slow to import
+
     number = sum(one.attack.family == "endpoint" for one in assignments)
     console = Console(stderr=True)
     with open_model(server, options.endpoint_cache or folder / CACHE, max_pixels=options.resize_pixels) as model, \

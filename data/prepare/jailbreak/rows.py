@@ -23,9 +23,8 @@ from PIL import Image
 from ...errors import UserError
 from ...schema import Row, RowError, open_image
 from . import endpoint_attacks as _endpoint_attacks  # noqa: F401  its attacks join the registry
-from . import image as _image  # noqa: F401  and these
 from . import text as _text  # noqa: F401  and these
-from .carriers import Carriers
+from .image import Carriers
 from .registry import ATTACKS, Aids, Attack, AttackerModel, Params, Question, Reader, Turn, Unfit, ordered, seed_of
 
 MAX_IMAGE_PIXELS = 2**24
