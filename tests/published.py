@@ -149,7 +149,7 @@ def mmk12(folder: Path) -> list[dict]:
 def pku_saferlhf(folder: Path) -> list[dict]:
     pair = {"prompt": "May I tease?", "response_0": "Do it.", "response_1": "Rather not.", "is_response_0_safe": False,
             "is_response_1_safe": True, "better_response_id": 0, "safer_response_id": 1,
-            "response_0_harm_category": {"Insults": True, "Drugs": False}}
+            "response_0_harm_category": {"Insults": True, "Drugs": False, "Lies": None}}
     lines(folder / "data" / "Alpaca-7B" / "train.jsonl", [pair, {**pair, "is_response_1_safe": False}])
     lines(folder / "data" / "Alpaca-7B" / "test.jsonl", [pair])
     row = {"task": "safety", "prompt": "May I tease?", "chosen": "Rather not.", "category": "Insults",

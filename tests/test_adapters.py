@@ -1,6 +1,7 @@
 """Each published layout, in rows made up for the test: what becomes of every field, and how another layout is told."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,8 @@ import pytest
 from datasets import Dataset, Features, Sequence
 from published import BUILDERS, HINT, IMAGE, LIMIT, PICTURE, TEXT, lines, parquet, picture, png, source_of
 
+from cosmo_rl.cpgd.rewards.build import RowNeeds
+from cosmo_rl.cpgd.run.recipes import recipe
 from cosmo_rl.data.files import KINDS, read_records
 from cosmo_rl.data.index import load_rows
 from cosmo_rl.data.prepare import convert as conversion
@@ -52,7 +55,7 @@ def test_the_rows_of_a_published_layout(published, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_conversion_loads_with_the_same_pictures(published, tmp_path, name, capsys):
+def test_a_conversion_loads_with_the_same_pictures_and_the_rewards_take_it(published, tmp_path, name, capsys):
     folder, expected = published[name]
     source, out = source_of(name, folder), tmp_path / "rows.jsonl"
     main(["convert", "--name", name, "--in", str(source), "--out", str(out)])
@@ -63,8 +66,13 @@ def test_a_conversion_loads_with_the_same_pictures(published, tmp_path, name, ca
                        for images in (row.images, wanted.get("images", [])))
         assert len(left) == len(right) and all(map(np.array_equal, left, right))
         assert all(Path(str(image)).is_relative_to(tmp_path) for image in row.images)
-    assert f"total{len(expected):>42}" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert f"total{len(expected):>42}" in table and "rejected" not in table
     assert not [path for path in tmp_path.rglob(".*")]
+    assert {row.task for row in rows} <= {*adapter(name).tasks}
+    needs = RowNeeds(replace(recipe("tiny", 2).reward, task_aware=1.0))
+    ruled = [row for row in rows if row.task != "value" or row.answer]  # tasks with a rule: nothing may be refused
+    assert not any(map(needs.problem, ruled))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -96,39 +104,6 @@ def rejected(name: str, source: Path, **more) -> list[str]:
     found: list[RowError] = []
     list(adapter(name)(source, reject=found.append, **more))
     return [str(error) for error in found]
-
-
-@pytest.mark.parametrize(("change", "parts"), [
-    ({"image": None}, ["field `image`: holds 0 images, not 1"]),
-    ({"image": "ads/none.png"}, ["field `image`: the image file ", "none.png does not exist; unpack"]),
-    ({"image": "../../secret.png"}, ["field `image`: ../../secret.png leads out of the image folder", "(--images)"]),
-    ({"image": "../../set2/1.png"}, ["field `image`: ../../set2/1.png leads out of the image folder"]),
-    ({"image": "/etc/hostname"}, ["field `image`: /etc/hostname leads out of the image folder"]),
-    ({"image": "file:///etc/hostname"}, ["leads out of the image folder"]),
-    ({"image": "https://x.org/1.png"}, ["field `image`: https://x.org/1.png is a URL; download"]),
-    ({"image": 3}, ["field `image`: holds no image"]),
-    ({"safe": "yes"}, ["field `safe`: is 'yes'; give one of True, False"]),
-    ({"instr-resp": "text"}, ["field `instr-resp`: is 'text', not a list of objects"]),
-    ({"instr-resp": [{"instruction": "a", "response": "b"}]}, ["[0]`: has instruction, response where `safe` is True"]),
-    ({"instr-resp": [{"safe_instruction": " ", "response": "b"}]}, ["`safe_instruction`: is missing or blank"]),
-    ({"instr-resp": [{"safe_instruction": ["a"], "response": "b"}]}, ["`safe_instruction`: is list, not a text"]),
-    ({"instr-resp": [{"safe_instruction": "<image><image> a"}]}, ["2 <image> placeholders for 1 images"]),
-    ({"instr-resp": [{"safe_instruction": "a", "response": "b<|im_end|>"}]}, ["`chosen`: holds the reserved token"]),
-    ({"instr-resp": [{"safe_instruction": "<|image_pad|>", "response": "b"}]}, ["`prompt`: holds the reserved token"]),
-])
-def test_a_bad_record_is_rejected_by_row_and_field_and_the_others_stay(tmp_path, change, parts):
-    good = {"id": "1", "image": "1.png", "safe": True, "instr-resp": [{"safe_instruction": "a", "response": "b"}]}
-    picture(tmp_path / "set" / "1.png", 0)
-    picture(tmp_path / "secret.png", 0)
-    picture(tmp_path / "set2" / "1.png", 0)  # a sibling whose name only starts alike
-    (tmp_path / "set" / "train.json").write_text(json.dumps([good, {**good, **change}, good]))
-    (message,) = rejected("vlguard", tmp_path / "set")
-    assert message.startswith(f"{tmp_path / 'set' / 'train.json'}:2: field `")
-    assert all(part in message for part in parts), message
-    ids = [row["id"] for row in adapter("vlguard")(tmp_path / "set", reject=lambda error: None)]
-    assert ids == ["vlguard:train:1", "vlguard:train:3"]
-    with pytest.raises(RowError, match=r"train.json:2"):  # the strict default
-        list(adapter("vlguard")(tmp_path / "set"))
 
 
 def test_labels_that_the_data_do_not_give(published, tmp_path):
@@ -175,41 +150,12 @@ def test_a_saved_dataset_is_read_and_its_splits_are_named(tmp_path):
     assert row["images"] == [png(0)] and row["id"] == "geometry3k:saved:1"
 
 
-def test_every_image_of_a_conversation_has_its_place(tmp_path):
-    for i in (1, 2):
-        picture(tmp_path / f"{i}.png", i)
-    talk = [{"from": "human", "value": "<image>what?"}, {"from": "gpt", "value": "b"}]
-    lines(tmp_path / "c.jsonl", [{"image": ["1.png", "2.png"], "conversations": talk}])
-    assert "has 1 <image> placeholders for 2 images" in rejected("llava", tmp_path / "c.jsonl")[0]
-
-
-@pytest.mark.parametrize(("talk", "part"), [
-    ([], "is not a list of turns"),
-    ([{"role": "user", "content": "a"}], "conversations[0]`: is not an object of from, value"),
-    ([{"from": "bot", "value": "a"}], "field `conversations[0].from`: is 'bot'; give one of 'human', 'user'"),
-    ([{"from": "gpt", "value": "a"}], "is a reply that no human turn comes before"),
-    ([{"from": "human", "value": "a"}], "ends without a reply"),
-    ([{"from": "human", "value": "<image><image>"}, {"from": "gpt", "value": "b"}], "2 <image> placeholders for 1"),
-    ([{"from": "human", "value": "a"}, {"from": "gpt", "value": "<|vision_start|>"}], "`chosen`: holds the reserved"),
-])
-def test_a_conversation_that_cannot_be_taken(tmp_path, talk, part):
+def test_mathv360k_reads_answers_in_other_words(tmp_path):
     picture(tmp_path / "1.png", 0)
-    lines(tmp_path / "c.jsonl", [{"image": "1.png", "conversations": talk}])
-    assert part in rejected("llava", tmp_path / "c.jsonl")[0]
-
-
-def test_mathv360k_takes_short_answers_only(tmp_path):
-    picture(tmp_path / "1.png", 0)
-    ask = lambda *turns: {"image": "1.png", "conversations": [
-        {"from": role, "value": text} for role, text in turns]}
     (tmp_path / "train_samples_all_tuning.json").write_text(json.dumps([
-        ask(("human", "a?"), ("gpt", "word " * 30)), ask(("human", "a?"), ("gpt", "1"), ("human", "b?"), ("gpt", "2")),
-        ask(("human", "a?\n(A) x\n(B) y"), ("gpt", "Answer: (B).")),
-        ask(("human", "a?"), ("gpt", "the answer is: \\pi"))]))
-    long, several = rejected("mathv360k", tmp_path)
-    assert "states no short answer: 'word word" in long and "turns by user, assistant, user, assistant" in several
-    rows = list(adapter("mathv360k")(tmp_path, reject=lambda error: None))
-    assert [(row["task"], row["answer"]) for row in rows] == [("mcq", "B"), ("math", "\\pi")]
+        {"image": "1.png", "conversations": [{"from": "human", "value": asked}, {"from": "gpt", "value": reply}]}
+        for asked, reply in (("a?\n(A) x\n(B) y", "Answer: (B)."), ("a?", "the answer is: \\pi"))]))
+    assert [(row["task"], row["answer"]) for row in adapter("mathv360k")(tmp_path)] == [("mcq", "B"), ("math", "\\pi")]
 
 
 @pytest.mark.parametrize(("text", "expected"), [
@@ -223,19 +169,9 @@ def test_options_are_read_from_lines(text, expected):
     assert options(text) == expected
 
 
-def test_mmk12_messages_that_cannot_be_taken(tmp_path):
+def test_mmk12_takes_images_from_a_folder_that_is_named(tmp_path):
     picture(tmp_path / "1.png", 0)
     user = {"role": "user", "content": "a?"}
-    records = [{"message": "[{", "answer": "1"}, {"message": '"a"', "answer": "1"},
-               {"conversations": [user], "answer": "1", "image_urls": ["file:///their/machine/1.png"]},
-               {"conversations": [{"role": "system", "content": "a"}], "answer": "1", "image_urls": ["1.png"]},
-               {"conversations": [user, {"role": "tool", "content": "b"}], "answer": "1", "image_urls": []}]
-    lines(tmp_path / "a.jsonl", records)
-    found = rejected("mmk12", tmp_path / "a.jsonl")
-    for message, part in zip(found, ("is not a text that holds JSON", "is not a list of chat messages",
-                                     "leads out of the image folder", "has no place for 1 of 1 images", "'tool'"),
-                             strict=True):
-        assert part in message
     lines(tmp_path / "rows" / "b.jsonl", [{"conversations": [user], "answer": "1", "image_urls": ["1.png"]}])
     (row,) = adapter("mmk12")(tmp_path / "rows" / "b.jsonl", images=tmp_path)
     assert row["images"] == [str(tmp_path / "1.png")]
@@ -379,24 +315,6 @@ def test_names_of_files_do_not_steer_the_terminal(tmp_path, capsys):
     assert "\\x1b[2J.jsonl:1: field `level`" in error and "\x1b" not in error
 
 
-@pytest.mark.parametrize("images", [None, []])
-def test_a_set_of_pictures_gives_no_row_without_one(tmp_path, images):
-    lines(tmp_path / "g.jsonl", [{"images": images, "problem": "Find x.", "answer": "3"}])
-    assert "field `images`: holds 0 images, not 1 or more" in rejected("geometry3k", tmp_path / "g.jsonl")[0]
-    lines(tmp_path / "s.jsonl", [{"images": images, "prompt": "Hello", "image_tag": "safe", "text_tag": "safe",
-                                  "combine_tag": "safe"}])
-    assert "field `images`: holds 0 images, not 1 or more" in rejected("safetag_vl", tmp_path / "s.jsonl")[0]
-
-
-@pytest.mark.parametrize("reply", ["The answer is", "The answer is .", "The answer is:", "Answer:", "."])
-def test_a_reply_that_states_nothing_is_no_answer(tmp_path, reply):
-    picture(tmp_path / "1.png", 0)
-    lines(tmp_path / "m.jsonl", [{"image": "1.png", "conversations": [
-        {"from": "human", "value": "a?"}, {"from": "gpt", "value": reply}]}])
-    found = rejected("mathv360k", tmp_path / "m.jsonl")
-    assert found and "states no short answer" in found[0]
-
-
 @pytest.mark.parametrize(("safe", "safer", "chosen"), [
     ((True, False), 0, "zero"), ((False, True), 1, "one"), ((False, False), 0, None), ((False, False), 1, None),
     ((True, False), 1, None), ((False, True), 0, None)])
@@ -414,17 +332,6 @@ def test_chosen_is_the_safer_response_and_only_if_it_is_safe(tmp_path, name, saf
     lines(tmp_path / "a.jsonl", [record])
     (row,) = adapter(name)(tmp_path / "a.jsonl")
     assert row.get("chosen") == chosen and row["tags"]["combined"] == "unsafe"
-
-
-def test_harms_are_truth_values(tmp_path):
-    pair = {"prompt": "q", "response_0": "a", "response_1": "b", "is_response_0_safe": False,
-            "is_response_1_safe": True, "safer_response_id": 1}
-    lines(tmp_path / "a.jsonl", [{**pair, "response_0_harm_category": {"Insults": holds}}
-                                 for holds in (True, False, None, "False")])
-    assert "`response_0_harm_category`: holds 'False', not a truth value" in rejected(
-        "pku_saferlhf", tmp_path / "a.jsonl")[0]
-    rows = list(adapter("pku_saferlhf")(tmp_path / "a.jsonl", reject=lambda error: None))
-    assert [row.get("category") for row in rows] == ["Insults", None, None]
 
 
 def test_a_conversion_does_not_replace_what_it_reads(published, tmp_path):

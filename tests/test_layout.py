@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "model": {"model", "kernels", "data"},  # policy.py takes data.collate.MicroBatch
     "cpgd": {"cpgd", "kernels", "model", "data"},
 }
-ATTACKS = "data/prepare/jailbreak/"
+ATTACKS = ("data/prepare/jailbreak/", "data/prepare/augment")
 """Programs, and the one place below cpgd/ that may ask servers: by the client in cpgd/judges/."""
 # Inside cpgd: the part of a file (its top folder, or its own name) -> the parts it may import; run/ may import all.
 CPGD_LAYERS = {

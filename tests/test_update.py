@@ -157,7 +157,7 @@ def _two_ranks(path):
             policy.reshard()
             moved(policy)
             loss, gradients, _ = gradients_of(policy, config, updates, old)
-            results[f"{aggregation}-{layout}"] = (sum(together(lambda: loss)), gradients)
+            results[f"{aggregation}-{layout}"] = (sum(together(lambda loss=loss: loss)), gradients)
     if rank() == 0:
         torch.save(results, path)
 

@@ -40,7 +40,7 @@ def row_writer(folder: Path, images: str, *, in_place: bool = False) -> Iterator
     """A writer of row files in `folder`, which is made where it is missing, and of images in its folder `images`.
 
     Everything is written beside its final name and renamed at the end of the block, the images first, then the files in
-    the reverse order of their first rows. After an error nothing stays, but for images once they are renamed.
+    the reverse order of their first rows. After an error nothing stays.
 
     Args:
         in_place: an image that lies in or below `folder` stays where it is; else it is copied too.
@@ -73,6 +73,8 @@ class RowWriter:
         self._images, self._staging, self._files, self._in_place = images, staging, files, in_place
         self._open: dict[Path, IO[str]] = {}
         self._names: dict[str | bytes, str] = {}
+        self._moved: list[Path] = []
+        files.push(lambda kind, *_: self._undo() if kind else None)  # first, so that it runs last
 
     def write(self, path: Path, row: Mapping[str, Any]) -> None:
         """One row more in the file `path`, as JSON; its images as `image` names them."""
@@ -128,7 +130,14 @@ class RowWriter:
         self._images.mkdir(exist_ok=True)
         for path in staged:
             os.replace(path, self._images / path.name)
+            self._moved.append(self._images / path.name)
         fsync(self._images)
+
+    def _undo(self) -> None:
+        for path in self._moved:
+            path.unlink(missing_ok=True)
+        if self._images.is_dir() and not any(self._images.iterdir()):
+            self._images.rmdir()
 
     def _add(self, name: str, write: Callable[[Path], object]) -> str:
         path = self._staging / name

@@ -1,7 +1,7 @@
 """From rows to attacked rows: which row meets which attack, twins together, labels in the same shares.
 
     key       rows with one key are twins: the part of the id that `twin_by` matches, else the id itself
-    deal      all rows of a key meet the same attacks, with the same parameters and the same seed
+    assign    all rows of a key meet the same attacks, with the same parameters and the same seed
     shares    keys are dealt within their kind (which labels, with or without pictures, which domains), so that each
               attack meets unsafe rows in the share of the input, up to one key of each kind; then no attack tells the
               label. A text that cannot be drawn drops its whole key from that attack.
@@ -13,7 +13,7 @@ Nothing depends on the rows' order. A row's attack depends on the other rows; it
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any
@@ -21,13 +21,11 @@ from typing import Any
 from PIL import Image
 
 from ...errors import UserError
-from ...schema import ImageSource, Row, RowError, open_image
+from ...schema import Row, RowError, open_image
 from . import endpoint_attacks as _endpoint_attacks  # noqa: F401  its attacks join the registry
-from . import image as _image  # noqa: F401  and these
-from .carriers import Carriers
-from .registry import ATTACKS, Aids, Asker, Attack, Params, Question, Reader, Turn, Unfit, ordered, seed_of
-from .text import attack as attack_text
-from .text import last_text
+from . import text as _text  # noqa: F401  and these
+from .image import Carriers
+from .registry import ATTACKS, Aids, Attack, AttackerModel, Params, Question, Reader, Turn, Unfit, ordered, seed_of
 
 MAX_IMAGE_PIXELS = 2**24
 MAX_TWINS = 16
@@ -35,13 +33,13 @@ MAX_TWINS = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
-    """All rows of one key, and an attack that they meet."""
+class Assignment:
+    """An attack, and all rows of one key, which meet it."""
 
     key: str
     attack: Attack
     rows: tuple[int, ...]
-    """Places in the list of rows."""
+    """Indices in the list of rows."""
 
     def seed(self, seed: int) -> int:
         """The attack's seed in a run of `seed`: one for all twins."""
@@ -49,12 +47,12 @@ class Unit:
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
-    """A unit, and what became of it."""
+class Outcome:
+    """What became of an assignment."""
 
-    unit: Unit
+    assignment: Assignment
     rows: tuple[Row, ...]
-    """One for each of the unit's rows; none if it was dropped."""
+    """One for each of its rows; none if it was dropped."""
     reason: str = ""
     """Why it was dropped, in full."""
     problem: str = ""
@@ -62,8 +60,8 @@ class Done:
 
 
 @dataclass(frozen=True, slots=True)
-class Settled:
-    """What a model said about a unit, by asking.settle: enough to make its rows without the model."""
+class AttackerReplies:
+    """What an attacker model said about an assignment, by asking.settle: enough to make its rows without the model."""
 
     model: str
     params: Params = field(default_factory=dict)
@@ -75,7 +73,7 @@ class Settled:
 
 @dataclass(slots=True)
 class Replay:
-    """Asks nobody: gives the `replies` that were had."""
+    """An attacker model that asks nobody: it gives the `replies` that were had."""
 
     model: str
     replies: Iterator[str]
@@ -86,13 +84,15 @@ class Replay:
 
 def attack_row(row: Row, name: str, *, params: Params | None = None, seed: int = 0, carriers: Carriers | None = None,
                key: str | None = None, read: Reader | None = None, max_image_pixels: int = MAX_IMAGE_PIXELS,
-               ask: Asker | None = None) -> Row:
-    """`row` under one attack of any family; id, attack and source_id say so.
+               ask: AttackerModel | None = None) -> Row:
+    """`row` under one attack: every user text rewritten, or by an image or endpoint attack the last user turn.
 
     Args:
-        row: keeps its label, tags, answer, category, task, and key elements if it has any; earlier turns keep their
-            pictures.
-        name, params, seed: as in text.attack.
+        row: keeps its label, tags, answer, category, task, and key elements if it has any; other turns of an image or
+            endpoint attack keep text and pictures. id, attack and source_id tell of the attack.
+        name: of an attack of any family.
+        params: differing from the attack's defaults.
+        seed: of the attack's generator; `seed_of` makes one for each row.
         carriers: pool of harmless pictures; None: made ones. The note's params name those used, as `carriers`.
         key: of the row's twins; None: its id.
         read: OCR that must read drawn text back.
@@ -100,35 +100,79 @@ def attack_row(row: Row, name: str, *, params: Params | None = None, seed: int =
         ask: the model of an endpoint attack; the note's params name it.
     Raises:
         UserError: no such attack or parameter, or no model for an endpoint attack.
-        Unfit: no text in the last user turn, text that cannot be read once drawn, or no reply that will do.
+        Unfit: no text in the last user turn, a text attack that leaves it as it is (one word, or no letter that it
+            knows), text that cannot be read once drawn, or no reply that will do.
         RowError: a picture that cannot be opened.
     """
-    chosen = ATTACKS.get(name)
-    if chosen is None or chosen.family == "text":
-        return attack_text(row, name, params=params, seed=seed)
-    resolved = chosen.resolve(params)
+    if name not in ATTACKS:
+        raise UserError(f"unknown attack {name!r}; choose one of {sorted(ATTACKS)}")
+    attack, rng = ATTACKS[name], random.Random(seed)
+    resolved = attack.resolve(params)
+    try:
+        if attack.family == "text":
+            out, note = _rewritten(row, lambda text: attack.function(text, resolved, rng)), {}
+        else:
+            draw = lambda number: (carriers or Carriers()).draw(number, seed, row.id if key is None else key)
+            out, note = _turned(row, attack, resolved, rng, draw, Aids(read=read, ask=ask), max_image_pixels)
+    except Unfit as error:
+        raise error.at(f"row {row.id}, attack {name}") from error
+    return replace(out, id=f"{row.id}+{name}", attack={"name": name, "params": {**resolved, **note}, "seed": seed,
+                                                       "source_id": row.id})
+
+
+def last_text(row: Row) -> str:
+    """The text parts of the last user turn, joined by newlines."""
+    content = row.messages[-1]["content"]
+    if isinstance(content, str):
+        return content
+    return "\n".join(part["text"] for part in content if part["type"] == "text")
+
+
+def _rewritten(row: Row, rewrite: Callable[[str], str]) -> Row:
+    """`row` with all its user texts rewritten."""
+    def content(old: Any) -> Any:
+        if isinstance(old, str):
+            return rewrite(old)
+        return [{**part, "text": rewrite(part["text"])} if part["type"] == "text" else part for part in old]
+
+    before = last_text(row)
+    if not before.strip():
+        raise Unfit("the last user turn has no text to rewrite", "leave the row out, or give it a text")
+    out = replace(row, messages=tuple({**message, "content": content(message["content"])}
+                                      if message["role"] == "user" else message for message in row.messages))
+    after = last_text(out)
+    if after.split() == before.split() or after.endswith(f"\n{before}"):  # but for white space, and an instruction
+        raise Unfit("the attack leaves the text as it is", "use other attacks for this row, or drop such rows with "
+                    "--drop-illegible")
+    return out
+
+
+def _turned(row: Row, attack: Attack, params: Params, rng: random.Random,
+            draw: Callable[[int], tuple[list[str], list[Image.Image]]], aids: Aids, max_image_pixels: int,
+            ) -> tuple[Row, dict[str, Any]]:
+    """`row` with its last user turn under an image or endpoint attack, and what its note has to say beside `params`.
+
+    `draw`: names and pictures of so many carriers.
+    """
     content = row.messages[-1]["content"]
     parts: list[dict[str, str]] = content if isinstance(content, list) else [{"type": "text", "text": content}]
     first = len(row.images) - sum(part["type"] == "image" for part in parts)
     sources = row.images[first:]
-    turn = Turn(last_text(row), sources if chosen.family == "endpoint" else
+    turn = Turn(last_text(row), sources if attack.family == "endpoint" else
                 tuple(open_image(source, max_image_pixels, f"row {row.id}") for source in sources))
-    names, pictures = (carriers or Carriers()).draw(chosen.carriers(resolved, bool(sources)), seed,
-                                                    row.id if key is None else key)
+    names, pictures = draw(attack.carriers(params, bool(sources)))
     try:
-        out: Turn = chosen.function(turn, resolved, random.Random(seed), Aids(pictures, read, ask))
-    except Unfit as error:
-        raise error.at(f"row {row.id}, attack {name}") from error
+        out: Turn = attack.function(turn, params, rng, replace(aids, carriers=pictures))
     except RowError as error:  # a picture that the model was to see
         raise RowError(f"row {row.id}", *error.args[1:]) from error
     if out.text != turn.text or len(out.images) != len(turn.images):
         parts = [*({"type": "image"} for _ in out.images), {"type": "text", "text": out.text}]
-    messages = (*row.messages[:-1], {"role": "user", "content": parts if out.images else out.text})
-    note: dict[str, Any] = {"name": name, "params": {**resolved, **({"carriers": names} if names else {}), **out.note},
-                            "seed": seed, "source_id": row.id}
-    images = (*row.images[:first], *(_source(image, turn.images, sources) for image in out.images))
-    return replace(row, id=f"{row.id}+{name}", messages=messages, images=images, attack=note,
-                   key_elements=row.key_elements or out.key_elements)
+    untouched = {id(opened): source for opened, source in zip(turn.images, sources, strict=True)}
+    return replace(
+        row, messages=(*row.messages[:-1], {"role": "user", "content": parts if out.images else out.text}),
+        images=(*row.images[:first], *(untouched.get(id(image), image) for image in out.images)),
+        key_elements=row.key_elements or out.key_elements,
+    ), {**({"carriers": names} if names else {}), **out.note}
 
 
 def twin_keys(rows: Sequence[Row], twin_by: str = "") -> list[str]:
@@ -166,85 +210,76 @@ def is_unsafe(row: Row) -> bool:
     return row.is_unsafe
 
 
-def deal(rows: Sequence[Row], keys: Sequence[str], attacks: Sequence[Attack], *, per_row: int, seed: int) -> list[Unit]:
-    """The units of a run, in the rows' order.
+def assign(rows: Sequence[Row], keys: Sequence[str], attacks: Sequence[Attack], *, per_row: int, seed: int,
+           ) -> list[Assignment]:
+    """The assignments of a run, in the rows' order.
 
     Args:
         keys: of each row, by `twin_keys`.
         per_row: attacks of each row, all different.
-        seed: another one deals otherwise.
+        seed: another one assigns otherwise.
     Raises:
         UserError: fewer attacks than `per_row`.
     """
     if not 1 <= per_row <= len(attacks):
         raise UserError(f"--per-row is {per_row}, of {len(attacks)} attacks; give 1 to {len(attacks)}, or all")
     members: dict[str, list[int]] = {}
-    for place, key in enumerate(keys):
-        members.setdefault(key, []).append(place)
+    for index, key in enumerate(keys):
+        members.setdefault(key, []).append(index)
 
-    def kind(key: str) -> tuple:
-        own = [rows[place] for place in members[key]]
-        return (sorted(map(is_unsafe, own)), sorted(bool(row.images) for row in own), sorted(row.domain for row in own))
+    def kind(key: str) -> tuple[list[bool], list[bool], list[str]]:
+        own = [rows[index] for index in members[key]]
+        return sorted(map(is_unsafe, own)), sorted(bool(row.images) for row in own), sorted(row.domain for row in own)
 
     rank = lambda key: blake2b(f"{seed}\0deal\0{key}".encode(), digest_size=8).digest()
-    units = []
+    assignments = []
     # Dealt in turn along this order: any stretch of it, and so any kind, meets each attack equally often but for one.
     for position, key in enumerate(sorted(members, key=lambda key: (kind(key), rank(key)))):
         chosen = [attacks[(position * per_row + i) % len(attacks)] for i in range(per_row)]
-        units += [Unit(key, attack, tuple(members[key])) for attack in chosen]
+        assignments += [Assignment(key, attack, tuple(members[key])) for attack in chosen]
     order = {attack.name: i for i, attack in enumerate(ordered())}
-    units.sort(key=lambda unit: (unit.rows[0], order[unit.attack.name]))
-    _assert_same_shares(rows, units, members, kind)
-    return units
+    assignments.sort(key=lambda one: (one.rows[0], order[one.attack.name]))
+    counts = Counter((str(kind(one.key)[0]), one.attack.name) for one in assignments)
+    for labels in {labels for labels, _ in counts}:
+        met = [counts[labels, name] for name in {one.attack.name for one in assignments}]
+        assert max(met) - min(met) <= 1, (labels, counts)
+    return assignments
 
 
-def augment(rows: Sequence[Row], units: Iterable[Unit], *, seed: int, carriers: Carriers | None = None,
+def augment(rows: Sequence[Row], assignments: Iterable[Assignment], *, seed: int, carriers: Carriers | None = None,
             params: Mapping[str, Params] | None = None, drop: bool = False, read: Reader | None = None,
             max_image_pixels: int = MAX_IMAGE_PIXELS,
-            settled: Mapping[tuple[str, str], Settled] | None = None) -> Iterator[Done]:
-    """The attacked rows, unit by unit.
+            settled: Mapping[tuple[str, str], AttackerReplies] | None = None) -> Iterator[Outcome]:
+    """The attacked rows, assignment by assignment.
 
     Args:
-        seed: of the run; a unit's seed is `seed_of(seed, attack, key)`.
+        seed: of the run; an assignment's seed is `seed_of(seed, attack, key)`.
         params: attack -> parameters that differ from its defaults.
-        drop: a unit with a row that its attack cannot take is dropped whole; else it is an error.
+        drop: an assignment with a row that its attack cannot take is dropped whole; else it is an error.
         carriers, read, max_image_pixels: as in `attack_row`.
-        settled: (key, attack) -> what the model said, for the units of endpoint attacks; these are dropped, where they
-            must be, without `drop` too.
+        settled: (key, attack) -> what the model said, for endpoint attacks; these are dropped, where they must be,
+            without `drop` too.
     Raises:
         UserError: a row that is attacked already.
         Unfit: see `attack_row`; only without `drop`.
     """
-    for unit in units:
-        name, out = unit.attack.name, []
-        said = (settled or {}).get((unit.key, name))
+    for one in assignments:
+        name, out = one.attack.name, []
+        said = (settled or {}).get((one.key, name))
         try:
             if said and said.dropped:
                 raise said.dropped
-            for number, row in enumerate(rows[place] for place in unit.rows):
+            for number, row in enumerate(rows[index] for index in one.rows):
                 if row.attack is not None:
                     raise UserError(f"row {row.id} is already the work of attack {row.attack['name']!r}; give plain "
                                     "rows, or remove it")
                 out.append(attack_row(
                     row, name, params={**(params or {}).get(name, {}), **(said.params if said else {})},
-                    carriers=carriers, key=unit.key, seed=unit.seed(seed), read=read, max_image_pixels=max_image_pixels,
+                    carriers=carriers, key=one.key, seed=one.seed(seed), read=read, max_image_pixels=max_image_pixels,
                     ask=Replay(said.model, iter(said.replies[number])) if said else None))
         except Unfit as error:
             if not (drop or said):
                 raise
-            yield Done(unit, (), str(error), error.args[0])
+            yield Outcome(one, (), str(error), error.args[0])
         else:
-            yield Done(unit, tuple(out))
-
-
-def _source(image: Image.Image, opened: Sequence[Image.Image], sources: Sequence[ImageSource]) -> ImageSource:
-    """An untouched picture stays what it was, a path or bytes."""
-    return next((source for old, source in zip(opened, sources, strict=True) if old is image), image)
-
-
-def _assert_same_shares(rows: Sequence[Row], units: Sequence[Unit], members: dict[str, list[int]], kind: Any) -> None:
-    counts = Counter((str(kind(unit.key)[0]), unit.attack.name) for unit in units)
-    labels = {str(kind(key)[0]) for key in members}
-    for label in labels:
-        of_label = [counts[label, name] for name in {unit.attack.name for unit in units}]
-        assert max(of_label) - min(of_label) <= 1, (label, counts)
+            yield Outcome(one, tuple(out))

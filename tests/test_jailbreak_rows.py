@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from cosmo_rl.data.prepare.jailbreak.augment import attack_row, augment, deal, is_unsafe, twin_keys
-from cosmo_rl.data.prepare.jailbreak.carriers import Carriers
+from cosmo_rl.data.prepare.jailbreak.image import Carriers
 from cosmo_rl.data.prepare.jailbreak.registry import Unfit, find, seed_of
+from cosmo_rl.data.prepare.jailbreak.rows import assign, attack_row, augment, is_unsafe, twin_keys
 from cosmo_rl.data.prepare.mini import general_rows, safety_rows
 
 ROWS = safety_rows("validation")
@@ -21,33 +21,33 @@ SMALL = {attack.name: {"size": 480 if attack.name == "distractor_grid" else 280}
 """Sizes that make the tests quick."""
 
 
-def labels(units, rows):
+def labels(assigned, rows):
     """attack -> (unsafe, all)."""
     out = {}
-    for attack in {unit.attack.name for unit in units}:
-        hit = [is_unsafe(rows[i]) for unit in units if unit.attack.name == attack for i in unit.rows]
+    for attack in {one.attack.name for one in assigned}:
+        hit = [is_unsafe(rows[i]) for one in assigned if one.attack.name == attack for i in one.rows]
         out[attack] = (sum(hit), len(hit))
     return out
 
 
 @pytest.mark.parametrize("per_row", [1, 3, len(ALL)])
 def test_triplets_meet_each_attack_in_exactly_the_inputs_share(per_row):
-    units = deal(ROWS, KEYS, ALL, per_row=per_row, seed=0)
+    assigned = assign(ROWS, KEYS, ALL, per_row=per_row, seed=0)
     share = sum(map(is_unsafe, ROWS)) / len(ROWS)
-    counts = labels(units, ROWS)
+    counts = labels(assigned, ROWS)
     assert len(counts) == len(ALL) == 22
     assert all(unsafe / number == share for unsafe, number in counts.values())
     sizes = [number for _, number in counts.values()]
     assert max(sizes) - min(sizes) <= 3  # one triplet
-    met = Counter(i for unit in units for i in unit.rows)
+    met = Counter(i for one in assigned for i in one.rows)
     assert set(met.values()) == {per_row} and len(met) == len(ROWS)
-    assert len({(i, unit.attack.name) for unit in units for i in unit.rows}) == per_row * len(ROWS)
+    assert len({(i, one.attack.name) for one in assigned for i in one.rows}) == per_row * len(ROWS)
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_rows_without_twins_meet_each_attack_in_the_inputs_share_but_for_one(seed):
     rows = [*ROWS, *general_rows("validation")[:101]]
-    counts = labels(deal(rows, twin_keys(rows), ALL, per_row=1, seed=seed), rows)
+    counts = labels(assign(rows, twin_keys(rows), ALL, per_row=1, seed=seed), rows)
     unsafe, number = sum(map(is_unsafe, rows)), len(rows)
     for hit, met in counts.values():
         assert abs(hit - unsafe / len(ALL)) < 1 and abs(met - number / len(ALL)) < 2
@@ -56,23 +56,23 @@ def test_rows_without_twins_meet_each_attack_in_the_inputs_share_but_for_one(see
 def test_pictures_and_domains_are_spread_too():
     rows = [row if i % 2 else replace(row, images=(), messages=({"role": "user", "content": "throw the cup"},))
             for i, row in enumerate(ROWS)]
-    units = deal(rows, twin_keys(rows), ALL, per_row=1, seed=0)
+    assigned = assign(rows, twin_keys(rows), ALL, per_row=1, seed=0)
     for kind in (lambda row: bool(row.images), lambda row: row.domain):
-        met = Counter((unit.attack.name, kind(rows[i])) for unit in units for i in unit.rows)
+        met = Counter((one.attack.name, kind(rows[i])) for one in assigned for i in one.rows)
         for value in {kind(row) for row in rows}:
             numbers = [met[attack.name, value] for attack in ALL]
             assert max(numbers) - min(numbers) <= 4, value
 
 
 def test_twins_meet_the_same_attack_with_the_same_parameters_and_seed():
-    done = list(augment(ROWS[:66], deal(ROWS[:66], KEYS[:66], ALL, per_row=2, seed=1), seed=1, params=SMALL,
+    done = list(augment(ROWS[:66], assign(ROWS[:66], KEYS[:66], ALL, per_row=2, seed=1), seed=1, params=SMALL,
                         carriers=Carriers(ROWS[:66], KEYS[:66])))
     by_twins = defaultdict(set)
     for item in done:
         assert len(item.rows) == 3 and len({row.id.split("+")[0].rsplit("-", 1)[0] for row in item.rows}) == 1
         for row in item.rows:
             note = {**row.attack, "source_id": None}
-            by_twins[item.unit.key, item.unit.attack.name].add(repr(note))
+            by_twins[item.assignment.key, item.assignment.attack.name].add(repr(note))
             key = row.attack["source_id"].rsplit("-", 1)[0]
             assert row.attack["seed"] == seed_of(1, row.attack["name"], key)
     assert len(by_twins) == 44 and all(len(notes) == 1 for notes in by_twins.values())
@@ -80,7 +80,7 @@ def test_twins_meet_the_same_attack_with_the_same_parameters_and_seed():
 
 def test_the_labels_stay():
     rows = {row.id: row for row in ROWS}
-    for item in augment(ROWS[:66], deal(ROWS[:66], KEYS[:66], ALL, per_row=1, seed=2), seed=2, params=SMALL):
+    for item in augment(ROWS[:66], assign(ROWS[:66], KEYS[:66], ALL, per_row=1, seed=2), seed=2, params=SMALL):
         for row in item.rows:
             source = rows[row.attack["source_id"]]
             for name in ("tags", "answer", "key_elements", "category", "task", "domain", "source", "licence"):
@@ -90,9 +90,9 @@ def test_the_labels_stay():
 def test_any_order_of_rows_gives_the_same_rows():
     def made(rows):
         keys = twin_keys(rows, TWINS)
-        units = deal(rows, keys, ALL, per_row=1, seed=3)
+        assigned = assign(rows, keys, ALL, per_row=1, seed=3)
         out = {}
-        for item in augment(rows, units, seed=3, params=SMALL, carriers=Carriers(rows, keys)):
+        for item in augment(rows, assigned, seed=3, params=SMALL, carriers=Carriers(rows, keys)):
             for row in item.rows:
                 out[row.id] = (row.messages, row.attack, [image.tobytes() for image in row.images])
         return out
@@ -102,15 +102,15 @@ def test_any_order_of_rows_gives_the_same_rows():
 
 
 def test_another_seed_deals_otherwise():
-    dealt = [[(unit.key, unit.attack.name) for unit in deal(ROWS, KEYS, ALL, per_row=1, seed=seed)]
+    dealt = [[(one.key, one.attack.name) for one in assign(ROWS, KEYS, ALL, per_row=1, seed=seed)]
              for seed in (0, 0, 1)]
     assert dealt[0] == dealt[1] != dealt[2]
 
 
 def test_a_row_can_be_made_again_from_its_note():
-    for item in augment(ROWS[:66], deal(ROWS[:66], KEYS[:66], ALL, per_row=1, seed=4), seed=4, params=SMALL):
+    for item in augment(ROWS[:66], assign(ROWS[:66], KEYS[:66], ALL, per_row=1, seed=4), seed=4, params=SMALL):
         row = item.rows[0]
-        note, source = row.attack, ROWS[item.unit.rows[0]]
+        note, source = row.attack, ROWS[item.assignment.rows[0]]
         again = attack_row(source, note["name"], seed=note["seed"],
                            params={k: v for k, v in note["params"].items() if k != "carriers"})
         assert (again.messages, again.attack) == (row.messages, note)
@@ -121,10 +121,11 @@ def test_an_illegible_row_drops_its_twins_too():
     rows = list(ROWS[:6])
     rows[1] = replace(rows[1], messages=({"role": "user", "content": [
         {"type": "image"}, {"type": "text", "text": "throw the cup " * 900}]},))
-    units = deal(rows, twin_keys(rows, TWINS), find(["figstep", "flip"]), per_row=2, seed=0)
+    assigned = assign(rows, twin_keys(rows, TWINS), find(["figstep", "flip"]), per_row=2, seed=0)
     with pytest.raises(Unfit, match=rf"row {rows[1].id}, attack figstep: 12608 characters do not fit"):
-        list(augment(rows, units, seed=0))
-    done = {(item.unit.key[1:], item.unit.attack.name): item for item in augment(rows, units, seed=0, drop=True)}
+        list(augment(rows, assigned, seed=0))
+    done = {(item.assignment.key[1:], item.assignment.attack.name): item
+            for item in augment(rows, assigned, seed=0, drop=True)}
     assert {key: len(item.rows) for key, item in done.items()} == {
         ("safety-validation-0", "flip"): 3, ("safety-validation-0", "figstep"): 0,
         ("safety-validation-1", "flip"): 3, ("safety-validation-1", "figstep"): 3}
@@ -151,7 +152,7 @@ def test_twin_keys():
 def test_too_many_attacks_and_rows_attacked_before():
     for per_row in (0, 3):
         with pytest.raises(ValueError, match=f"--per-row is {per_row}, of 2 attacks; give 1 to 2, or all"):
-            deal(ROWS, KEYS, ALL[:2], per_row=per_row, seed=0)
+            assign(ROWS, KEYS, ALL[:2], per_row=per_row, seed=0)
     rows = [attack_row(ROWS[0], "flip")]
     with pytest.raises(ValueError, match=r"row safety-validation-0-a\+flip is already the work of attack 'flip'"):
-        list(augment(rows, deal(rows, twin_keys(rows), ALL, per_row=1, seed=0), seed=0))
+        list(augment(rows, assign(rows, twin_keys(rows), ALL, per_row=1, seed=0), seed=0))
