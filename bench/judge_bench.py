@@ -25,7 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import numpy as np
 from PIL import Image
 
@@ -90,13 +90,13 @@ def run(url: str, sampled: list[Response], cache_dir: Path, options: argparse.Na
                           visual_focus=0.0, helpful=0.2, task_aware=1.0)
     scorer = build_scorer(reward, RowNeeds(reward), patience_s=options.patience_s)
     endpoint = scorer.clients["helpful"].endpoint  # of all of them
-    before = httpx.get(f"{url}/stats").json()
+    before = httpx2.get(f"{url}/stats").json()
     started = time.perf_counter()
     outcomes = scorer.submit(sampled).result()
     seconds = time.perf_counter() - started
     scorer.close()
     samples = list(map(scorer.sample, sampled, outcomes))
-    after = httpx.get(f"{url}/stats").json()
+    after = httpx2.get(f"{url}/stats").json()
     server = {name: after[name] - before.get(name, 0) for name in after if name != "most_in_flight"}
     stopped = ""
     try:
@@ -140,9 +140,9 @@ def main() -> None:
         cache = Path(folder)
         want = run(url, samples, cache / "whole", options)
         half = run(url, samples[:options.count // 2], cache / "part", options)
-        httpx.post(f"{url}/dead?seconds={2 * options.patience_s + 5}")
+        httpx2.post(f"{url}/dead?seconds={2 * options.patience_s + 5}")
         dead = run(url, samples, cache / "part", options)
-        httpx.post(f"{url}/dead?seconds=0")
+        httpx2.post(f"{url}/dead?seconds=0")
         back = run(url, samples, cache / "part", options)
     died = {"seconds_to_stop": round(dead.seconds, 2), "patience_s": options.patience_s,
             "failed_responses": dead.rewards.count(None), "budget": BUDGET, "calls": dead.calls, "said": dead.stopped}
@@ -151,7 +151,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "settings": {**vars(options), "out": None, "judges": JUDGES}, "faults": pairs, "dead": died, "resume": resumed,
         "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),
-                    "load": os.getloadavg(), "python": platform.python_version(), "httpx": version("httpx")}}
+                    "load": os.getloadavg(), "python": platform.python_version(), "openai": version("openai")}}
     print(died, resumed, sep="\n")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=2) + "\n")

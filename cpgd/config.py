@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.schema import TASKS
 
-from .judges.endpoint_spec import ACTIVATION, GRADED, Option, Server, check_shared, parse_server
+from .judges.spec import ACTIVATION, GRADED, Option, Server, check_shared, parse_server
 
 T = TypeVar("T")
 

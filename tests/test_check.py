@@ -9,7 +9,6 @@ from fault_server import FaultServer, text_of
 from rich.console import Console
 
 from cosmo_rl.cpgd.config import JUDGES, RewardConfig
-from cosmo_rl.cpgd.judges import endpoint as endpoint_module
 from cosmo_rl.cpgd.judges.judge import ScalarJudge, chat_judges
 from cosmo_rl.cpgd.rewards import check
 from cosmo_rl.cpgd.rewards.check import main, probes
@@ -19,7 +18,7 @@ CHAT = sorted(chat_judges())
 
 @pytest.fixture(autouse=True)
 def short_backoff(monkeypatch):
-    monkeypatch.setattr(endpoint_module, "BACKOFF_S", 0.01)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
     monkeypatch.setattr(check, "Console", lambda: Console(width=200))
 
 

@@ -10,8 +10,7 @@ from fault_server import FaultServer
 from scoring import ROW, SEEN, UNSAFE, entries, response, scored, scorer_of
 
 from cosmo_rl.cpgd.config import RewardConfig
-from cosmo_rl.cpgd.judges import endpoint as endpoint_module
-from cosmo_rl.cpgd.judges.endpoint import EndpointError
+from cosmo_rl.cpgd.judges.client import EndpointError
 from cosmo_rl.cpgd.rewards.base import Evidence, Failed, NotApplicable, RewardBudgetError, Score, check_budget
 from cosmo_rl.cpgd.rewards.build import RowNeeds, build_scorer
 from cosmo_rl.cpgd.rewards.function import UserFunction
@@ -23,7 +22,7 @@ FOUR = ("safework_safety", "safework_value", "safework_knowledge", "helpful")
 
 @pytest.fixture(autouse=True)
 def short_backoff(monkeypatch):
-    monkeypatch.setattr(endpoint_module, "BACKOFF_S", 0.01)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
 
 
 def rollout(count: int) -> list[Response]:

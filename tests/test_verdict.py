@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from fault_server import LABELS
 
-from cosmo_rl.cpgd.judges.endpoint import ChatReply
+from cosmo_rl.cpgd.judges.client import ChatReply
 from cosmo_rl.cpgd.judges.verdict import Unparsable, Verdict, choose, llama_guard, mark, qwen3guard, share, two_way
 
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
-import httpx
+import httpx2
 import numpy as np
 import pytest
 import runs
@@ -21,7 +21,7 @@ import torch
 from scoring import response
 from vllm_server import START_S, VllmServer, save_head
 
-from cosmo_rl.cpgd.judges.endpoint import Endpoint, EndpointDown, EndpointError, Rejected
+from cosmo_rl.cpgd.judges.client import Endpoint, EndpointDown, EndpointError, Rejected
 from cosmo_rl.cpgd.judges.judge import JudgeClient, ScalarJudge, chat_judges
 from cosmo_rl.cpgd.rewards import build
 from cosmo_rl.cpgd.rewards.base import Failed, Score
@@ -175,7 +175,7 @@ def test_no_more_calls_are_in_flight_than_allowed(chat):
     async def action(endpoint):
         calls = asyncio.gather(*(ask(f"egg {i}", max_tokens=32)(endpoint) for i in range(64)))
         loads = []
-        async with httpx.AsyncClient(timeout=60.0) as http:
+        async with httpx2.AsyncClient(timeout=60.0) as http:
             while not calls.done():
                 loads.append((await http.get(f"{chat.url}/load")).json()["server_load"])
                 await asyncio.sleep(0.01)

@@ -31,8 +31,8 @@ from typing import Any
 from cosmo_rl.data.schema import Row
 
 from ..config import RewardConfig
-from .endpoint import ChatReply, Endpoint, EndpointError, Messages
-from .endpoint_spec import ACTIVATION, score_range
+from .client import ChatReply, Endpoint, EndpointError, Messages
+from .spec import ACTIVATION, score_range
 from .verdict import Reader, Unparsable, Verdict, labelled, llama_guard, mark, qwen3guard, two_way
 
 Build = Callable[[str, Row, str], Messages]

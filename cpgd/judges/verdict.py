@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..rewards.format import CLOSE, OPEN
-from .endpoint import ChatReply
+from .client import ChatReply
 
 MIN_LABEL_MASS = 0.5
 """Least probability of all labels together at the reply's first token; below it the judge said something else."""

@@ -25,7 +25,7 @@ from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.schema import Row
 
 from ..config import RewardConfig
-from ..judges.endpoint import EndpointError
+from ..judges.client import EndpointError
 from ..judges.judge import JudgeClient, ScalarJudge, open_judges
 from ..judges.verdict import Unparsable
 from ..run.recipes import parse_command_line

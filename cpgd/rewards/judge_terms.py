@@ -11,7 +11,7 @@ import asyncio
 import re
 from collections.abc import Mapping
 
-from ..judges.endpoint import EndpointError
+from ..judges.client import EndpointError
 from ..judges.judge import JudgeClient, ScalarJudge
 from ..judges.verdict import Unparsable
 from ..rollout.values import Response

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 
 from ..config import JUDGES
-from ..judges.endpoint import Endpoint, LoopThread
+from ..judges.client import Endpoint, LoopThread
 from ..judges.judge import JudgeClient, endpoints_of, verify
 from ..rollout.values import Response, Sample
 from .base import Evidence, Outcome, Term, combine

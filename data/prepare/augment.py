@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import Progress, track
 from rich.table import Table
 
-from cosmo_rl.cpgd.judges.endpoint_spec import Server, parse_server
+from cosmo_rl.cpgd.judges.spec import Server, parse_server
 
 from ..errors import UserError
 from ..index import load_rows
