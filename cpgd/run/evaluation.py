@@ -24,7 +24,7 @@ from cosmo_rl.model.parallel import rank, together, world
 
 from ..batch import Request, request_seed
 from ..collect import dealt
-from ..config import Config
+from ..config import Config, DataConfig
 from ..rewards.base import Failed, is_unsafe
 from ..rewards.format import answer_of, split_thinking
 from ..rewards.helpful import helps, warns
@@ -160,11 +160,11 @@ def eval_suite(config: Config, split: str, load: Callable[[Sequence[str]], Seque
         load: reads row files.
         left_out: see `suite_of`.
     """
-    suite: dict[str, Sequence[Row]] = {}
+    suite: Mapping[str, Sequence[Row]] = {}
     if config.data.eval_path:
         suite = suite_of(load(config.data.eval_path), left_out)
     elif not config.data.path and config.preset == "tiny":
-        suite |= mini_suite(split)
+        suite = mini_suite(split)
     limit = config.eval.max_rows or None
     return {name: rows[:limit] for name, rows in suite.items()}
 
@@ -183,7 +183,7 @@ def evaluate(engine: Engine, suite: Mapping[str, Sequence[Row]], encode: Encode,
     Raises:
         UserError: on every rank, when a row is over the budget of tokens or its image cannot be read on one of them.
     """
-    lengths = _lengths(suite, processor, config)
+    lengths = _lengths(suite, processor, config.data)
     batches = [[(group, i) for i in batch] for group, rows in suite.items()
                for batch in eval_batches([lengths[group, i] for i in range(len(rows))], config)]
     told = _Told(len(lengths), len(batches))
@@ -213,13 +213,9 @@ def evaluate(engine: Engine, suite: Mapping[str, Sequence[Row]], encode: Encode,
 def judged(answered: Sequence[Answered], rules: TaskAware) -> list[Answered]:
     """The same, with `right` and `problem` of those to general rows."""
     rules.ahead((a.row, answer_of(a.text)) for a in answered if a.group == "general")
-    out = []
-    for a in answered:
-        if a.group == "general":
-            outcome = rules.outcome(a.row, answer_of(a.text))
-            a = replace(a, right=is_right(outcome), problem=outcome.reason if isinstance(outcome, Failed) else "")
-        out.append(a)
-    return out
+    outcomes = [a.group == "general" and rules.outcome(a.row, answer_of(a.text)) for a in answered]
+    return [replace(a, right=is_right(outcome), problem=outcome.reason if isinstance(outcome, Failed) else "")
+            if outcome else a for a, outcome in zip(answered, outcomes, strict=True)]
 
 
 def eval_batches(lengths: Sequence[int], config: Config) -> list[list[int]]:
@@ -246,14 +242,14 @@ def eval_batches(lengths: Sequence[int], config: Config) -> list[list[int]]:
     return out
 
 
-def _lengths(suite: Mapping[str, Sequence[Row]], processor: Processor, config: Config) -> dict[Place, int]:
+def _lengths(suite: Mapping[str, Sequence[Row]], processor: Processor, data: DataConfig) -> dict[Place, int]:
     """Prompt tokens of every row, from the images' headers; each rank reads its share."""
     places = [(group, i) for group, rows in suite.items() for i in range(len(rows))]
 
     def tokens(row: Row) -> int:
         try:
-            return check_prompt(row, processor, max_prompt_tokens=config.data.max_prompt_tokens,
-                                system_prompt=config.data.system_prompt)[0]
+            return check_prompt(row, processor, max_prompt_tokens=data.max_prompt_tokens,
+                                system_prompt=data.system_prompt)[0]
         except OSError as error:  # it could be read when the rows were loaded
             raise UserError(f"row {row.id}: an image can no longer be read ({error}); put it back, and repeat the "
                             "command") from error

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from cosmo_rl.data.collate import check_prompt
 from cosmo_rl.data.dataset import load_rows
+from cosmo_rl.data.disk import replacing
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.prepare.contamination import Report, drop_contaminated, find_contaminated, load_evaluation_sets
 from cosmo_rl.data.prepare.mini import mini_rows, mini_texts
@@ -35,8 +36,9 @@ def start_path(config: Config, run: RunDir) -> Path:
     fresh = run.stage_dir / "init"
 
     def build() -> None:
-        if not (fresh / "preprocessor_config.json").exists():  # written last
-            build_tiny(mini_texts(), config.seed, fresh)
+        if not (fresh / "preprocessor_config.json").exists():
+            with replacing(fresh) as beside:
+                build_tiny(mini_texts(), config.seed, beside)
 
     on_main(build)
     return fresh
