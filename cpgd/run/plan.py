@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cosmo_rl.data.collate import check_prompt
-from cosmo_rl.data.disk import replace_file
+from cosmo_rl.data.disk import replace_file, replacing
 from cosmo_rl.data.errors import MissingPackage, RowError, UserError
 from cosmo_rl.data.index import Index, Picture, index_rows, load_rows
 from cosmo_rl.data.schema import Row
@@ -49,8 +49,9 @@ def start_path(config: Config, run: RunDir) -> Path:
     def build() -> None:
         from cosmo_rl.data.prepare.mini import mini_texts
 
-        if not (fresh / "preprocessor_config.json").exists():  # written last
-            build_tiny(mini_texts(), config.seed, fresh)
+        if not (fresh / "preprocessor_config.json").exists():
+            with replacing(fresh) as beside:
+                build_tiny(mini_texts(), config.seed, beside)
 
     on_main(build)
     return fresh
