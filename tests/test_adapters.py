@@ -195,6 +195,11 @@ def test_a_conversion_leaves_out_broken_images_and_says_why(tmp_path, capsys):
     rows = load_rows([out], max_image_pixels=LIMIT)
     assert [row.id for row in rows] == [f"vlguard:train:{i}" for i in (1, 3, 4, 6)]
     assert len({str(image) for row in rows for image in row.images}) == 2  # copied once each
+    assert len(list((out.parent / "rows_images").iterdir())) == 2
+    beside = tmp_path / "set" / "rows.jsonl"  # images below the row file stay where they are
+    assert main(["convert", "--name", "vlguard", "--in", str(tmp_path / "set"), "--out", str(beside)]) == 0
+    assert json.loads(beside.open().readline())["images"] == ["train/0.png"]
+    assert not (tmp_path / "set" / "rows_images").exists()
 
 
 def test_a_conversion_never_leaves_half_a_file(published, tmp_path, monkeypatch):
