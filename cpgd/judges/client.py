@@ -242,6 +242,7 @@ class Endpoint:
 
     async def _ask(self, path: str, wire: bytes | None = None) -> tuple[Any, Any]:
         """JSON of the first good reply to `wire` (None: to a GET), and what it says."""
+        self.breaker.check()  # a dead server's calls are many: each ends at once
         loop = asyncio.get_running_loop()
         assert self._loop in (None, loop), "an Endpoint is used from one event loop, until aclose"
         if self._client is None:
@@ -270,8 +271,7 @@ class _Http(httpx2.AsyncClient):
             self.allowed["Authorization"] = f"Bearer {endpoint.key}"
 
     async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
-        """200 where the attempt succeeded, with the `_exchange` as its extension; else 503, after which openai makes
-        another.
+        """200 with the `_exchange` as extension where the attempt succeeded; else 503, so that openai makes another.
 
         While the server is taken for dead it does not end: a server's absence is no call's fault, and the breaker's
         patience bounds it.
@@ -348,13 +348,16 @@ class Breaker:
         """time.monotonic() of its opening; None: closed."""
         self.failures, self.reason, self._next_probe = 0, "", 0.0
 
+    def check(self) -> None:
+        """Raise EndpointDown when the patience is over, and no probe is due."""
+        if self.opened is not None and self.opened + self.patience_s <= time.monotonic() < self._next_probe:
+            raise EndpointDown(f"{self.name}: taken for dead after {self.failures} failed attempts in a row, the last: "
+                               f"{self.reason}; start the server again")
+
     async def admit(self) -> None:
-        """Return when an attempt may be made; raises EndpointDown when none may, and the patience is over."""
+        """Return when an attempt may be made; raises as `check`."""
         while self.opened is not None and time.monotonic() < self._next_probe:
-            if time.monotonic() >= self.opened + self.patience_s:
-                raise EndpointDown(
-                    f"{self.name}: taken for dead after {self.failures} failed attempts in a row, the last: "
-                    f"{self.reason}; start the server again")
+            self.check()
             await asyncio.sleep(0.05)
         self._next_probe = time.monotonic() + self.probe_every_s
 
