@@ -136,19 +136,12 @@ def test_what_the_judges_took_is_told_by_endpoint_and_since_the_last_time():
 
 
 def test_bad_judges(tmp_path, rows):
-    cases = {
-        ("helpfull=http://x,m",): "there is no judge 'helpfull'",
-        ("helpful=http://x",): "judge helpful has no model after its URL; write URL,MODEL",
-        ("helpful=http://x,m,sk-swordfish",): "judge helpful: part 3 is no NAME=VALUE",
-        ("helpful=http://x,m,timeout=soon",): "timeout is a number of seconds above 0, and not 'soon'",
-        ("helpful=http://x,m", "general=http://x,m,attempts=3"): "attempts is the default for one and 3 for the other",
-    }
-    for judges, wanted in cases.items():
-        done = runs.train(runs.small(*runs.from_file(rows), "--reward.judges", *judges, "--run-dir", tmp_path / "run"),
-                          tmp_path / "logs", ranks=2)
-        said = " ".join(done.err[0].replace("\u2502", " ").split())  # tyro frames it
-        assert 0 not in done.codes and said.count(wanted) == 1 and "Traceback" not in said, done.err[0]
-        assert "swordfish" not in said and not done.err[1] and not (tmp_path / "run").exists()
+    """What test_config.py and test_build.py hold of settings, as two ranks tell it: once, without a key or a trace."""
+    done = runs.train(runs.small(*runs.from_file(rows), "--reward.judges", "helpful=http://x,m,sk-swordfish",
+                                 "--run-dir", tmp_path / "run"), tmp_path / "logs", ranks=2)
+    said = " ".join(done.err[0].replace("\u2502", " ").split())  # tyro frames it
+    assert 0 not in done.codes and said.count("judge helpful: part 3 is no NAME=VALUE") == 1, done.err[0]
+    assert "Traceback" not in said and "swordfish" not in said and not done.err[1] and not (tmp_path / "run").exists()
     done = runs.train(runs.small(*runs.from_file(rows), "--reward.safety", "hybrid", "--run-dir", tmp_path / "run"),
                       tmp_path / "logs")
     assert done.code == 1 and "the hybrid reward needs the judges qwen3guard and scalar" in done.err[0], done.err[0]
