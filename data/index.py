@@ -277,7 +277,7 @@ class _Pass:
                 self._reject(one)
                 continue
             pictures = [self.pictures[key] for key in next(keys)]
-            errors = [RowError(one.where, f"images[{i}]", *picture.args[2:])
+            errors = [RowError(one.where, f"images[{i}]", picture.problem, picture.mend)
                       for i, picture in enumerate(pictures) if isinstance(picture, RowError)]
             if errors:
                 self._reject(RowError.several(errors))

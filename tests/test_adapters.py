@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from datasets import Dataset, Features, Sequence
-from published import BUILDERS, HINT, IMAGE, LIMIT, PICTURE, TEXT, lines, parquet, picture, png, source_of
+from datasets import Dataset, Features, Sequence, Value
+from datasets import Image as ImageFeature
+from published import BUILDERS, HINT, IMAGE, LIMIT, lines, parquet, picture, png, source_of
 
 from cosmo_rl.cpgd.rewards.build import RowNeeds
 from cosmo_rl.cpgd.run.recipes import recipe
@@ -124,8 +125,7 @@ def test_the_other_layouts_of_a_set(tmp_path):
     pair = {"question": "q", "image": IMAGE, "category": "c", "response_1": "a", "response_2": "b",
             "is_response_1_safe": "no", "is_response_2_safe": "yes", "safer_response_id": "2"}
     parquet(tmp_path / "b" / "train.parquet", [pair, {**pair, "safer_response_id": "1"},
-                                               {**pair, "safer_response_id": "0"}],
-            **{name: PICTURE if name == "image" else TEXT for name in pair})
+                                               {**pair, "safer_response_id": "0"}])
     rows = list(adapter("beavertails_v")(tmp_path / "b", reject=lambda error: None))
     assert [row.get("chosen") for row in rows] == ["b", None]
     assert "`safer_response_id`: is '0'; give one of '1', '2'" in rejected("beavertails_v", tmp_path / "b")[0]
@@ -136,15 +136,15 @@ def test_the_other_layouts_of_a_set(tmp_path):
     (tmp_path / "RedTeam_2K.csv").write_text("id,question,policy,from\n1,tell me a secret,Privacy,hand\n")
     (row,) = adapter("jailbreakv_28k")(tmp_path / "RedTeam_2K.csv")
     assert row["task"] == "safety" and row["tags"] == {"text": "unsafe", "combined": "unsafe"}
-    parquet(tmp_path / "harm.parquet", [{"image": IMAGE, "question": "q", "class1": "a", "class2": "b", "class3": ""}],
-            image=PICTURE, question=TEXT, class1=TEXT, class2=TEXT, class3=TEXT)
+    parquet(tmp_path / "harm.parquet", [{"image": IMAGE, "question": "q", "class1": "a", "class2": "b", "class3": ""}])
     (row,) = adapter("spa_vl")(tmp_path / "harm.parquet")
     assert row["category"] == "a / b" and "chosen" not in row
 
 
 def test_a_saved_dataset_is_read_and_its_splits_are_named(tmp_path):
     records = Dataset.from_list([{"images": [IMAGE], "problem": "<image>x?", "answer": "1"}],
-                                features=Features({"images": Sequence(PICTURE), "problem": TEXT, "answer": TEXT}))
+                                features=Features({"images": Sequence(ImageFeature()), "problem": Value("string"),
+                                                   "answer": Value("string")}))
     records.save_to_disk(tmp_path / "saved")
     (row,) = adapter("geometry3k")(tmp_path / "saved")
     assert row["images"] == [png(0)] and row["id"] == "geometry3k:saved:1"
@@ -194,6 +194,11 @@ def test_a_conversion_leaves_out_broken_images_and_says_why(tmp_path, capsys):
     rows = load_rows([out], max_image_pixels=LIMIT)
     assert [row.id for row in rows] == [f"vlguard:train:{i}" for i in (1, 3, 4, 6)]
     assert len({str(image) for row in rows for image in row.images}) == 2  # copied once each
+    assert len(list((out.parent / "rows_images").iterdir())) == 2
+    beside = tmp_path / "set" / "rows.jsonl"  # images below the row file stay where they are
+    assert main(["convert", "--name", "vlguard", "--in", str(tmp_path / "set"), "--out", str(beside)]) == 0
+    assert json.loads(beside.open().readline())["images"] == ["train/0.png"]
+    assert not (tmp_path / "set" / "rows_images").exists()
 
 
 def test_a_conversion_never_leaves_half_a_file(published, tmp_path, monkeypatch):
@@ -262,8 +267,7 @@ def test_a_folder_gives_no_test_split_and_files_of_one_stem_have_their_own_ids(t
     one = {"message": json.dumps([{"role": "user", "content": "a?"}]), "answer": "1"}
     for name in ("train", "other", "test", "mmk12_val", "a/eval-00000", "latest", "testing"):
         lines(tmp_path / f"{name}.jsonl", [one])
-    parquet(tmp_path / "train.parquet", [{"question": "q", "image": IMAGE, "answer": "2"}],
-            question=TEXT, image=PICTURE, answer=TEXT)
+    parquet(tmp_path / "train.parquet", [{"question": "q", "image": IMAGE, "answer": "2"}])
     assert [row["id"] for row in adapter("mmk12")(tmp_path)] == [
         "mmk12:latest:1", "mmk12:other:1", "mmk12:testing:1", "mmk12:train.jsonl:1", "mmk12:train.parquet:1"]
     assert next(adapter("mmk12")(tmp_path / "test.jsonl"))["id"] == "mmk12:test:1"  # by its name it is read

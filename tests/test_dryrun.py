@@ -151,7 +151,7 @@ def test_a_problem_may_quote_a_semicolon_of_the_row(rows):
     told = next(one for one in look(settings(rows)).rejected if "math-verify" in one.problem)
     assert told.problem.startswith("`answer` 'x; ") and told.mend.startswith("write it as LaTeX")
     faults = plan.Faults()
-    faults.reject_row("f:1", "it has no mend")
+    faults.reject("f:1", "it has no mend")
     assert faults.rejected[0].mend == "correct or drop the row"
 
 
@@ -313,7 +313,7 @@ def test_an_evaluation_that_cannot_fit_is_refused(rows, held, monkeypatch):
     calls = dryrun._calls(found, config, runs.policy_processor(), PARAMETERS)
     groups = {name: len(prompts) for name, prompts in found.asked.items()}
     assert sum(groups.values()) == 10 and calls["evaluation"].requests == max(groups.values()) > 1
-    assert calls["evaluation"].prompt_tokens == max(p.tokens for prompts in found.asked.values() for p in prompts)
+    assert calls["evaluation"].prompt_tokens == max(p.prompt for prompts in found.asked.values() for p in prompts)
     assert calls["evaluation"].patches > 0 and not found.settings
     sizes = by_phase(found.terms)
     assert sizes["evaluation"] > sizes["rollout"]
@@ -338,7 +338,7 @@ def test_without_a_gpu_what_no_gpu_could_hold_is_refused(rows, monkeypatch):
 
 def test_an_evaluation_beyond_the_models_positions_is_refused(rows, held):
     config = settings(rows, eval_path=(str(held),))
-    longest = max(p.tokens for prompts in look(config).asked.values() for p in prompts)
+    longest = max(p.prompt for prompts in look(config).asked.values() for p in prompts)
     limit = lambda new: replace(config, rollout=replace(config.rollout, max_new_tokens=new))
     assert not look(limit(2048 - longest)).rejected
     found = look(limit(2049 - longest))

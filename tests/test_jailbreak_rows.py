@@ -78,15 +78,6 @@ def test_twins_meet_the_same_attack_with_the_same_parameters_and_seed():
     assert len(by_twins) == 44 and all(len(notes) == 1 for notes in by_twins.values())
 
 
-def test_the_labels_stay():
-    rows = {row.id: row for row in ROWS}
-    for item in augment(ROWS[:66], assign(ROWS[:66], KEYS[:66], ALL, per_row=1, seed=2), seed=2, params=SMALL):
-        for row in item.rows:
-            source = rows[row.attack["source_id"]]
-            for name in ("tags", "answer", "key_elements", "category", "task", "domain", "source", "licence"):
-                assert getattr(row, name) == getattr(source, name)
-
-
 def test_any_order_of_rows_gives_the_same_rows():
     def made(rows):
         keys = twin_keys(rows, TWINS)
@@ -155,4 +146,4 @@ def test_too_many_attacks_and_rows_attacked_before():
             assign(ROWS, KEYS, ALL[:2], per_row=per_row, seed=0)
     rows = [attack_row(ROWS[0], "flip")]
     with pytest.raises(ValueError, match=r"row safety-validation-0-a\+flip is already the work of attack 'flip'"):
-        list(augment(rows, assign(rows, twin_keys(rows), ALL, per_row=1, seed=0), seed=0))
+        assign(rows, twin_keys(rows), ALL, per_row=1, seed=0)

@@ -15,7 +15,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cosmo_rl.data.collate import check_prompt, plan_microbatches
-from cosmo_rl.data.errors import UserError
+from cosmo_rl.data.errors import RowError, UserError
 from cosmo_rl.data.index import Index
 from cosmo_rl.data.prompts import check_system_prompt, introduce
 from cosmo_rl.data.sampler import PromptSampler
@@ -43,7 +42,7 @@ from .ending import fail, leave
 from .evaluation import eval_batches, eval_suite
 from .footprint import NOTHING, Calls, Load, Parameters, Term, by_phase, count_parameters, footprint, peak
 from .guard import WATCHED, no_rows
-from .plan import Faults, Plan, Rejected, RowSize, given_path, plan
+from .plan import Faults, Plan, RowSize, given_path, plan
 from .recipes import mixture
 
 ITERATIONS = 20
@@ -64,14 +63,6 @@ _WIDTH = 100
 _BLOCKS, _ASCII = " \u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588", " .:-=+*#@"
 
 
-class Prompt(NamedTuple):
-    """Of an evaluation, in tokens."""
-
-    tokens: int
-    """Image tokens included."""
-    image: int
-
-
 @dataclass(slots=True)
 class Findings(Faults):
     """What was found; see the functions that fill it in."""
@@ -83,7 +74,7 @@ class Findings(Faults):
     prompts: str = ""
     """The system prompt and the first row, as the model sees them."""
     shares: dict[str, float] = field(default_factory=dict)
-    asked: dict[str, list[Prompt]] = field(default_factory=dict)
+    asked: dict[str, list[RowSize]] = field(default_factory=dict)
     """Of the evaluation, by group of its rows."""
     load: Load | None = None
     """Of the micro-batch that takes the most memory."""
@@ -147,7 +138,7 @@ def inspect(config: Config, processor: Processor, world_size: int) -> Findings:
     # not the one with the most tokens: with a few less, and images, another may take more
     for load in set(_micro_batches(found.sizes, sampler, config, patches, world_size)):
         terms = footprint(processor.config, parameters, config, load, calls, world_size)
-        if found.load is None or (_of_update(terms), load) > (_of_update(found.terms), found.load):
+        if found.load is None or (by_phase(terms)["update"], load) > (by_phase(found.terms)["update"], found.load):
             found.load, found.terms = load, terms
     _check_memory(found)
     return found
@@ -177,27 +168,26 @@ def _check_memory(found: Findings) -> None:
                 return  # the others hold it too
 
 
-def _of_update(terms: Sequence[Term]) -> int:
-    return sum(term.num_bytes for term in terms if term.phase == "update")
-
-
 def _check_evaluation(config: Config, processor: Processor, eval_rows: Index | None, found: Findings) -> None:
     """The rows of the report and of --eval.every: their prompts are short enough, and the guard has some to watch."""
     unused: list[str] = []
+    most, new = processor.config.text_config.max_position_embeddings, config.rollout.max_new_tokens
     embedded = {config.eval.split, "validation" if config.eval.every else config.eval.split}
     for split in ["validation"] if eval_rows is not None else sorted(embedded):  # the last one is watched
         suite = eval_suite(config, split, eval_rows, unused)
         for group, rows in suite.items():
             for i, row in enumerate(rows):
                 try:
-                    prompt = Prompt(*check_prompt(row, processor, max_prompt_tokens=config.data.max_prompt_tokens,
-                                                  system_prompt=config.data.system_prompt))
-                    _check_positions(prompt, processor, config)
+                    size = RowSize(*check_prompt(row, processor, max_prompt_tokens=config.data.max_prompt_tokens,
+                                                 system_prompt=config.data.system_prompt), new)
+                    if size.prompt + new > most:
+                        raise UserError(f"a prompt of {size.prompt} tokens and up to {new} of response are beyond the "
+                                        f"model's {most} positions; lower --rollout.max-new-tokens, or drop the row")
                 except UserError as error:
-                    found.reject_row(rows.where(i) if isinstance(rows, Index) else f"row {row.id}",
-                                     str(error).removeprefix(f"row {row.id}: "))
+                    found.reject(rows.where(i) if isinstance(rows, Index) else f"row {row.id}",
+                                 str(error).removeprefix(f"row {row.id}: "))
                 else:
-                    found.asked.setdefault(f"{split} {group}", []).append(prompt)
+                    found.asked.setdefault(f"{split} {group}", []).append(size)
     with rules() as right:
         unused += [f"row {row.id}: {problem}" for row in suite.get("general", ()) if (problem := right.problem(row))]
     if unused:
@@ -206,13 +196,6 @@ def _check_evaluation(config: Config, processor: Processor, eval_rows: Index | N
     if config.eval.guard != "off" and not any(
             suite.get(group) for measure in WATCHED.values() for group in measure.groups):
         (found.settings if config.eval.guard == "stop" else found.notes).append(no_rows(config.eval.guard))
-
-
-def _check_positions(prompt: Prompt, processor: Processor, config: Config) -> None:
-    most, new = processor.config.text_config.max_position_embeddings, config.rollout.max_new_tokens
-    if prompt.tokens + new > most:
-        raise UserError(f"a prompt of {prompt.tokens} tokens and up to {new} of response are beyond the model's "
-                        f"{most} positions; lower --rollout.max-new-tokens, or drop the row")
 
 
 def _check_rewards(config: Config, planned: Plan, found: Findings) -> None:
@@ -273,10 +256,10 @@ def _calls(found: Findings, config: Config, processor: Processor, parameters: Pa
         calls["rollout"] = Calls(requests, prompts, max(size.prompt for size in found.sizes),
                                  prompts * max(size.image for size in found.sizes) * patches)
     # all requests of an evaluation have prompts of their own
-    asked = [Calls(len(batch), len(batch), max(prompts[i].tokens for i in batch),
+    asked = [Calls(len(batch), len(batch), max(prompts[i].prompt for i in batch),
                    sum(prompts[i].image for i in batch) * patches)
              for prompts in found.asked.values()
-             for batch in eval_batches([prompt.tokens for prompt in prompts], config)]
+             for batch in eval_batches([size.prompt for size in prompts], config)]
     if asked:
         takes = lambda call: by_phase(footprint(processor.config, parameters, config, NOTHING, {"evaluation": call}, 1))
         calls["evaluation"] = max(asked, key=lambda call: takes(call).get("evaluation", 0))
@@ -367,10 +350,10 @@ def _mib(num_bytes: int) -> str:
 
 
 def _show_rejected(found: Findings, console: Console) -> None:
-    groups: dict[tuple[str, str], list[Rejected]] = defaultdict(list)
-    for one in found.rejected:
+    groups: dict[tuple[str, str], list[RowError]] = defaultdict(list)
+    for one in (problem for error in found.rejected for problem in error.problems):  # a row may have several
         groups[re.sub(r"\[\d+\]", "[]", one.field), one.mend].append(one)
-    count = len({one.where for one in found.rejected})  # a row may have several problems
+    count = len({error.where for error in found.rejected})
     console.print(f"\nrejected: {count:,}" + (f", for {len(groups)} reasons" if groups else ""))
     for members in sorted(groups.values(), key=len, reverse=True):
         first, where = members[0], list(dict.fromkeys(one.where for one in members))

@@ -21,7 +21,7 @@ from cosmo_rl.data.schema import Row
 from cosmo_rl.model.load import Processor
 from cosmo_rl.model.parallel import rank, together, world
 
-from ..config import Config
+from ..config import Config, DataConfig
 from ..rewards.base import Failed
 from ..rewards.format import answer_of, split_thinking
 from ..rewards.helpful import helps, warns
@@ -159,13 +159,13 @@ def eval_suite(config: Config, split: str, rows: Sequence[Row] | None,
         rows: of --data.eval-path; None without.
         left_out: see `suite_of`.
     """
-    suite: dict[str, Sequence[Row]] = {}
+    suite: Mapping[str, Sequence[Row]] = {}
     if rows is not None:
         suite = suite_of(rows, left_out)
     elif not config.data.path and config.preset == "tiny":
         from cosmo_rl.data.prepare.mini import mini_suite  # a run on other data needs none of it
 
-        suite |= mini_suite(split)
+        suite = mini_suite(split)
     limit = config.eval.max_rows or None
     return {name: rows[:limit] for name, rows in suite.items()}
 
@@ -184,7 +184,7 @@ def evaluate(engine: Engine, suite: Mapping[str, Sequence[Row]], encode: Encode,
     Raises:
         UserError: on every rank, when a row is over the budget of tokens or its image cannot be read on one of them.
     """
-    lengths = _lengths(suite, processor, config)
+    lengths = _lengths(suite, processor, config.data)
     batches = [[(group, i) for i in batch] for group, rows in suite.items()
                for batch in eval_batches([lengths[group, i] for i in range(len(rows))], config)]
     told = _Told(len(lengths), len(batches))
@@ -247,14 +247,14 @@ def eval_batches(lengths: Sequence[int], config: Config) -> list[list[int]]:
     return out
 
 
-def _lengths(suite: Mapping[str, Sequence[Row]], processor: Processor, config: Config) -> dict[Place, int]:
+def _lengths(suite: Mapping[str, Sequence[Row]], processor: Processor, data: DataConfig) -> dict[Place, int]:
     """Prompt tokens of every row, from the images' headers; each rank reads its share."""
     places = [(group, i) for group, rows in suite.items() for i in range(len(rows))]
 
     def tokens(row: Row) -> int:
         try:
-            return check_prompt(row, processor, max_prompt_tokens=config.data.max_prompt_tokens,
-                                system_prompt=config.data.system_prompt)[0]
+            return check_prompt(row, processor, max_prompt_tokens=data.max_prompt_tokens,
+                                system_prompt=data.system_prompt)[0]
         except OSError as error:  # it could be read when the rows were loaded
             raise UserError(f"row {row.id}: an image can no longer be read ({error}); put it back, and repeat the "
                             "command") from error

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cosmo_rl.data.collate import check_prompt
-from cosmo_rl.data.disk import replace_file
+from cosmo_rl.data.disk import replace_file, replacing
 from cosmo_rl.data.errors import MissingPackage, RowError, UserError
 from cosmo_rl.data.index import Index, Picture, index_rows, load_rows
 from cosmo_rl.data.schema import Row
@@ -49,8 +49,9 @@ def start_path(config: Config, run: RunDir) -> Path:
     def build() -> None:
         from cosmo_rl.data.prepare.mini import mini_texts
 
-        if not (fresh / "preprocessor_config.json").exists():  # written last
-            build_tiny(mini_texts(), config.seed, fresh)
+        if not (fresh / "preprocessor_config.json").exists():
+            with replacing(fresh) as beside:
+                build_tiny(mini_texts(), config.seed, beside)
 
     on_main(build)
     return fresh
@@ -97,33 +98,20 @@ class RowSize(NamedTuple):
     """Of `chosen` in stage 0, else the longest there may be."""
 
 
-class Rejected(NamedTuple):
-    """A row or file that training would refuse, or leave out."""
-
-    where: str
-    problem: str
-    mend: str
-    field: str = ""
-
-
 @dataclass(slots=True)
 class Faults:
     """What a dry run gathers, where training would stop at the first."""
 
-    rejected: list[Rejected] = field(default_factory=list)
+    rejected: list[RowError] = field(default_factory=list)
+    """Of rows and files that training would refuse, or leave out."""
     settings: list[str] = field(default_factory=list)
     """What is wrong beside the rows."""
     notes: list[str] = field(default_factory=list)
 
-    def reject(self, errors: Sequence[RowError]) -> None:
-        """Each problem of each row."""
-        self.rejected += [Rejected(where, problem, mend, name) for error in errors
-                          for where, name, problem, mend in (one.args for one in error.problems)]
-
-    def reject_row(self, where: str, text: str) -> None:
-        """A row with the problem and the mend of a UserError's text."""
+    def reject(self, where: str, text: str) -> None:
+        """A row, with the problem and the mend of a UserError's text."""
         problem, _, mend = text.rpartition("; ")  # the problem may quote a "; " of the row
-        self.rejected.append(Rejected(where, problem or mend, mend if problem else "correct or drop the row"))
+        self.rejected.append(RowError(where, "", problem or mend, mend if problem else "correct or drop the row"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -251,8 +239,8 @@ class _Checks:
 
 def _read(config: Config, processor: Processor, faults: Faults | None) -> Plan:
     """`plan` on a process that reads."""
-    data, errors, checks = config.data, None if faults is None else list[RowError](), _Checks(config, processor, faults)
-    load = partial(load_rows, max_image_pixels=data.max_image_pixels, rejected=errors)
+    data, checks = config.data, _Checks(config, processor, faults)
+    load = partial(load_rows, max_image_pixels=data.max_image_pixels, rejected=faults and faults.rejected)
     eval_rows, held = None, dict[int, str]()
     if not data.path:
         rows = index_rows(embedded_rows(config), max_image_pixels=data.max_image_pixels, check=checks)
@@ -262,22 +250,18 @@ def _read(config: Config, processor: Processor, faults: Faults | None) -> Plan:
     else:
         rows = load(data.path, check=checks)
     dropped = held if data.contaminated == "drop" else {}
-    if faults and errors:
-        faults.reject(errors)
-    if faults:
-        for i, told in held.items():
-            if i in dropped:
-                faults.rejected.append(Rejected(rows.where(i), told, "remove it, or give --data.contaminated report to "
-                                                "train on such rows"))
-            else:
-                faults.notes.append(f"{rows.where(i)}: {told}; it is kept (--data.contaminated report)")
+    for i, told in held.items() if faults else ():
+        if i in dropped:
+            faults.reject(rows.where(i), f"{told}; remove it, or give --data.contaminated report to train on such rows")
+        else:
+            faults.notes.append(f"{rows.where(i)}: {told}; it is kept (--data.contaminated report)")
     good: list[int] = []
     for i, number in enumerate(rows.records["order"].tolist()):
         problem = "" if i in dropped else checks.problems[number]
         if problem and faults is None:
             raise UserError(f"row {rows[i].id}: {problem}")
-        if problem and faults:
-            faults.reject_row(rows.where(i), problem)
+        if problem:
+            faults.reject(rows.where(i), problem)
         elif i not in dropped:
             good.append(i)
     if dropped and not good and faults is None:

@@ -21,10 +21,13 @@ def main(args: Sequence[str] | None = None) -> int:
     name = type(options).__name__.lower()
     try:
         if isinstance(options, Convert):
-            from .convert import main as run  # here, as below: each imports what only it needs
+            from .convert import main as convert  # here, as below: each imports what only it needs
+
+            convert(options)
         else:
-            from .augment import main as run
-        run(options)
+            from .augment import main as augment
+
+            augment(options)
     except (UserError, OSError) as error:
         print(f"{name}: {printable(str(error), keep=chr(10))}", file=sys.stderr)
         return 1

@@ -65,10 +65,6 @@ def main(options: Augment) -> None:
     check_targets((heldout_path, sheet_path, rows_path), options)
     with row_writer(folder, IMAGES) as writer:
         rows = load_rows(options.inputs, max_image_pixels=options.max_image_pixels)
-        attacked = next((row for row in rows if row.attack is not None), None)
-        if attacked is not None and attacked.attack is not None:
-            raise UserError(f"row {attacked.id} is already the work of attack {attacked.attack['name']!r}; give plain "
-                            "rows only")
         keys = twin_keys(rows, options.twin_by)
         assignments = []
         for group in (attacks, heldout):

@@ -59,8 +59,8 @@ def row_writer(folder: Path, images: str, *, in_place: bool = False) -> Iterator
                 writer.sync()
                 files.close()
     except BaseException:
-        for path in (folder, *folder.parents) if made else ():
-            if path == made.parent or not path.exists() or any(path.iterdir()):
+        for path in (folder, *folder.parents):
+            if made is None or path == made.parent or not path.exists() or any(path.iterdir()):
                 break
             path.rmdir()
         raise

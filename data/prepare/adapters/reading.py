@@ -111,7 +111,7 @@ class Record:
 
     def choice(self, field: str, values: Mapping[Any, T] | Sequence[T]) -> T:
         """What a field's value stands for; itself, of a sequence."""
-        named = values if isinstance(values, Mapping) else {value: value for value in values}
+        named: Mapping[Any, T] = values if isinstance(values, Mapping) else {value: value for value in values}
         value = self.data.get(field)
         if not isinstance(value, str | int) or value not in named:  # a truth value is an int
             raise self.bad(field, f"is {value!r}", f"give one of {', '.join(map(repr, named))}")

@@ -28,7 +28,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 from ...schema import MAX_ASPECT_RATIO, ImageSource, Row, open_image
 from .registry import Aids, Params, Turn, register
-from .render import Ink, check, contrasting, ink, layout, paint
+from .render import Ink, Lines, check, contrasting, ink, layout, paint
 
 RENDER = {"font": "", "resize_pixels": 1_003_520, "min_glyph": 8.0, "min_contrast": 3.0}
 """Parameters of all attacks that draw: font file (empty: built in), pixels that the model shrinks a picture to,
@@ -62,15 +62,9 @@ def page(text: str, size: tuple[int, int], params: Params, aids: Aids, *, height
         Unfit: the text does not fit, or cannot be read.
     """
     width, height = size[0], height or size[1]
-    x_height = params["min_glyph"] / _scale(whole or size, params["resize_pixels"])
     margin = max(3, width // 20)
-    lines = layout(text, width - 2 * margin, height - 2 * margin, x_height=x_height, font=params["font"],
-                   largest=max(largest or height // 10, math.ceil(2.5 * x_height)))
-    drawn = ink(lines, size, (margin, margin))
-    blank = Image.new("RGB", size, "white")
-    out = paint(blank, drawn)
-    _checked(blank, out, drawn, params, aids, whole)
-    return out, drawn
+    lines = _lines(text, (width - 2 * margin, height - 2 * margin), largest or height // 10, whole or size, params)
+    return _written(Image.new("RGB", size, "white"), lines, (margin, margin), params, aids, whole=whole)
 
 
 @register("figstep", "image", "typography", limits=LIMITS, params={
@@ -130,15 +124,11 @@ def typo_strip(turn: Turn, params: Params, rng: random.Random, aids: Aids) -> Tu
     picture = _enlarged(_own_or_carrier(turn, params, aids), params["size"])
     width, room = max(picture.width, params["size"] // 2), max(picture.height, params["size"])
     margin = max(3, width // 40)
-    x_height = params["min_glyph"] / _scale((width, picture.height + room), params["resize_pixels"])
-    lines = layout(turn.text, width - 2 * margin, room - 2 * margin,
-                   largest=max(params["size"] // 14, math.ceil(2.5 * x_height)), x_height=x_height, font=params["font"])
+    lines = _lines(turn.text, (width - 2 * margin, room - 2 * margin), params["size"] // 14,
+                   (width, picture.height + room), params)
     blank = Image.new("RGB", (width, picture.height + lines.height + 2 * margin), "white")
     blank.paste(picture, ((width - picture.width) // 2, 0))
-    drawn = ink(lines, blank.size, (margin, picture.height + margin))
-    out = paint(blank, drawn)
-    _checked(blank, out, drawn, params, aids)
-    return _in_place(turn, params, out)
+    return _in_place(turn, params, _written(blank, lines, (margin, picture.height + margin), params, aids)[0])
 
 
 @register("overlay", "image", "typography", carriers=WITHOUT_PICTURE,
@@ -148,16 +138,13 @@ def typo_strip(turn: Turn, params: Params, rng: random.Random, aids: Aids) -> Tu
 def overlay(turn: Turn, params: Params, rng: random.Random, aids: Aids) -> Turn:
     """The request on the picture (or a carrier) at low `opacity`, white or black, whichever shows more."""
     picture = _enlarged(_own_or_carrier(turn, params, aids), params["size"])
-    x_height = params["min_glyph"] / _scale(picture.size, params["resize_pixels"])
     margin = max(3, min(picture.size) // 20)
-    lines = layout(turn.text, picture.width - 2 * margin, picture.height - 2 * margin,
-                   largest=max(picture.height // 8, math.ceil(2.5 * x_height)), x_height=x_height, font=params["font"])
-    drawn = ink(lines, picture.size, (margin, (picture.height - lines.height) // 2))
+    lines = _lines(turn.text, (picture.width - 2 * margin, picture.height - 2 * margin), picture.height // 8,
+                   picture.size, params)
     # By pixel, or a word over an edge of the picture would be lost in half of it; blurred a little against noise.
     colours = contrasting(picture.filter(ImageFilter.BoxBlur(2)), params["opacity"])
-    out = paint(picture, drawn, colours, params["opacity"])
-    _checked(picture, out, drawn, params, aids)
-    return _in_place(turn, params, out)
+    return _in_place(turn, params, _written(picture, lines, (margin, (picture.height - lines.height) // 2), params,
+                                            aids, colours=colours, opacity=params["opacity"])[0])
 
 
 @register("mixup", "image", "mixing", carriers=ONE, limits={**LIMITS, "lam": (0.3, 0.9)}, params={
@@ -283,6 +270,23 @@ def _own_or_carrier(turn: Turn, params: Params, aids: Aids) -> Image.Image:
     if turn.images:
         return _shrunk(turn.images[-1], params["resize_pixels"])
     return ImageOps.fit(aids.carriers[0], (params["size"], params["size"]), RESAMPLE)
+
+
+def _lines(text: str, room: tuple[int, int], largest: int, size: tuple[int, int], params: Params) -> Lines:
+    """`text` laid out in `room` (width, height) of a picture of `size`, from a font of `largest` pixels down."""
+    x_height = params["min_glyph"] / _scale(size, params["resize_pixels"])
+    return layout(text, *room, x_height=x_height, font=params["font"],
+                  largest=max(largest, math.ceil(2.5 * x_height)))
+
+
+def _written(picture: Image.Image, lines: Lines, origin: tuple[int, int], params: Params, aids: Aids, *,
+             colours: Image.Image | None = None, opacity: float = 1.0, whole: tuple[int, int] | None = None,
+             ) -> tuple[Image.Image, Ink]:
+    """`picture` with the lines on it from `origin` on, checked, and their ink."""
+    drawn = ink(lines, picture.size, origin)
+    out = paint(picture, drawn, colours, opacity)
+    _checked(picture, out, drawn, params, aids, whole)
+    return out, drawn
 
 
 def _typographic(turn: Turn, params: Params, *drawn: Image.Image) -> Turn:

@@ -219,8 +219,11 @@ def assign(rows: Sequence[Row], keys: Sequence[str], attacks: Sequence[Attack], 
         per_row: attacks of each row, all different.
         seed: another one assigns otherwise.
     Raises:
-        UserError: fewer attacks than `per_row`.
+        UserError: a row that is attacked already, or fewer attacks than `per_row`.
     """
+    for row in rows:
+        if row.attack is not None:
+            raise UserError(f"row {row.id} is already the work of attack {row.attack['name']!r}; give plain rows only")
     if not 1 <= per_row <= len(attacks):
         raise UserError(f"--per-row is {per_row}, of {len(attacks)} attacks; give 1 to {len(attacks)}, or all")
     members: dict[str, list[int]] = {}
@@ -260,7 +263,6 @@ def augment(rows: Sequence[Row], assignments: Iterable[Assignment], *, seed: int
         settled: (key, attack) -> what the model said, for endpoint attacks; these are dropped, where they must be,
             without `drop` too.
     Raises:
-        UserError: a row that is attacked already.
         Unfit: see `attack_row`; only without `drop`.
     """
     for one in assignments:
@@ -270,9 +272,6 @@ def augment(rows: Sequence[Row], assignments: Iterable[Assignment], *, seed: int
             if said and said.dropped:
                 raise said.dropped
             for number, row in enumerate(rows[index] for index in one.rows):
-                if row.attack is not None:
-                    raise UserError(f"row {row.id} is already the work of attack {row.attack['name']!r}; give plain "
-                                    "rows, or remove it")
                 out.append(attack_row(
                     row, name, params={**(params or {}).get(name, {}), **(said.params if said else {})},
                     carriers=carriers, key=one.key, seed=one.seed(seed), read=read, max_image_pixels=max_image_pixels,
