@@ -27,8 +27,8 @@ PROMPT = EncodedPrompt("r1", np.arange(3), np.zeros((3, 3), np.int64), np.array(
                        np.ones((4, 6), np.float32), np.array([[1, 2, 2]]))
 
 
-def response(text: str, row: Row, ended: str = "stop", k: int = 0) -> Response:
-    return Response(request=Request(row=row, prompt=PROMPT, k=k, seed=0), ids=np.array([1]),
+def response(text: str, row: Row, ended: str = "stop", request: Request | None = None) -> Response:
+    return Response(request=request or Request(row=row, prompt=PROMPT, k=0, seed=0), ids=np.array([1]),
                     logprobs=np.zeros(1, np.float32), text=text, finish_reason=ended, version=0)
 
 

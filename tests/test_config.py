@@ -155,10 +155,10 @@ def _fields(kind, prefix: str = "") -> set[str]:
 
 
 def test_a_place_has_a_server_and_options():
-    place = parse_judge("helpful=http://h:1/v1, org/model ,key=JUDGE_KEY, in-flight=4,timeout=2.5,attempts=3,graded=no")
-    assert (place.judge, place.server.url, place.server.model) == ("helpful", "http://h:1", "org/model")
-    assert place.server.options == {"api_key_env": "JUDGE_KEY", "max_in_flight": 4, "timeout_s": 2.5, "attempts": 3}
-    assert place.graded is False and parse_judge("helpful=http://h,m,graded=yes").graded is True
+    entry = parse_judge("helpful=http://h:1/v1, org/model ,key=JUDGE_KEY, in-flight=4,timeout=2.5,attempts=3,graded=no")
+    assert (entry.judge, entry.server.url, entry.server.model) == ("helpful", "http://h:1", "org/model")
+    assert entry.server.options == {"api_key_env": "JUDGE_KEY", "max_in_flight": 4, "timeout_s": 2.5, "attempts": 3}
+    assert entry.graded is False and parse_judge("helpful=http://h,m,graded=yes").graded is True
     plain = parse_judge("scalar=http://h,m")
     assert (plain.server.options, plain.graded, plain.activation) == ({}, True, "none")
     assert parse_judge("scalar=http://h,m,activation=-10:10").activation == "-10:10"
@@ -184,7 +184,7 @@ def test_a_place_has_a_server_and_options():
     ("scalar=http://h,m,activation=2:1", "activation is none, sigmoid or LOW:HIGH, and not '2:1'"),
     ("scalar=http://h,m,timeout=1,timeout=1", "judge scalar: timeout is given twice"),
 ])
-def test_a_place_that_is_none_is_named_and_no_secret_repeated(entry, message):
+def test_an_entry_that_is_none_is_named_and_no_secret_repeated(entry, message):
     with pytest.raises(ValueError, match=message) as error:
         RewardConfig(judges=("safework_safety=http://h,m", entry))
     assert "swordfish" not in str(error.value)

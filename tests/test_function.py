@@ -19,7 +19,6 @@ from scoring import outcome_of as outcome_of_term
 from scoring import response, scored, scorer_of
 
 from cosmo_rl.cpgd import trainer
-from cosmo_rl.cpgd.collect import as_value
 from cosmo_rl.cpgd.config import Config, RewardConfig
 from cosmo_rl.cpgd.rewards import check, function
 from cosmo_rl.cpgd.rewards.base import Failed, NotApplicable, RewardBudgetError, Score, check_budget
@@ -389,7 +388,7 @@ def built(path, name="score", rows=None, **more):
 
 
 def responses(count=24):
-    return list(map(as_value, runs.rollout().samples[:count]))
+    return [sample.response for sample in runs.rollout().samples[:count]]
 
 
 def test_it_is_a_term_like_the_others(write):
@@ -547,7 +546,13 @@ def test_a_run_with_a_bad_one_stops_before_sampling(tmp_path, write, rows):
 
 
 def test_ranks_with_different_files_stop(monkeypatch):
-    held = SimpleNamespace(config=runs.config(), function_digest="1")
-    monkeypatch.setattr(trainer, "together", lambda action: [action(), {"": "", "1": "2"}[action()]])
+    def agree(value, complaint):
+        if value == "a digest":
+            raise UserError(complaint)
+
+    for name in ("start_path", "load_processor", "plan", "together"):
+        monkeypatch.setattr(trainer, name, lambda *args: None)
+    monkeypatch.setattr(trainer, "agree", agree)
+    monkeypatch.setattr(trainer.Trainer, "_open_scorer", lambda self: SimpleNamespace(function_digest="a digest"))
     with pytest.raises(UserError, match=r"the file of --reward\.function, or a module beside it, is not the same"):
-        trainer.Trainer._agree(held)
+        trainer.Trainer(runs.config(), SimpleNamespace(stage_dir=None), torch.device("cpu"))

@@ -11,13 +11,15 @@ from types import SimpleNamespace
 import pytest
 import runs
 from fault_server import FaultServer
+from scoring import response
 
-from cosmo_rl.cpgd import collect, trainer
-from cosmo_rl.cpgd.collect import Verdicts, as_value, judges_took, sample_groups
 from cosmo_rl.cpgd.config import RewardConfig
 from cosmo_rl.cpgd.rewards.base import Score
 from cosmo_rl.cpgd.rewards.build import RowNeeds, build_scorer
-from cosmo_rl.cpgd.run.metrics import read_metrics
+from cosmo_rl.cpgd.rollout.collect import sample
+from cosmo_rl.cpgd.run import main
+from cosmo_rl.cpgd.run.metrics import judges_took, read_metrics
+from cosmo_rl.cpgd.trainer import Trainer
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.prepare.mini import general_rows, safety_rows
 
@@ -100,27 +102,25 @@ def test_a_run_goes_on_with_a_judge_that_moved_and_not_with_another_one(tmp_path
 def test_the_judges_are_closed_when_a_run_fails(monkeypatch):
     closed = []
 
-    class Failing:
-        scorer = SimpleNamespace(close=lambda: closed.append(True))
-
+    class Failing(Trainer):
         def __init__(self, *args):
-            pass
+            self.scorer = SimpleNamespace(close=lambda: closed.append(True))
 
         def run(self):
             raise UserError("swordfish")
 
-    monkeypatch.setattr(trainer, "Trainer", Failing)
-    monkeypatch.setattr(trainer, "RunDir", lambda *args: SimpleNamespace(finished=False))
-    assert trainer.main(runs.config()) == 1 and closed == [True]
+    monkeypatch.setattr(main, "Trainer", Failing)
+    monkeypatch.setattr(main, "RunDir", lambda *args: SimpleNamespace(finished=False))
+    assert main.main(runs.config()) == 1 and closed == [True]
 
 
 def test_what_the_judges_took_is_told_by_endpoint_and_since_the_last_time():
-    samples = [replace(s, row=replace(s.row, answer="x")) for s in runs.rollout().samples[:8]]
+    asked = [response(s.response.text, replace(s.row, answer="x")) for s in runs.rollout().samples[:8]]
     with FaultServer(script=["500", "429"]) as server, FaultServer() as another:
         config = RewardConfig(judges=(
             f"safework_safety={server.url},judge", f"helpful={another.url},judge", f"general={server.url},judge"))
         scorer = build_scorer(config, RowNeeds(config))
-        scorer.submit(list(map(as_value, samples))).result(timeout=60)
+        scorer.submit(asked).result(timeout=60)
         first = judges_took(scorer)["judging"]
         again = judges_took(scorer)["judging"]
         scorer.close()
@@ -132,44 +132,37 @@ def test_what_the_judges_took_is_told_by_endpoint_and_since_the_last_time():
     assert counts["opened"] == counts["cached"] == counts["failed"] == 0
     assert first["helpful"]["calls"] == another.calls
     assert all(value == 0 for counts in again.values() for value in counts.values())
-    assert judges_took(None) == {}
 
 
 def test_bad_judges(tmp_path, rows):
-    cases = {
-        ("helpfull=http://x,m",): "there is no judge 'helpfull'",
-        ("helpful=http://x",): "judge helpful has no model after its URL; write URL,MODEL",
-        ("helpful=http://x,m,sk-swordfish",): "judge helpful: part 3 is no NAME=VALUE",
-        ("helpful=http://x,m,timeout=soon",): "timeout is a number of seconds above 0, and not 'soon'",
-        ("helpful=http://x,m", "general=http://x,m,attempts=3"): "attempts is the default for one and 3 for the other",
-    }
-    for judges, wanted in cases.items():
-        done = runs.train(runs.small(*runs.from_file(rows), "--reward.judges", *judges, "--run-dir", tmp_path / "run"),
-                          tmp_path / "logs", ranks=2)
-        said = " ".join(done.err[0].replace("\u2502", " ").split())  # tyro frames it
-        assert 0 not in done.codes and said.count(wanted) == 1 and "Traceback" not in said, done.err[0]
-        assert "swordfish" not in said and not done.err[1] and not (tmp_path / "run").exists()
+    """What test_config.py and test_build.py hold of settings, as two ranks tell it: once, without a key or a trace."""
+    done = runs.train(runs.small(*runs.from_file(rows), "--reward.judges", "helpful=http://x,m,sk-swordfish",
+                                 "--run-dir", tmp_path / "run"), tmp_path / "logs", ranks=2)
+    said = " ".join(done.err[0].replace("\u2502", " ").split())  # tyro frames it
+    assert 0 not in done.codes and said.count("judge helpful: part 3 is no NAME=VALUE") == 1, done.err[0]
+    assert "Traceback" not in said and "swordfish" not in said and not done.err[1] and not (tmp_path / "run").exists()
     done = runs.train(runs.small(*runs.from_file(rows), "--reward.safety", "hybrid", "--run-dir", tmp_path / "run"),
                       tmp_path / "logs")
     assert done.code == 1 and "the hybrid reward needs the judges qwen3guard and scalar" in done.err[0], done.err[0]
 
 
-def test_judging_begins_before_sampling_ends(monkeypatch):
+def test_judging_begins_before_sampling_ends():
     """The first batch is with the judges while the last one is still to be sampled."""
-    record, config = runs.rollout(), runs.config()
+    requests = [s.response.request for s in runs.rollout().samples]
     order = []
 
-    class Scorer:
-        def submit(self, samples):
-            order.append("ask")
-            done = runs.SimpleNamespace(result=lambda: [{"helpful": Score(1.0)} for _ in samples])
-            return done
+    class Engine:
+        def stream(self, requests, batch_size):
+            for start in range(0, len(requests), batch_size):
+                order.append("sample")
+                yield [response("<think> a </think> b", one.row, request=one) for one in
+                       requests[start:start + batch_size]]
 
-    generate = record.engine.generate
-    monkeypatch.setattr(record.engine, "generate", lambda *a, **k: (order.append("sample"), generate(*a, **k))[1])
-    monkeypatch.setattr(collect, "form_batches", lambda lengths, _: [list(range(8)), list(range(8, len(lengths)))])
-    verdicts = Verdicts(Scorer())
-    samples = sample_groups(record.engine, record.rows, record.prompts, record.processor, config, step=0,
-                            judge=verdicts.ask)
+    class Scorer:
+        def submit(self, responses):
+            order.append("ask")
+            return SimpleNamespace(result=lambda: [{"helpful": Score(1.0)} for _ in responses])
+
+    _, pending = sample(Engine(), requests, 12, Scorer())
     assert order == ["sample", "ask", "sample", "ask"], order
-    assert sorted(verdicts.collect()) == list(range(len(samples))), "every sample has its verdict"
+    assert sorted(i for indices, _ in pending for i in indices) == list(range(len(requests)))

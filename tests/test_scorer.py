@@ -126,15 +126,15 @@ def test_one_frozen_sample_of_a_response_and_its_outcomes():
 
 
 def test_contrast_alone_waits_for_the_policy():
-    scorer = scorer_of(RewardConfig(visual_focus_mode="contrast", helpful=0.0, task_aware=0.0), [SEEN])
+    scorer = scorer_of(RewardConfig(visual_focus_mode="contrast", task_aware=0.0), [SEEN])
     one = response("<think> a </think> b", SEEN)
     (outcomes,) = scorer.submit([one]).result(timeout=60)
-    assert scorer.needs_policy and outcomes == {"format": Score(1.0)}
+    assert scorer.needs_policy and outcomes == {"format": Score(1.0), "helpful": Score(0.0)}
     sample = scorer.sample(one, outcomes, Evidence(-0.25, -0.75))
-    assert sample.terms == {"format": 1.0, "visual_focus": 0.5} and list(sample.terms) == ["format", "visual_focus"]
-    assert sample.reward == pytest.approx((0.1 + 0.2 * 0.5) / 0.3)
+    assert list(sample.terms.items()) == [("format", 1.0), ("visual_focus", 0.5), ("helpful", 0.0)]
+    assert sample.reward == pytest.approx((0.1 + 0.2 * 0.5) / 0.5)
     assert scorer.sample(one, outcomes).failure.startswith("visual_focus: contrast needs finite log-probs")
-    assert scorer.sample(response("b", ROW), {"format": Score(0.0)}).terms == {"format": 0.0}
+    assert scorer.sample(response("b", ROW), outcomes).terms == {"format": 1.0, "helpful": 0.0}, "no image"
 
 
 def test_a_plain_function_blocks_its_caller_and_no_judge(tmp_path):
