@@ -114,8 +114,8 @@ class Trainer:
         """Rewards, which may fail on one host only; nothing is returned that would go to other ranks."""
         self.judging, self.function_digest = None, ""
         if self.config.stage > 0:
-            self.rewards, self.judging, self.reward_weights = build_rewards(
-                self.config.reward, self.plan.needs)
+            assert self.plan.needs is not None
+            self.rewards, self.judging, self.reward_weights = build_rewards(self.config.reward, self.plan.needs)
             self.function_digest = function_digest(self.rewards)
 
     def _agree(self) -> None:

@@ -168,12 +168,12 @@ def _check_memory(found: Findings) -> None:
                 return  # the others hold it too
 
 
-def _check_evaluation(config: Config, processor: Processor, eval_rows: Index | None, found: Findings) -> None:
+def _check_evaluation(config: Config, processor: Processor, eval_rows: Sequence[Row], found: Findings) -> None:
     """The rows of the report and of --eval.every: their prompts are short enough, and the guard has some to watch."""
     unused: list[str] = []
     most, new = processor.config.text_config.max_position_embeddings, config.rollout.max_new_tokens
     embedded = {config.eval.split, "validation" if config.eval.every else config.eval.split}
-    for split in ["validation"] if eval_rows is not None else sorted(embedded):  # the last one is watched
+    for split in ["validation"] if config.data.eval_path else sorted(embedded):  # the last one is watched
         suite = eval_suite(config, split, lambda _: eval_rows, unused)
         for group, rows in suite.items():
             for i, row in enumerate(rows):

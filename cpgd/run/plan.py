@@ -120,7 +120,7 @@ class Plan:
     """To train on."""
     needs: RowNeeds | None
     """What the rewards have to know of all rows; None in stage 0."""
-    eval_rows: Index | None
+    eval_rows: Sequence[Row] = ()
     """Of --data.eval-path."""
 
     @property
@@ -155,7 +155,7 @@ def plan(config: Config, processor: Processor, stage_dir: Path | None = None, fa
         needs, eval_rows = made[0].needs, made[0].eval_rows
         if shared:
             write_atomic(shared[0], made[0].rows.dump({"needs": needs and needs.state_dict()}))
-        if shared and eval_rows is not None:
+        if shared and isinstance(eval_rows, Index):
             write_atomic(shared[1], eval_rows.dump({}))
 
     def load() -> None:
@@ -163,7 +163,7 @@ def plan(config: Config, processor: Processor, stage_dir: Path | None = None, fa
         needs = RowNeeds(config.reward) if config.stage > 0 else None
         if needs is not None:
             needs.load_state_dict(more["needs"])
-        made.append(Plan(rows=rows, needs=needs, eval_rows=Index.load(shared[1])[0] if config.data.eval_path else None))
+        made.append(Plan(rows=rows, needs=needs, eval_rows=Index.load(shared[1])[0] if config.data.eval_path else ()))
 
     together(lambda: read() if reads else None)
     together(lambda: None if reads else load())
@@ -240,29 +240,32 @@ def _read(config: Config, processor: Processor, faults: Faults | None) -> Plan:
     """`plan` on a process that reads."""
     data, checks = config.data, _Checks(config, processor, faults)
     load = partial(load_rows, max_image_pixels=data.max_image_pixels, rejected=faults and faults.rejected)
-    eval_rows, held = None, dict[int, str]()
+    eval_rows, held = (), dict[int, str]()
     if not data.path:
         rows = index_rows(embedded_rows(config), max_image_pixels=data.max_image_pixels, check=checks)
-        eval_rows = load(data.eval_path) if data.eval_path else None
+        eval_rows = load(data.eval_path) if data.eval_path else ()
     elif data.named_sets():
         rows, eval_rows, held = _compared(data, load, checks)
     else:
         rows = load(data.path, check=checks)
     dropped = held if data.contaminated == "drop" else {}
-    for i, told in held.items() if faults else ():
-        if i in dropped:
-            faults.reject(rows.where(i), f"{told}; remove it, or give --data.contaminated report to train on such rows")
-        else:
-            faults.notes.append(f"{rows.where(i)}: {told}; it is kept (--data.contaminated report)")
+    if faults is not None:
+        for i, told in held.items():
+            if i in dropped:
+                faults.reject(rows.where(i), f"{told}; remove it, or give --data.contaminated report to train on such "
+                              "rows")
+            else:
+                faults.notes.append(f"{rows.where(i)}: {told}; it is kept (--data.contaminated report)")
     good: list[int] = []
     for i, number in enumerate(rows.records["order"].tolist()):
-        problem = "" if i in dropped else checks.problems[number]
-        if problem and faults is None:
-            raise UserError(f"row {rows[i].id}: {problem}")
-        if problem:
-            faults.reject(rows.where(i), problem)
-        elif i not in dropped:
+        if i in dropped:
+            continue
+        if not (problem := checks.problems[number]):
             good.append(i)
+        elif faults is None:
+            raise UserError(f"row {rows[i].id}: {problem}")
+        else:
+            faults.reject(rows.where(i), problem)
     if dropped and not good and faults is None:
         raise UserError(f"all {len(rows)} training rows are in an evaluation set ({', '.join(data.named_sets())}); "
                         "give other rows with --data.path")
@@ -277,7 +280,7 @@ def _read(config: Config, processor: Processor, faults: Faults | None) -> Plan:
 
 
 def _compared(data: DataConfig, load: Callable[..., Index],
-              checks: _Checks) -> tuple[Index, Index | None, dict[int, str]]:
+              checks: _Checks) -> tuple[Index, Sequence[Row], dict[int, str]]:
     """The training rows, those of --data.eval-path, and of each training row that an evaluation set holds, which."""
     from cosmo_rl.data.prepare.contamination import DROPPED, Looks, compare
 
@@ -292,4 +295,4 @@ def _compared(data: DataConfig, load: Callable[..., Index],
         logger.warning("%s", report.table())
     held = {match.index: f"it is in evaluation set {match.evaluation_set} ({match.kind})" for match in report.matches
             if match.kind in DROPPED}
-    return rows, sets["eval_path"][0] if data.eval_path else None, held
+    return rows, sets["eval_path"][0] if data.eval_path else (), held
