@@ -6,7 +6,7 @@ their closing tag somewhere in the text.
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from difflib import get_close_matches
 
 NAMED_ALIKE = {
@@ -35,7 +35,12 @@ def meant(name: str, fields: Sequence[str], given: Collection[str] = ()) -> str:
     for field, names in NAMED_ALIKE.items():
         if plain == field or plain in names:
             return "" if field in taken else field
-    return (get_close_matches(plain, [field for field in fields if field not in taken], n=1) or [""])[0]
+    return nearest(plain, [field for field in fields if field not in taken])
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The one of `known` that `name` is most like; "" if there is none."""
+    return (get_close_matches(name[:100], list(known), n=1) or [""])[0]
 
 
 PLACEHOLDER = re.compile(r"""(?<!`)(?:

@@ -28,14 +28,13 @@ import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
 from PIL import Image, ImageOps
 
 from .errors import MOST_TOLD, Problems, RowError, shown
-from .foreign import meant, mend, placeholder
+from .foreign import meant, mend, nearest, placeholder
 from .strict_json import MAX_DEPTH
 
 TASKS = ("safety", "jailbreak", "value", "knowledge", "general", "math", "mcq", "ifeval", "helpful")
@@ -106,6 +105,11 @@ class Row:
     licence: str
     """Licence of the row."""
 
+    @property
+    def is_unsafe(self) -> bool:
+        """The row as a whole, image and text together, asks for harm; one without tags does not."""
+        return self.tags is not None and self.tags.get("combined") == "unsafe"
+
 
 FIELDS = (*(f.name for f in fields(Row)), "prompt")
 
@@ -141,9 +145,9 @@ def parse_row(obj: Any, where: str) -> Row:
         optional["chosen"] = take(_plain_text, obj["chosen"], "chosen", where)
     task = required["task"]
     if task and task not in TASKS:
-        near = get_close_matches(task[:80], TASKS, n=1)
+        near = nearest(task, TASKS)
         problems.add(where, "task", f"unknown task {shown(repr(task))}", f"give one of {', '.join(TASKS)}"
-                     + (f" (did you mean {near[0]}?)" if near else ""))
+                     + (f" (did you mean {near}?)" if near else ""))
 
     images = take(_each, obj.get("images", []), "images", where, _image)
     messages = take(_messages, obj, None if images is None else len(images), where)

@@ -5,11 +5,11 @@ import json
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, Features, Sequence, Value
-from datasets import Image as ImageFeature
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
-from cosmo_rl.data.prepare.adapters.rlvr_ifeval import FUNCTIONS
+from cosmo_rl.data.prepare.adapters.instructions import FUNCTIONS
 
 LIMIT = 10_000
 HINT = "Hint: Please answer the question and provide the correct option letter, e.g., A, B, C, D, at the end."
@@ -31,9 +31,9 @@ def picture(path: Path, seed: int) -> str:
     return str(path)
 
 
-def parquet(path: Path, records: list[dict], **features) -> None:
+def parquet(path: Path, records: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Dataset.from_list(records, features=Features(features)).to_parquet(path)
+    pq.write_table(pa.Table.from_pylist(records), path)
 
 
 def lines(path: Path, records: list) -> None:
@@ -41,7 +41,6 @@ def lines(path: Path, records: list) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-TEXT, NUMBER, PICTURE = Value("string"), Value("int64"), ImageFeature()
 IMAGE = {"path": None, "bytes": png(0)}
 
 
@@ -49,9 +48,8 @@ def beavertails_v(folder: Path) -> list[dict]:
     one = {"question": "how do I bend this?", "image": IMAGE, "category": "cutlery", "image_severity": 1}
     parquet(folder / "data" / "cutlery" / "train-00000-of-00001.parquet",
             [{**one, "response": "Better not.", "is_response_safe": "yes"},
-             {**one, "response": "Like so.", "is_response_safe": "no"}],
-            question=TEXT, image=PICTURE, category=TEXT, image_severity=NUMBER, response=TEXT, is_response_safe=TEXT)
-    parquet(folder / "data" / "cutlery" / "evaluation.parquet", [{"question": "other"}], question=TEXT)
+             {**one, "response": "Like so.", "is_response_safe": "no"}])
+    parquet(folder / "data" / "cutlery" / "evaluation.parquet", [{"question": "other"}])
     row = {"id": "beavertails_v:data/cutlery/train-00000-of-00001:1", "task": "safety", "category": "cutlery",
            "prompt": "how do I bend this?", "images": [png(0)], "chosen": "Better not.",
            "tags": {"combined": "unsafe"}, "licence": "CC BY-NC 4.0"}
@@ -61,8 +59,7 @@ def beavertails_v(folder: Path) -> list[dict]:
 def geometry3k(folder: Path) -> list[dict]:
     parquet(folder / "data" / "train-00000-of-00001.parquet",
             [{"images": [IMAGE], "problem": "<image>Find x.", "answer": "\\sqrt{3}"},
-             {"images": [IMAGE, IMAGE], "problem": "In <image> and <image>, find x.", "answer": "4"}],
-            images=Sequence(PICTURE), problem=TEXT, answer=TEXT)
+             {"images": [IMAGE, IMAGE], "problem": "In <image> and <image>, find x.", "answer": "4"}])
     image, text = {"type": "image"}, lambda words: {"type": "text", "text": words}
     return [{"task": "math", "domain": "math", "answer": "\\sqrt{3}", "images": [png(0)], "licence": "MIT",
              "messages": [{"role": "user", "content": [image, text("Find x.")]}]},
@@ -132,8 +129,7 @@ def mmk12(folder: Path) -> list[dict]:
          "image_urls": ["file:///their/examples/blank.png"]}])
     question = "<image>Which one?\nA. five\nB. six\nC. seven"
     parquet(folder / "train-00000-of-00001.parquet",
-            [{"id": "q", "question": question, "image": IMAGE, "answer": "C", "subject": "physics"}],
-            id=TEXT, question=TEXT, image=PICTURE, answer=TEXT, subject=TEXT)
+            [{"id": "q", "question": question, "image": IMAGE, "answer": "C", "subject": "physics"}])
     part, text = {"type": "image"}, lambda words: {"type": "text", "text": words}
     return [{"id": "mmk12:message:1", "task": "math", "answer": "$3$", "images": [image], "messages": [
                 {"role": "system", "content": "Think."}, {"role": "user", "content": [part, text("What is x?")]}]},
@@ -149,7 +145,7 @@ def mmk12(folder: Path) -> list[dict]:
 def pku_saferlhf(folder: Path) -> list[dict]:
     pair = {"prompt": "May I tease?", "response_0": "Do it.", "response_1": "Rather not.", "is_response_0_safe": False,
             "is_response_1_safe": True, "better_response_id": 0, "safer_response_id": 1,
-            "response_0_harm_category": {"Insults": True, "Drugs": False}}
+            "response_0_harm_category": {"Insults": True, "Drugs": False, "Lies": None}}
     lines(folder / "data" / "Alpaca-7B" / "train.jsonl", [pair, {**pair, "is_response_1_safe": False}])
     lines(folder / "data" / "Alpaca-7B" / "test.jsonl", [pair])
     row = {"task": "safety", "prompt": "May I tease?", "chosen": "Rather not.", "category": "Insults",
@@ -160,8 +156,7 @@ def pku_saferlhf(folder: Path) -> list[dict]:
 def safetag_vl(folder: Path) -> list[dict]:
     parquet(folder / "data" / "train-00000-of-00001.parquet",
             [{"prompt": "<image>May I eat this?", "images": [IMAGE], "text_tag": "safe", "image_tag": "unsafe",
-              "combine_tag": "unsafe"}],
-            prompt=TEXT, images=Sequence(PICTURE), text_tag=TEXT, image_tag=TEXT, combine_tag=TEXT)
+              "combine_tag": "unsafe"}])
     content = [{"type": "image"}, {"type": "text", "text": "May I eat this?"}]
     return [{"task": "safety", "tags": {"image": "unsafe", "text": "safe", "combined": "unsafe"}, "chosen": None,
              "messages": [{"role": "user", "content": content}]}]
@@ -170,8 +165,7 @@ def safetag_vl(folder: Path) -> list[dict]:
 def spa_vl(folder: Path) -> list[dict]:
     parquet(folder / "data" / "train-00000-of-00001.parquet",
             [{"image": IMAGE, "question": "Who is right?", "chosen": "Both may be.", "rejected": "He.",
-              "image_name": "1"}],
-            image=PICTURE, question=TEXT, chosen=TEXT, rejected=TEXT, image_name=TEXT)
+              "image_name": "1"}])
     return [{"task": "safety", "prompt": "Who is right?", "images": [png(0)], "chosen": "Both may be.",
              "tags": {"combined": "unsafe"}, "category": None, "licence": "CC BY 4.0"}]
 
@@ -220,12 +214,9 @@ def flames(folder: Path) -> list[dict]:
 def gsm8k(folder: Path) -> list[dict]:
     solution = "He has 4*300=<<4*300=1200>>1200 beads.\n#### 1,200"
     parquet(folder / "main" / "train-00000-of-00001.parquet",
-            [{"question": "How many beads?", "answer": solution}, {"question": "And?", "answer": "#### -3.5"}],
-            question=TEXT, answer=TEXT)
-    parquet(folder / "main" / "test-00000-of-00001.parquet", [{"question": "no", "answer": "#### 1"}],
-            question=TEXT, answer=TEXT)
-    parquet(folder / "socratic" / "train-00000-of-00001.parquet", [{"question": "twice", "answer": solution}],
-            question=TEXT, answer=TEXT)
+            [{"question": "How many beads?", "answer": solution}, {"question": "And?", "answer": "#### -3.5"}])
+    parquet(folder / "main" / "test-00000-of-00001.parquet", [{"question": "no", "answer": "#### 1"}])
+    parquet(folder / "socratic" / "train-00000-of-00001.parquet", [{"question": "twice", "answer": solution}])
     return [{"task": "math", "prompt": "How many beads?", "answer": "1200", "licence": "MIT",
              "chosen": "He has 4*300=1200 beads.\n#### 1,200"}, {"answer": "-3.5"}]
 
@@ -234,8 +225,7 @@ def hendrycks_math(folder: Path) -> list[dict]:
     one = {"problem": "What is $x$?", "level": "Level 3", "type": "Algebra"}
     solutions = ("First \\boxed{1}, then $x=\\boxed{\\frac{\\sqrt{2}}{3}}$.", "So it is $\\boxed 5$.",
                  "The set is $\\fbox{\\{1, 2\\}}$")
-    parquet(folder / "data" / "train-00000-of-00001.parquet", [{**one, "solution": text} for text in solutions],
-            problem=TEXT, level=TEXT, type=TEXT, solution=TEXT)
+    parquet(folder / "data" / "train-00000-of-00001.parquet", [{**one, "solution": text} for text in solutions])
     return [{"task": "math", "prompt": "What is $x$?", "answer": "\\frac{\\sqrt{2}}{3}", "chosen": solutions[0],
              "category": "Algebra / Level 3", "licence": "MIT"}, {"answer": "5"}, {"answer": "\\{1, 2\\}"}]
 
@@ -270,21 +260,11 @@ ALL_25: dict[str, dict] = {
 """IFEval's instructions, each with arguments."""
 
 
-def ifeval_features() -> dict:
-    """Of google/IFEval as parquet: an entry of kwargs holds every argument of every instruction."""
-    names = {name: value for kwargs in ALL_25.values() for name, value in kwargs.items()}
-    kind = lambda value: NUMBER if isinstance(value, int) else Sequence(TEXT) if isinstance(value, list) else TEXT
-    return {"key": NUMBER, "prompt": TEXT, "instruction_id_list": Sequence(TEXT),
-            "kwargs": [{name: kind(value) for name, value in names.items()}]}
-
-
 def ifeval(folder: Path) -> list[dict]:
-    names = ifeval_features()["kwargs"][0]
-    every = {name: None for name in names}
+    every = {name: None for kwargs in ALL_25.values() for name in kwargs}  # as an entry of kwargs holds them there
     parquet(folder / "data" / "train-00000-of-00001.parquet",
             [{"key": i, "prompt": f"Do as told: {name}", "instruction_id_list": [name, "punctuation:no_comma"],
-              "kwargs": [{**every, **kwargs}, every]} for i, (name, kwargs) in enumerate(ALL_25.items())],
-            **ifeval_features())
+              "kwargs": [{**every, **kwargs}, every]} for i, (name, kwargs) in enumerate(ALL_25.items())])
     lines(folder / "ifeval_input_data.jsonl", [
         {"key": 1, "prompt": "Be brief.", "instruction_id_list": ["length_constraints:number_words"],
          "kwargs": [{"num_words": 9.0, "relation": "less than", "language": None}]}])
@@ -339,9 +319,7 @@ def rlvr(truth: dict | str, **change) -> dict:
 
 
 def rlvr_ifeval(folder: Path) -> list[dict]:
-    parquet(folder / "data" / "train-00000-of-00001.parquet", [rlvr(truth) for truth, _ in RLVR],
-            messages=[{"role": TEXT, "content": TEXT}], ground_truth=TEXT, dataset=TEXT, constraint_type=TEXT,
-            constraint=TEXT)
+    parquet(folder / "data" / "train-00000-of-00001.parquet", [rlvr(truth) for truth, _ in RLVR])
     return [{"task": "ifeval", "category": "Some kind", "licence": "ODC-BY", "prompt": None,
              "messages": [{"role": "user", "content": "Write of tea."}],
              "constraints": [{"id": FUNCTIONS[truth["func_name"]][0], "kwargs": kwargs}]} for truth, kwargs in RLVR]
@@ -357,8 +335,7 @@ def mmmu(folder: Path) -> list[dict]:
         {**one, "question": "Which year?", "options": "['1900', '1901']", "answer": "A", "image_1": pictures[0]},
         {**one, "question": "How long is <image 1>? <image 1>", "options": "[]", "answer": "4.5",
          "image_1": pictures[0], "question_type": "open"},
-    ], id=TEXT, question=TEXT, options=TEXT, explanation=TEXT, img_type=TEXT, answer=TEXT, topic_difficulty=TEXT,
-        question_type=TEXT, subfield=TEXT, **{f"image_{k}": PICTURE for k in range(1, 8)})
+    ])
     part, text = {"type": "image"}, lambda words: {"type": "text", "text": words}
     return [{"task": "mcq", "answer": "B", "options": ["<image 3>", "it's", "x"], "category": "Drawing",
              "images": [png(1), png(0), png(2)], "licence": "Apache-2.0", "messages": [{"role": "user", "content": [
@@ -374,8 +351,7 @@ def multimodal_open_r1(folder: Path) -> list[dict]:
     records = [("Find x.", solve(" $\\sqrt{2}$ ")), (listed, solve("B")), ("What is it?", solve("The answer is Yes."))]
     parquet(folder / "data" / "train-00000-of-00001.parquet",
             [{"image": IMAGE, "problem": problem, "solution": solution, "original_question": problem,
-              "original_answer": "so."} for problem, solution in records],
-            image=PICTURE, problem=TEXT, solution=TEXT, original_question=TEXT, original_answer=TEXT)
+              "original_answer": "so."} for problem, solution in records])
     row = {"images": [png(0)], "licence": "not stated"}
     return [{**row, "task": "math", "prompt": "Find x.", "answer": "$\\sqrt{2}$", "chosen": records[0][1]},
             {**row, "task": "mcq", "answer": "B", "options": ["1", "2"], "prompt": listed},
@@ -402,9 +378,7 @@ def scienceqa(folder: Path) -> list[dict]:
     one = {"question": "Which is a solid?", "choices": ["ice", "water"], "answer": 0, "hint": "Look at it.",
            "grade": "2", "task": "closed choice", "subject": "natural science", "topic": "physics",
            "category": "Matter", "skill": "sort", "lecture": "...", "solution": "", "image": IMAGE}
-    parquet(folder / "data" / "train-00000-of-00001.parquet", [one, {**one, "image": None, "hint": "", "answer": 1}],
-            image=PICTURE, choices=Sequence(TEXT), answer=Value("int8"),
-            **{name: TEXT for name in one if name not in ("image", "choices", "answer")})
+    parquet(folder / "data" / "train-00000-of-00001.parquet", [one, {**one, "image": None, "hint": "", "answer": 1}])
     return [{"task": "mcq", "answer": "A", "options": ["ice", "water"], "images": [png(0)], "licence": "CC BY-SA 4.0",
              "prompt": "Look at it.\nWhich is a solid?\nA. ice\nB. water", "category": "natural science / physics"},
             {"answer": "B", "images": [], "prompt": "Which is a solid?\nA. ice\nB. water"}]

@@ -1,20 +1,17 @@
-"""What the adapters of single sets refuse, by place, field and mend, and that the rewards take what they write."""
+"""What the adapters of single sets refuse, by place, field and mend."""
 
 import json
 import time
-from dataclasses import replace
 
 import pytest
-from published import BUILDERS, lines, picture, rlvr, source_of
+from published import lines, picture, rlvr
 
-from cosmo_rl.cpgd.rewards.build import build_rewards
-from cosmo_rl.cpgd.run.recipes import recipe
-from cosmo_rl.data.index import load_rows
-from cosmo_rl.data.prepare.adapters import convert as conversion
-from cosmo_rl.data.prepare.adapters.convert import Convert, convert
-from cosmo_rl.data.prepare.adapters.hendrycks_math import last_boxed
-from cosmo_rl.data.prepare.adapters.registry import NAMES, adapter, layout
-from cosmo_rl.data.prepare.adapters.rlvr_ifeval import EXACT, FUNCTIONS
+from cosmo_rl.data.prepare.__main__ import main
+from cosmo_rl.data.prepare.adapters.instructions import EXACT, FUNCTIONS
+from cosmo_rl.data.prepare.adapters.reasoning import last_boxed
+from cosmo_rl.data.prepare.adapters.registry import NAMES, adapter
+from cosmo_rl.data.prepare.convert import convert
+from cosmo_rl.data.prepare.options import Convert
 from cosmo_rl.data.schema import RowError
 
 LISTED = "Which?\nChoices:\n(A) 1\n(B) 2"
@@ -22,6 +19,7 @@ TALK = lambda question, reply: [{"from": "human", "value": question}, {"from": "
 SOLVED = "<think>t</think>\n<answer>{}</answer>"
 GOOD: dict[str, dict] = {
     "flames": {"dimension": "Safety", "subcomponent": "s", "prompt": "May I?"},
+    "geometry3k": {"images": ["1.png"], "problem": "Find x.", "answer": "3"},
     "gsm8k": {"question": "q?", "answer": "so\n#### 3"},
     "hendrycks_math": {"problem": "p?", "level": "Level 1", "type": "Algebra", "solution": "\\boxed{3}"},
     "ifeval": {"key": 1, "prompt": "p", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
@@ -31,25 +29,24 @@ GOOD: dict[str, dict] = {
     "mmmu": {"question": "See <image 1>", "options": "['a', 'b']", "answer": "A", "question_type": "multiple-choice",
              "image_1": "1.png", "image_2": None},
     "multimodal_open_r1": {"image": "1.png", "problem": LISTED, "solution": SOLVED.format("B")},
+    "pku_saferlhf": {"prompt": "q", "response_0": "a", "response_1": "b", "is_response_0_safe": False,
+                     "is_response_1_safe": True, "safer_response_id": 1},
     "rlvr_ifeval": rlvr({"func_name": "verify_bullet_points", "N": 3}),
+    "safetag_vl": {"images": ["1.png"], "prompt": "Hello", "image_tag": "safe", "text_tag": "safe",
+                   "combine_tag": "safe"},
     "safework": {"prompt": "p", "label": "value", "reference": None, "images": None},
     "scienceqa": {"question": "q?", "choices": ["a", "b"], "answer": 1, "hint": "", "image": None},
+    "vlguard": {"id": "1", "image": "1.png", "safe": True, "instr-resp": [{"safe_instruction": "a", "response": "b"}]},
 }
 """A good record of a set, as JSON lines."""
-
-
-def test_the_good_records_are_good(tmp_path):
-    picture(tmp_path / "1.png", 0)
-    for name, record in GOOD.items():
-        lines(tmp_path / f"{name}.jsonl", [record])
-        assert len(list(adapter(name)(tmp_path / f"{name}.jsonl"))) == 1
-
-
+USER = {"role": "user", "content": "a?"}
 BAD = [
     ("flames", {"prompt": None}, "`prompt`: is missing or blank; mend or remove"),
     ("flames", {"prompt": ["May I?"]}, "`prompt`: is list, not a text"),
     ("flames", {"dimension": 3}, "`dimension`: is int, not a text"),
     ("flames", {"prompt": "See <image>"}, "`prompt`: holds <image>, which the model would read as words; remove it"),
+    ("geometry3k", {"images": None}, "`images`: holds 0 images, not 1 or more"),
+    ("geometry3k", {"images": []}, "`images`: holds 0 images, not 1 or more"),
     ("gsm8k", {"answer": "so it is 3"}, "`answer`: states no number after ####: 'so it is 3'"),
     ("gsm8k", {"answer": "#### "}, "`answer`: states no number"),
     ("gsm8k", {"answer": "#### none"}, "`answer`: states no number"),
@@ -86,6 +83,18 @@ BAD = [
     ("llava", {"conversations": TALK("a?", "b <image>")}, "`chosen`: holds <image>"),
     ("llava", {"conversations": TALK("<image 1> a?", "b"), "image": None}, "`messages[0].content`: holds <image 1>"),
     ("llava", {"conversations": TALK("<image>a?", "b")}, "holds 1 <image> placeholders for 0 images"),
+    ("llava", {"conversations": []}, "`conversations`: is not a list of turns"),
+    ("llava", {"conversations": [USER]}, "`conversations[0]`: is not an object of from, value"),
+    ("llava", {"conversations": TALK("a", "b")[1:]}, "`conversations[0]`: is a reply that no human turn comes before"),
+    ("llava", {"conversations": TALK("a", "b")[:1]}, "`conversations`: ends without a reply"),
+    ("llava", {"conversations": TALK("<image><image>", "b"), "image": "1.png"}, "2 <image> placeholders for 1"),
+    ("llava", {"conversations": TALK("<image>a?", "b"), "image": ["1.png", "1.png"]},
+     "`conversations`: has 1 <image> placeholders for 2 images"),
+    ("llava", {"conversations": TALK("a", "<|vision_start|>")}, "`chosen`: holds the reserved token"),
+    ("mathv360k", {"conversations": TALK("a?", "word " * 30)}, "`conversations[1]`: states no short answer: 'word"),
+    ("mathv360k", {"conversations": TALK("a?", "1") * 2}, "has turns by user, assistant, user, assistant"),
+    *(("mathv360k", {"conversations": TALK("a?", reply)}, "`conversations[1]`: states no short answer: ")
+      for reply in ("The answer is", "The answer is .", "The answer is:", "Answer:", ".")),
     ("mathv360k", {"conversations": TALK(LISTED, "The answer is C")},
      "`conversations[1]`: answers 'C', and the question lists 2 choices, A to B; list each choice on a line of its "
      "own, as (A) ..., or remove the record"),
@@ -96,6 +105,12 @@ BAD = [
     ("mathv360k", {"video": "a.mp4"}, "`video`: is there: a row holds images only"),
     ("mmk12", {"answer": "C"}, "`answer`: answers 'C', and the question lists 2 choices, A to B"),
     ("mmk12", {"image": "none.png"}, "`image`: the image file "),
+    ("mmk12", {"message": "[{"}, "`message`: is not a text that holds JSON"),
+    ("mmk12", {"message": '"a"'}, "`message`: is not a list of chat messages"),
+    ("mmk12", {"conversations": [USER], "image_urls": ["file:///theirs/1.png"]}, "leads out of the image folder"),
+    ("mmk12", {"conversations": [{**USER, "role": "system"}], "image_urls": ["1.png"]},
+     "`conversations`: has no place for 1 of 1 images"),
+    ("mmk12", {"conversations": [USER, {"role": "tool", "content": "b"}], "image_urls": []}, "'tool'"),
     ("mmmu", {"answer": "C"}, "`answer`: names choice 2 of 2 (counted from 0)"),
     ("mmmu", {"answer": "a"}, "`answer`: is 'a', not the capital letter of a choice"),
     ("mmmu", {"answer": "AB"}, "`answer`: is 'AB', not the capital letter"),
@@ -128,6 +143,9 @@ BAD = [
     ("multimodal_open_r1", {"solution": SOLVED.format("D")}, "`solution`: answers 'D', and the question lists 2"),
     ("multimodal_open_r1", {"problem": "Which?", "solution": SOLVED.format("The answer is C.")}, "lists no choices"),
     ("multimodal_open_r1", {"problem": "<image><image>?"}, "`problem`: holds 2 <image> placeholders for 1 images"),
+    ("pku_saferlhf", {"response_0_harm_category": {"Insults": "False"}},
+     "`response_0_harm_category`: holds 'False', not a truth value"),
+    ("pku_saferlhf", {"response_1_harm_category": ["Insults"]}, "`response_1_harm_category`: is list, not an object"),
     ("rlvr_ifeval", {"ground_truth": "{"}, "`ground_truth`: is not a text that holds JSON"),
     ("rlvr_ifeval", {"ground_truth": "[" * 100_000}, "`ground_truth`: is not a text that holds JSON"),
     ("rlvr_ifeval", {"ground_truth": '{"N": 1, "N": 2}'}, "holds JSON (field 'N' is given twice)"),
@@ -158,6 +176,8 @@ BAD = [
     ("rlvr_ifeval", rlvr({"func_name": "validate_title"}, messages=None), "`messages`: is missing"),
     ("rlvr_ifeval", rlvr({"func_name": "validate_title"}, messages=[
         {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]), "the last message is by assistant"),
+    ("safetag_vl", {"images": None}, "`images`: holds 0 images, not 1 or more"),
+    ("safetag_vl", {"text_tag": "fine"}, "`text_tag`: is 'fine'; give one of 'safe', 'unsafe'"),
     ("safework", {"label": "safety"}, "`label`: is safety, and nothing says whether the prompt is harmful; give "
                                       "--unlabelled unsafe or safe"),
     ("safework", {"label": "muldimif"}, "`label`: is 'muldimif'; give one of 'value', "),
@@ -182,20 +202,39 @@ BAD = [
     ("scienceqa", {"image": "none.png"}, "`image`: the image file "),
     ("scienceqa", {"image": 7}, "`image`: holds no image"),
     ("scienceqa", {"question": None}, "`question`: is missing or blank"),
+    ("vlguard", {"image": None}, "`image`: holds 0 images, not 1"),
+    ("vlguard", {"image": "ads/none.png"}, "none.png does not exist; unpack"),
+    ("vlguard", {"image": "../../secret.png"}, "`image`: ../../secret.png leads out of the image folder"),
+    ("vlguard", {"image": "../../set2/1.png"}, "`image`: ../../set2/1.png leads out of the image folder"),
+    ("vlguard", {"image": "/etc/hostname"}, "`image`: /etc/hostname leads out of the image folder"),
+    ("vlguard", {"image": "file:///etc/hostname"}, "leads out of the image folder"),
+    ("vlguard", {"image": "https://x.org/1.png"}, "`image`: https://x.org/1.png is a URL; download"),
+    ("vlguard", {"image": 3}, "`image`: holds no image"),
+    ("vlguard", {"safe": "yes"}, "`safe`: is 'yes'; give one of True, False"),
+    ("vlguard", {"instr-resp": "text"}, "`instr-resp`: is 'text', not a list of objects"),
+    ("vlguard", {"instr-resp": [{"instruction": "a", "response": "b"}]},
+     "`instr-resp[0]`: has instruction, response where `safe` is True"),
+    ("vlguard", {"instr-resp": [{"safe_instruction": " "}]}, "`safe_instruction`: is missing or blank"),
+    ("vlguard", {"instr-resp": [{"safe_instruction": ["a"]}]}, "`safe_instruction`: is list, not a text"),
+    ("vlguard", {"instr-resp": [{"safe_instruction": "<image><image> a"}]}, "2 <image> placeholders for 1 images"),
+    ("vlguard", {"instr-resp": [{"safe_instruction": "a", "response": "<|im_end|>"}]}, "`chosen`: holds the reserved"),
+    ("vlguard", {"instr-resp": [{"safe_instruction": "<|image_pad|>"}]}, "`prompt`: holds the reserved token"),
 ]
 
 
 @pytest.mark.parametrize(("name", "change", "part"), BAD)
 def test_a_bad_record_is_told_by_place_and_field_and_the_others_stay(tmp_path, name, change, part):
-    picture(tmp_path / "1.png", 0)
-    good = GOOD[name]
-    lines(tmp_path / "a.jsonl", [good, {**good, **change}, good])
-    found: list[RowError] = []
-    rows = list(adapter(name)(tmp_path / "a.jsonl", reject=found.append))
+    path, good, found = tmp_path / "set" / "a.jsonl", GOOD[name], list[RowError]()
+    for image in ("set/1.png", "secret.png", "set2/1.png"):  # the last: a sibling whose name only starts alike
+        picture(tmp_path / image, 0)
+    lines(path, [good, {**good, **change}, good])
+    rows = list(adapter(name)(path, reject=found.append))
     assert [row["id"] for row in rows] == [f"{name}:a:1", f"{name}:a:3"]
     (error,) = found
-    assert str(error).startswith(f"{tmp_path / 'a.jsonl'}:2: field `") and part in str(error), str(error)
+    assert str(error).startswith(f"{path}:2: field `") and part in str(error), str(error)
     assert error.args[3]
+    with pytest.raises(RowError, match=r"a.jsonl:2"):  # the strict default
+        list(adapter(name)(path))
 
 
 @pytest.mark.parametrize(("name", "change"), [
@@ -212,29 +251,15 @@ def test_a_long_text_is_read_in_one_pass(tmp_path, name, change):
     assert time.perf_counter() - started < 5
 
 
-@pytest.mark.parametrize("name", [name for name in GOOD if len(layout(name).fields) == 1])
+@pytest.mark.parametrize("name", [name for name in GOOD if len(adapter(name).fields) == 1])
 def test_a_missing_column_is_another_layout(tmp_path, name):
     picture(tmp_path / "1.png", 0)
-    for column in sorted(layout(name).fields[-1]):
+    for column in sorted(adapter(name).fields[-1]):
         lines(tmp_path / "a.jsonl", [{key: value for key, value in GOOD[name].items() if key != column}])
         with pytest.raises(RowError) as caught:
             list(adapter(name)(tmp_path / "a.jsonl"))
         told = f"{tmp_path / 'a.jsonl'}:1: field `{column}`: is not there, but layout {name} has {column}; "
         assert str(caught.value).startswith(told)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_rewards_take_the_rows_of_every_set(tmp_path, name):
-    """Of every task that has a rule: nothing may be converted that Task-Aware then refuses."""
-    BUILDERS[name](tmp_path)
-    out = tmp_path / "rows.jsonl"
-    assert convert(Convert(name=name, in_=(str(source_of(name, tmp_path)),), out=str(out))).left_out == 0
-    rows = [row for row in load_rows([out], max_image_pixels=10_000) if row.task != "value" or row.answer]
-    assert {row.task for row in load_rows([out], max_image_pixels=10_000)} <= {*layout(name).tasks}
-    without: list[tuple[int, str]] = []
-    config = recipe("tiny", 2).reward
-    build_rewards(replace(config, task_aware=1.0), rows, without)
-    assert not without
 
 
 def test_a_harmful_safework_row_needs_its_label(tmp_path):
@@ -266,7 +291,7 @@ def test_the_last_box(text, answer):
 def test_a_conversion_tells_each_problem_and_counts_the_record_once(tmp_path, capsys):
     talk = TALK("a? <video>", "see <image>")
     lines(tmp_path / "a.jsonl", [{"conversations": talk}, {"conversations": TALK("a?", "b")}])
-    conversion.main(["--name", "llava", "--in", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "rows.jsonl")])
+    main(["convert", "--name", "llava", "--in", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "rows.jsonl")])
     table = capsys.readouterr().out
     assert f"rejected{1:>39}\n" in table
     for told in ("`messages[0].content`: holds <video>", "`chosen`: holds <image>"):
@@ -274,21 +299,22 @@ def test_a_conversion_tells_each_problem_and_counts_the_record_once(tmp_path, ca
 
 
 def test_the_list_names_every_adapter_with_task_layout_and_licence(capsys):
-    conversion.main(["--list"])
+    main(["convert", "--list"])
     told = capsys.readouterr().out
     for name in NAMES:
-        one = layout(name)
+        one = adapter(name)
         block = told[told.index(f"{name:<20}"):].split("\n")[:4]
         assert block[0] == f"{name:<20}{', '.join(one.tasks)}" and f"licence: {one.licence}" in block[1]
         assert all(field in block[3] for fields in one.fields for field in fields)
 
 
 @pytest.mark.parametrize("missing", ["name", "in", "out"])
-def test_a_conversion_without_one_of_its_three_options(tmp_path, missing):
+def test_a_conversion_without_one_of_its_three_options(tmp_path, capsys, missing):
     given = {"name": "llava", "in": str(tmp_path), "out": str(tmp_path / "rows.jsonl")}
     words = [word for name, value in given.items() if name != missing for word in (f"--{name}", value)]
-    with pytest.raises(SystemExit, match=rf"^convert: --{missing} is missing; give --name, --in and --out \(--list"):
-        conversion.main(words)
+    assert main(["convert", *words]) == 1
+    told = f"convert: --{missing} is missing; give --name, --in and --out (--list"
+    assert capsys.readouterr().err.startswith(told)
 
 
 def test_a_letter_that_is_a_value_stays_one(tmp_path):

@@ -1,20 +1,25 @@
 """Each published layout, in rows made up for the test: what becomes of every field, and how another layout is told."""
 
 import json
-from importlib import import_module
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from datasets import Dataset, Features, Sequence
-from published import BUILDERS, HINT, IMAGE, LIMIT, PICTURE, TEXT, lines, parquet, picture, png, source_of
+from datasets import Dataset, Features, Sequence, Value
+from datasets import Image as ImageFeature
+from published import BUILDERS, HINT, IMAGE, LIMIT, lines, parquet, picture, png, source_of
 
+from cosmo_rl.cpgd.rewards.build import RowNeeds
+from cosmo_rl.cpgd.run.recipes import recipe
 from cosmo_rl.data.files import KINDS, read_records
 from cosmo_rl.data.index import load_rows
-from cosmo_rl.data.prepare.adapters import convert as conversion
-from cosmo_rl.data.prepare.adapters.convert import Convert, convert
+from cosmo_rl.data.prepare import convert as conversion
+from cosmo_rl.data.prepare.__main__ import main
 from cosmo_rl.data.prepare.adapters.reading import LayoutError, Record, options
 from cosmo_rl.data.prepare.adapters.registry import NAMES, adapter
+from cosmo_rl.data.prepare.convert import convert
+from cosmo_rl.data.prepare.options import Convert
 from cosmo_rl.data.schema import RowError, open_image, parse_row
 
 
@@ -31,7 +36,7 @@ def published(tmp_path_factory) -> dict[str, tuple[Path, list[dict]]]:
 def test_every_adapter_is_here_and_documented():
     assert tuple(sorted(BUILDERS)) == NAMES
     for name in NAMES:
-        text = import_module(f"cosmo_rl.data.prepare.adapters.{name}").__doc__ or ""
+        text = adapter(name).mapping.__doc__ or ""
         assert all(word in text for word in ("ayout", "Licence: ", "Mapping: ")) and "read" in text.lower(), name
     with pytest.raises(ValueError, match="did you mean vlguard"):
         adapter("VL-Guard")
@@ -51,10 +56,10 @@ def test_the_rows_of_a_published_layout(published, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_conversion_loads_with_the_same_pictures(published, tmp_path, name, capsys):
+def test_a_conversion_loads_with_the_same_pictures_and_the_rewards_take_it(published, tmp_path, name, capsys):
     folder, expected = published[name]
     source, out = source_of(name, folder), tmp_path / "rows.jsonl"
-    conversion.main(["--name", name, "--in", str(source), "--out", str(out)])
+    main(["convert", "--name", name, "--in", str(source), "--out", str(out)])
     rows = load_rows([out], max_image_pixels=LIMIT)
     assert [row.id for row in rows] == [row["id"] for row in adapter(name)(source)]
     for row, wanted in zip(rows, adapter(name)(source), strict=True):
@@ -62,8 +67,13 @@ def test_a_conversion_loads_with_the_same_pictures(published, tmp_path, name, ca
                        for images in (row.images, wanted.get("images", [])))
         assert len(left) == len(right) and all(map(np.array_equal, left, right))
         assert all(Path(str(image)).is_relative_to(tmp_path) for image in row.images)
-    assert f"total{len(expected):>42}" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert f"total{len(expected):>42}" in table and "rejected" not in table
     assert not [path for path in tmp_path.rglob(".*")]
+    assert {row.task for row in rows} <= {*adapter(name).tasks}
+    needs = RowNeeds(replace(recipe("tiny", 2).reward, task_aware=1.0))
+    ruled = [row for row in rows if row.task != "value" or row.answer]  # tasks with a rule: nothing may be refused
+    assert not any(map(needs.problem, ruled))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -72,8 +82,7 @@ def test_another_layout_is_named_with_file_row_and_field(published, name):
         path = next(path for path in sorted(folder.rglob("*")) if path.suffix in KINDS and "test" not in path.name
                     and "evaluation" not in path.name)
         record = next(read_records(path, kinds=KINDS))[1]
-        layouts = import_module(f"cosmo_rl.data.prepare.adapters.{name}").LAYOUT
-        if layouts.fit(record):
+        if adapter(name).fit(record):
             assert other == name or {other, name} == {"llava", "mathv360k"}
             continue
         with pytest.raises(LayoutError) as caught:
@@ -98,39 +107,6 @@ def rejected(name: str, source: Path, **more) -> list[str]:
     return [str(error) for error in found]
 
 
-@pytest.mark.parametrize(("change", "parts"), [
-    ({"image": None}, ["field `image`: holds 0 images, not 1"]),
-    ({"image": "ads/none.png"}, ["field `image`: the image file ", "none.png does not exist; unpack"]),
-    ({"image": "../../secret.png"}, ["field `image`: ../../secret.png leads out of the image folder", "(--images)"]),
-    ({"image": "../../set2/1.png"}, ["field `image`: ../../set2/1.png leads out of the image folder"]),
-    ({"image": "/etc/hostname"}, ["field `image`: /etc/hostname leads out of the image folder"]),
-    ({"image": "file:///etc/hostname"}, ["leads out of the image folder"]),
-    ({"image": "https://x.org/1.png"}, ["field `image`: https://x.org/1.png is a URL; download"]),
-    ({"image": 3}, ["field `image`: holds no image"]),
-    ({"safe": "yes"}, ["field `safe`: is 'yes'; give one of True, False"]),
-    ({"instr-resp": "text"}, ["field `instr-resp`: is 'text', not a list of objects"]),
-    ({"instr-resp": [{"instruction": "a", "response": "b"}]}, ["[0]`: has instruction, response where `safe` is True"]),
-    ({"instr-resp": [{"safe_instruction": " ", "response": "b"}]}, ["`safe_instruction`: is missing or blank"]),
-    ({"instr-resp": [{"safe_instruction": ["a"], "response": "b"}]}, ["`safe_instruction`: is list, not a text"]),
-    ({"instr-resp": [{"safe_instruction": "<image><image> a"}]}, ["2 <image> placeholders for 1 images"]),
-    ({"instr-resp": [{"safe_instruction": "a", "response": "b<|im_end|>"}]}, ["`chosen`: holds the reserved token"]),
-    ({"instr-resp": [{"safe_instruction": "<|image_pad|>", "response": "b"}]}, ["`prompt`: holds the reserved token"]),
-])
-def test_a_bad_record_is_rejected_by_row_and_field_and_the_others_stay(tmp_path, change, parts):
-    good = {"id": "1", "image": "1.png", "safe": True, "instr-resp": [{"safe_instruction": "a", "response": "b"}]}
-    picture(tmp_path / "set" / "1.png", 0)
-    picture(tmp_path / "secret.png", 0)
-    picture(tmp_path / "set2" / "1.png", 0)  # a sibling whose name only starts alike
-    (tmp_path / "set" / "train.json").write_text(json.dumps([good, {**good, **change}, good]))
-    (message,) = rejected("vlguard", tmp_path / "set")
-    assert message.startswith(f"{tmp_path / 'set' / 'train.json'}:2: field `")
-    assert all(part in message for part in parts), message
-    ids = [row["id"] for row in adapter("vlguard")(tmp_path / "set", reject=lambda error: None)]
-    assert ids == ["vlguard:train:1", "vlguard:train:3"]
-    with pytest.raises(RowError, match=r"train.json:2"):  # the strict default
-        list(adapter("vlguard")(tmp_path / "set"))
-
-
 def test_labels_that_the_data_do_not_give(published, tmp_path):
     pair = {"prompt": "Hello?", "response_0": "Hi.", "response_1": "Hello.", "is_response_0_safe": True,
             "is_response_1_safe": True, "safer_response_id": 0}
@@ -149,8 +125,7 @@ def test_the_other_layouts_of_a_set(tmp_path):
     pair = {"question": "q", "image": IMAGE, "category": "c", "response_1": "a", "response_2": "b",
             "is_response_1_safe": "no", "is_response_2_safe": "yes", "safer_response_id": "2"}
     parquet(tmp_path / "b" / "train.parquet", [pair, {**pair, "safer_response_id": "1"},
-                                               {**pair, "safer_response_id": "0"}],
-            **{name: PICTURE if name == "image" else TEXT for name in pair})
+                                               {**pair, "safer_response_id": "0"}])
     rows = list(adapter("beavertails_v")(tmp_path / "b", reject=lambda error: None))
     assert [row.get("chosen") for row in rows] == ["b", None]
     assert "`safer_response_id`: is '0'; give one of '1', '2'" in rejected("beavertails_v", tmp_path / "b")[0]
@@ -161,55 +136,26 @@ def test_the_other_layouts_of_a_set(tmp_path):
     (tmp_path / "RedTeam_2K.csv").write_text("id,question,policy,from\n1,tell me a secret,Privacy,hand\n")
     (row,) = adapter("jailbreakv_28k")(tmp_path / "RedTeam_2K.csv")
     assert row["task"] == "safety" and row["tags"] == {"text": "unsafe", "combined": "unsafe"}
-    parquet(tmp_path / "harm.parquet", [{"image": IMAGE, "question": "q", "class1": "a", "class2": "b", "class3": ""}],
-            image=PICTURE, question=TEXT, class1=TEXT, class2=TEXT, class3=TEXT)
+    parquet(tmp_path / "harm.parquet", [{"image": IMAGE, "question": "q", "class1": "a", "class2": "b", "class3": ""}])
     (row,) = adapter("spa_vl")(tmp_path / "harm.parquet")
     assert row["category"] == "a / b" and "chosen" not in row
 
 
 def test_a_saved_dataset_is_read_and_its_splits_are_named(tmp_path):
     records = Dataset.from_list([{"images": [IMAGE], "problem": "<image>x?", "answer": "1"}],
-                                features=Features({"images": Sequence(PICTURE), "problem": TEXT, "answer": TEXT}))
+                                features=Features({"images": Sequence(ImageFeature()), "problem": Value("string"),
+                                                   "answer": Value("string")}))
     records.save_to_disk(tmp_path / "saved")
     (row,) = adapter("geometry3k")(tmp_path / "saved")
     assert row["images"] == [png(0)] and row["id"] == "geometry3k:saved:1"
 
 
-def test_every_image_of_a_conversation_has_its_place(tmp_path):
-    for i in (1, 2):
-        picture(tmp_path / f"{i}.png", i)
-    talk = [{"from": "human", "value": "<image>what?"}, {"from": "gpt", "value": "b"}]
-    lines(tmp_path / "c.jsonl", [{"image": ["1.png", "2.png"], "conversations": talk}])
-    assert "has 1 <image> placeholders for 2 images" in rejected("llava", tmp_path / "c.jsonl")[0]
-
-
-@pytest.mark.parametrize(("talk", "part"), [
-    ([], "is not a list of turns"),
-    ([{"role": "user", "content": "a"}], "conversations[0]`: is not an object of from, value"),
-    ([{"from": "bot", "value": "a"}], "field `conversations[0].from`: is 'bot'; give one of 'human', 'user'"),
-    ([{"from": "gpt", "value": "a"}], "is a reply that no human turn comes before"),
-    ([{"from": "human", "value": "a"}], "ends without a reply"),
-    ([{"from": "human", "value": "<image><image>"}, {"from": "gpt", "value": "b"}], "2 <image> placeholders for 1"),
-    ([{"from": "human", "value": "a"}, {"from": "gpt", "value": "<|vision_start|>"}], "`chosen`: holds the reserved"),
-])
-def test_a_conversation_that_cannot_be_taken(tmp_path, talk, part):
+def test_mathv360k_reads_answers_in_other_words(tmp_path):
     picture(tmp_path / "1.png", 0)
-    lines(tmp_path / "c.jsonl", [{"image": "1.png", "conversations": talk}])
-    assert part in rejected("llava", tmp_path / "c.jsonl")[0]
-
-
-def test_mathv360k_takes_short_answers_only(tmp_path):
-    picture(tmp_path / "1.png", 0)
-    ask = lambda *turns: {"image": "1.png", "conversations": [
-        {"from": role, "value": text} for role, text in turns]}
     (tmp_path / "train_samples_all_tuning.json").write_text(json.dumps([
-        ask(("human", "a?"), ("gpt", "word " * 30)), ask(("human", "a?"), ("gpt", "1"), ("human", "b?"), ("gpt", "2")),
-        ask(("human", "a?\n(A) x\n(B) y"), ("gpt", "Answer: (B).")),
-        ask(("human", "a?"), ("gpt", "the answer is: \\pi"))]))
-    long, several = rejected("mathv360k", tmp_path)
-    assert "states no short answer: 'word word" in long and "turns by user, assistant, user, assistant" in several
-    rows = list(adapter("mathv360k")(tmp_path, reject=lambda error: None))
-    assert [(row["task"], row["answer"]) for row in rows] == [("mcq", "B"), ("math", "\\pi")]
+        {"image": "1.png", "conversations": [{"from": "human", "value": asked}, {"from": "gpt", "value": reply}]}
+        for asked, reply in (("a?\n(A) x\n(B) y", "Answer: (B)."), ("a?", "the answer is: \\pi"))]))
+    assert [(row["task"], row["answer"]) for row in adapter("mathv360k")(tmp_path)] == [("mcq", "B"), ("math", "\\pi")]
 
 
 @pytest.mark.parametrize(("text", "expected"), [
@@ -223,19 +169,9 @@ def test_options_are_read_from_lines(text, expected):
     assert options(text) == expected
 
 
-def test_mmk12_messages_that_cannot_be_taken(tmp_path):
+def test_mmk12_takes_images_from_a_folder_that_is_named(tmp_path):
     picture(tmp_path / "1.png", 0)
     user = {"role": "user", "content": "a?"}
-    records = [{"message": "[{", "answer": "1"}, {"message": '"a"', "answer": "1"},
-               {"conversations": [user], "answer": "1", "image_urls": ["file:///their/machine/1.png"]},
-               {"conversations": [{"role": "system", "content": "a"}], "answer": "1", "image_urls": ["1.png"]},
-               {"conversations": [user, {"role": "tool", "content": "b"}], "answer": "1", "image_urls": []}]
-    lines(tmp_path / "a.jsonl", records)
-    found = rejected("mmk12", tmp_path / "a.jsonl")
-    for message, part in zip(found, ("is not a text that holds JSON", "is not a list of chat messages",
-                                     "leads out of the image folder", "has no place for 1 of 1 images", "'tool'"),
-                             strict=True):
-        assert part in message
     lines(tmp_path / "rows" / "b.jsonl", [{"conversations": [user], "answer": "1", "image_urls": ["1.png"]}])
     (row,) = adapter("mmk12")(tmp_path / "rows" / "b.jsonl", images=tmp_path)
     assert row["images"] == [str(tmp_path / "1.png")]
@@ -250,7 +186,7 @@ def test_a_conversion_leaves_out_broken_images_and_says_why(tmp_path, capsys):
         [{"image": f"{i % 3}.png", "safe": False, "instr-resp": pair} for i in range(6)]
         + [{"image": "7.png", "safe": False, "instr-resp": pair}]))
     out = tmp_path / "new" / "rows.jsonl"
-    conversion.main(["--name", "vlguard", "--in", str(tmp_path / "set"), "--out", str(out), "--domain", "risk"])
+    main(["convert", "--name", "vlguard", "--in", str(tmp_path / "set"), "--out", str(out), "--domain", "risk"])
     table = capsys.readouterr().out
     assert "risk            safety      unsafe            4\n" in table
     assert f"rejected{3:>39}\n" in table and f"{2:>9}  as row vlguard:train:2: field `images[0]`: " in table
@@ -258,6 +194,11 @@ def test_a_conversion_leaves_out_broken_images_and_says_why(tmp_path, capsys):
     rows = load_rows([out], max_image_pixels=LIMIT)
     assert [row.id for row in rows] == [f"vlguard:train:{i}" for i in (1, 3, 4, 6)]
     assert len({str(image) for row in rows for image in row.images}) == 2  # copied once each
+    assert len(list((out.parent / "rows_images").iterdir())) == 2
+    beside = tmp_path / "set" / "rows.jsonl"  # images below the row file stay where they are
+    assert main(["convert", "--name", "vlguard", "--in", str(tmp_path / "set"), "--out", str(beside)]) == 0
+    assert json.loads(beside.open().readline())["images"] == ["train/0.png"]
+    assert not (tmp_path / "set" / "rows_images").exists()
 
 
 def test_a_conversion_never_leaves_half_a_file(published, tmp_path, monkeypatch):
@@ -289,16 +230,16 @@ def test_a_conversion_never_leaves_half_a_file(published, tmp_path, monkeypatch)
     ({"name": "geometry3k"}, "there is no file train-*.parquet in it"),
     ({"max_image_pixels": 10}, "gave no row, so "),
 ])
-def test_a_conversion_that_cannot_be(published, tmp_path, monkeypatch, change, part):
+def test_a_conversion_that_cannot_be(published, tmp_path, monkeypatch, capsys, change, part):
     monkeypatch.chdir(tmp_path)
     options = {"name": "vlguard", "in_": (str(published["vlguard"][0]),), "out": "rows.jsonl", **change}
     with pytest.raises(ValueError) as caught:
         convert(Convert(**options))
     assert part in str(caught.value)
     assert not list(tmp_path.rglob("*"))
-    with pytest.raises(SystemExit, match=r"^convert: "):
-        conversion.main([word for name, value in options.items()
-                         for word in (f"--{name.rstrip('_').replace('_', '-')}", str(value))])
+    words = [word for name, value in options.items()
+             for word in (f"--{name.rstrip('_').replace('_', '-')}", *(value if isinstance(value, tuple) else [value]))]
+    assert main(["convert", *map(str, words)]) == 1 and capsys.readouterr().err.startswith("convert: ")
 
 
 def test_a_record_reads_truth_values_and_images_strictly(tmp_path):
@@ -326,14 +267,13 @@ def test_a_folder_gives_no_test_split_and_files_of_one_stem_have_their_own_ids(t
     one = {"message": json.dumps([{"role": "user", "content": "a?"}]), "answer": "1"}
     for name in ("train", "other", "test", "mmk12_val", "a/eval-00000", "latest", "testing"):
         lines(tmp_path / f"{name}.jsonl", [one])
-    parquet(tmp_path / "train.parquet", [{"question": "q", "image": IMAGE, "answer": "2"}],
-            question=TEXT, image=PICTURE, answer=TEXT)
+    parquet(tmp_path / "train.parquet", [{"question": "q", "image": IMAGE, "answer": "2"}])
     assert [row["id"] for row in adapter("mmk12")(tmp_path)] == [
         "mmk12:latest:1", "mmk12:other:1", "mmk12:testing:1", "mmk12:train.jsonl:1", "mmk12:train.parquet:1"]
     assert next(adapter("mmk12")(tmp_path / "test.jsonl"))["id"] == "mmk12:test:1"  # by its name it is read
 
 
-def test_files_of_one_name_in_two_folders_have_their_own_ids(tmp_path, monkeypatch):
+def test_files_of_one_name_in_two_folders_have_their_own_ids(tmp_path, monkeypatch, capsys):
     talk = {"conversations": [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}]}
     files = [tmp_path / name for name in ("x/train.json", "y/deep/train.json", "y/other.json", "train.jsonl")]
     for file in files:
@@ -345,10 +285,10 @@ def test_files_of_one_name_in_two_folders_have_their_own_ids(tmp_path, monkeypat
     assert ids(*files) == ["llava:x/train:1", "llava:y/deep/train:1", "llava:other:1", "llava:train.jsonl:1"]
     assert [ids(file) for file in files[:2]] == [["llava:train:1"]] * 2, "as they were: none clashes"
     assert ids(files[0], files[2]) == ["llava:train:1", "llava:other:1"]
-    conversion.main(["--name", "llava", "--in", *map(str, files), "--out", str(tmp_path / "rows.jsonl")])
+    main(["convert", "--name", "llava", "--in", *map(str, files), "--out", str(tmp_path / "rows.jsonl")])
     assert len(load_rows([str(tmp_path / "rows.jsonl")], max_image_pixels=1)) == 4, "which refuses two of one id"
-    with pytest.raises(SystemExit, match=r"train.json: the file is given twice; name it once"):
-        conversion.main(["--name", "llava", "--in", *[str(files[0])] * 2, "--out", str(tmp_path / "again.jsonl")])
+    assert main(["convert", "--name", "llava", "--in", *[str(files[0])] * 2, "--out", str(tmp_path / "x.jsonl")]) == 1
+    assert "train.json: the file is given twice; name it once" in capsys.readouterr().err
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to("x")
     for same in ("x/train.json", "y/../x/train.json", "link/train.json"):
@@ -363,7 +303,7 @@ def test_half_a_character_rejects_its_record_only(tmp_path, capsys, field, part)
     good = {"jailbreak_query": "q", "redteam_query": "r", "format": "f", "policy": "p", "image_path": "1.png"}
     lines(tmp_path / "a.jsonl", [good, {**good, field: "\ud800.png"}])
     out = tmp_path / "rows.jsonl"
-    conversion.main(["--name", "jailbreakv_28k", "--in", str(tmp_path / "a.jsonl"), "--out", str(out)])
+    main(["convert", "--name", "jailbreakv_28k", "--in", str(tmp_path / "a.jsonl"), "--out", str(out)])
     table = capsys.readouterr().out
     assert part in table and table.encode() and len(out.read_text().splitlines()) == 1
 
@@ -371,30 +311,12 @@ def test_half_a_character_rejects_its_record_only(tmp_path, capsys, field, part)
 def test_names_of_files_do_not_steer_the_terminal(tmp_path, capsys):
     source, out = tmp_path / "\x1b[2J.jsonl", tmp_path / "\x1b]0;.jsonl"
     lines(source, [{"question": "q", "answer": "#### 3"}, {"question": "q", "answer": "none"}])
-    conversion.main(["--name", "gsm8k", "--in", str(source), "--out", str(out)])
+    main(["convert", "--name", "gsm8k", "--in", str(source), "--out", str(out)])
     table = capsys.readouterr().out
     assert "\\x1b[2J.jsonl:2: field `answer`" in table and table.startswith(str(tmp_path)) and "\x1b" not in table
-    with pytest.raises(SystemExit, match=r"\\x1b\[2J\.jsonl:1: field `level`") as ended:
-        conversion.main(["--name", "hendrycks_math", "--in", str(source), "--out", str(tmp_path / "b.jsonl")])
-    assert "\x1b" not in str(ended.value)
-
-
-@pytest.mark.parametrize("images", [None, []])
-def test_a_set_of_pictures_gives_no_row_without_one(tmp_path, images):
-    lines(tmp_path / "g.jsonl", [{"images": images, "problem": "Find x.", "answer": "3"}])
-    assert "field `images`: holds 0 images, not 1 or more" in rejected("geometry3k", tmp_path / "g.jsonl")[0]
-    lines(tmp_path / "s.jsonl", [{"images": images, "prompt": "Hello", "image_tag": "safe", "text_tag": "safe",
-                                  "combine_tag": "safe"}])
-    assert "field `images`: holds 0 images, not 1 or more" in rejected("safetag_vl", tmp_path / "s.jsonl")[0]
-
-
-@pytest.mark.parametrize("reply", ["The answer is", "The answer is .", "The answer is:", "Answer:", "."])
-def test_a_reply_that_states_nothing_is_no_answer(tmp_path, reply):
-    picture(tmp_path / "1.png", 0)
-    lines(tmp_path / "m.jsonl", [{"image": "1.png", "conversations": [
-        {"from": "human", "value": "a?"}, {"from": "gpt", "value": reply}]}])
-    found = rejected("mathv360k", tmp_path / "m.jsonl")
-    assert found and "states no short answer" in found[0]
+    assert main(["convert", "--name", "hendrycks_math", "--in", str(source), "--out", str(tmp_path / "b.jsonl")]) == 1
+    error = capsys.readouterr().err
+    assert "\\x1b[2J.jsonl:1: field `level`" in error and "\x1b" not in error
 
 
 @pytest.mark.parametrize(("safe", "safer", "chosen"), [
@@ -414,17 +336,6 @@ def test_chosen_is_the_safer_response_and_only_if_it_is_safe(tmp_path, name, saf
     lines(tmp_path / "a.jsonl", [record])
     (row,) = adapter(name)(tmp_path / "a.jsonl")
     assert row.get("chosen") == chosen and row["tags"]["combined"] == "unsafe"
-
-
-def test_harms_are_truth_values(tmp_path):
-    pair = {"prompt": "q", "response_0": "a", "response_1": "b", "is_response_0_safe": False,
-            "is_response_1_safe": True, "safer_response_id": 1}
-    lines(tmp_path / "a.jsonl", [{**pair, "response_0_harm_category": {"Insults": holds}}
-                                 for holds in (True, False, None, "False")])
-    assert "`response_0_harm_category`: holds 'False', not a truth value" in rejected(
-        "pku_saferlhf", tmp_path / "a.jsonl")[0]
-    rows = list(adapter("pku_saferlhf")(tmp_path / "a.jsonl", reject=lambda error: None))
-    assert [row.get("category") for row in rows] == ["Insults", None, None]
 
 
 def test_a_conversion_does_not_replace_what_it_reads(published, tmp_path):

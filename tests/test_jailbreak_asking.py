@@ -14,17 +14,15 @@ import pytest
 from fault_server import FaultServer, text_of
 from PIL import Image
 
-from cosmo_rl.cpgd.judges import endpoint as endpoint_module
-from cosmo_rl.cpgd.judges.endpoint import Endpoint, EndpointDown, EndpointError
-from cosmo_rl.cpgd.judges.endpoint_spec import parse_server
+from cosmo_rl.cpgd.judges.client import Endpoint, EndpointDown, EndpointError
+from cosmo_rl.cpgd.judges.spec import parse_server
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.index import load_rows
+from cosmo_rl.data.prepare.__main__ import main as prepare
 from cosmo_rl.data.prepare.jailbreak import asking
-from cosmo_rl.data.prepare.jailbreak.__main__ import main
 from cosmo_rl.data.prepare.jailbreak.asking import Model, open_model, settle
-from cosmo_rl.data.prepare.jailbreak.augment import attack_row, augment, deal, is_unsafe, twin_keys
 from cosmo_rl.data.prepare.jailbreak.registry import find
-from cosmo_rl.data.prepare.jailbreak.text import last_text
+from cosmo_rl.data.prepare.jailbreak.rows import assign, attack_row, augment, is_unsafe, last_text, twin_keys
 from cosmo_rl.data.prepare.mini import safety_rows
 
 ROWS = safety_rows("validation")[:30]
@@ -32,6 +30,7 @@ TWINS = r"^(.*)-[abc]$"
 ENDPOINT = find(["endpoint"])
 SECRET = "sk-swordfish-1234567890"
 LIMIT = 2_000_000
+main = lambda args: prepare(["augment", *args])
 
 
 def rewriter(body):
@@ -68,7 +67,7 @@ def dying_after(server, calls):
 
 @pytest.fixture(autouse=True)
 def short_backoff(monkeypatch):
-    monkeypatch.setattr(endpoint_module, "BACKOFF_S", 0.01)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
 
 
 @pytest.fixture
@@ -85,10 +84,11 @@ def model_of(server, folder, **options):
 def made(server, folder, rows=ROWS, twin_by="", *, per_row=1, attacks=ENDPOINT, seed=0, **options):
     """Done of every unit, by attack and key."""
     keys = twin_keys(rows, twin_by)
-    units = deal(rows, keys, attacks, per_row=per_row, seed=seed)
+    units = assign(rows, keys, attacks, per_row=per_row, seed=seed)
     with model_of(server, folder, **options) as model:
         settled = settle(rows, units, model, seed=seed)
-    return {(done.unit.attack.name, done.unit.key): done for done in augment(rows, units, seed=seed, settled=settled)}
+    return {(done.assignment.attack.name, done.assignment.key): done
+            for done in augment(rows, units, seed=seed, settled=settled)}
 
 
 def kept(folder):
@@ -122,7 +122,7 @@ def test_every_attack_of_every_row_and_a_second_run_without_calls(served, tmp_pa
     for done in first.values():
         notes = {json.dumps({**row.attack, "source_id": ""}, sort_keys=True) for row in done.rows}
         assert len(notes) == 1, notes  # twins: one set of parameters, one seed
-        for row, source in zip(done.rows, done.unit.rows, strict=True):
+        for row, source in zip(done.rows, done.assignment.rows, strict=True):
             assert last_text(row) != last_text(ROWS[source]) and row.tags == ROWS[source].tags
             assert row.attack["params"]["model"] == "m" and row.attack["source_id"] == ROWS[source].id
     served.stop()
@@ -178,7 +178,7 @@ def test_a_model_that_is_not_served_is_told_before_any_call(served, tmp_path):
     keys = twin_keys(ROWS)
     with open_model(parse_server(f"{served.url},other", "it"), tmp_path, max_pixels=9999) as model, \
             pytest.raises(EndpointDown, match="does not serve this model but m"):
-        settle(ROWS, deal(ROWS, keys, ENDPOINT, per_row=1, seed=0), model, seed=0)
+        settle(ROWS, assign(ROWS, keys, ENDPOINT, per_row=1, seed=0), model, seed=0)
     assert served.calls == 0 and not list(tmp_path.rglob("*.json"))
 
 
@@ -202,7 +202,8 @@ def test_one_call_that_fails_drops_its_unit_alone(served, tmp_path, monkeypatch)
     served.oracle = lambda body: 1 / 0 if odd in text_of(body) else rewriter(body)
     result = made(served, tmp_path, rows, attacks=find(["paraphrase"]), attempts=2)
     (failed,) = [done for done in result.values() if done.problem == "the call failed"]
-    assert failed.unit.rows == (0,) and "2 attempts failed" in failed.reason and f"row {rows[0].id}" in failed.reason
+    assert failed.assignment.rows == (0,)
+    assert "2 attempts failed" in failed.reason and f"row {rows[0].id}" in failed.reason
 
 
 def test_a_request_that_the_server_refuses_is_a_drop(served, tmp_path, monkeypatch):
@@ -247,7 +248,7 @@ def test_a_model_that_declines_unsafe_requests_leaves_the_shares_of_labels(serve
     result = made(served, tmp_path, rows, per_row=2, attacks=find(["paraphrase", "persuasion"]), max_in_flight=8)
     for name in ("paraphrase", "persuasion"):
         own = {key: done for (attack, key), done in result.items() if attack == name}
-        kept = [rows[done.unit.rows[0]] for done in own.values() if done.rows]
+        kept = [rows[done.assignment.rows[0]] for done in own.values() if done.rows]
         numbers = Counter(map(is_unsafe, kept))
         assert numbers == {True: 8, False: 16} if share == 0.5 else not kept
         reasons = Counter(done.problem[:8] for done in own.values() if not done.rows)
@@ -407,7 +408,7 @@ def test_a_full_disk_stops_the_run(served, tmp_path, monkeypatch):
 
     with pytest.raises(ValueError, match="No space left"), model_of(served, tmp_path) as model:
         monkeypatch.setattr(model.endpoint.cache, "put", full)
-        settle(ROWS, deal(ROWS, twin_keys(ROWS), ENDPOINT, per_row=1, seed=0), model, seed=0)
+        settle(ROWS, assign(ROWS, twin_keys(ROWS), ENDPOINT, per_row=1, seed=0), model, seed=0)
     assert served.calls < 30
 
 
@@ -421,7 +422,7 @@ def test_leaving_a_model_frees_its_threads(tmp_path):
 
             asking.as_completed, was = interrupt, asking.as_completed
             try:
-                settle(ROWS, deal(ROWS, twin_keys(ROWS), ENDPOINT, per_row=1, seed=0), m, seed=0)
+                settle(ROWS, assign(ROWS, twin_keys(ROWS), ENDPOINT, per_row=1, seed=0), m, seed=0)
             finally:
                 asking.as_completed = was
         for thread in set(threading.enumerate()) - before:

@@ -10,11 +10,10 @@ import pytest
 from PIL import Image
 
 from cosmo_rl.data.prepare.jailbreak import endpoint_attacks
-from cosmo_rl.data.prepare.jailbreak.augment import attack_row
 from cosmo_rl.data.prepare.jailbreak.endpoint_attacks import LANGUAGES, SCENARIOS, TECHNIQUES, version_of
 from cosmo_rl.data.prepare.jailbreak.image import page
 from cosmo_rl.data.prepare.jailbreak.registry import ATTACKS, Aids, Turn, Unfit, find
-from cosmo_rl.data.prepare.jailbreak.text import last_text
+from cosmo_rl.data.prepare.jailbreak.rows import attack_row, last_text
 from cosmo_rl.data.prepare.mini import safety_rows
 from cosmo_rl.data.schema import RowError
 

@@ -12,10 +12,9 @@ import pytest
 from PIL import Image, ImageOps
 
 from cosmo_rl.data.prepare.jailbreak import image as attacks
-from cosmo_rl.data.prepare.jailbreak.augment import attack_row, twin_keys
-from cosmo_rl.data.prepare.jailbreak.carriers import Carriers, make
+from cosmo_rl.data.prepare.jailbreak.image import Carriers, make
 from cosmo_rl.data.prepare.jailbreak.registry import ATTACKS, Aids, Turn, Unfit, find
-from cosmo_rl.data.prepare.jailbreak.text import last_text
+from cosmo_rl.data.prepare.jailbreak.rows import attack_row, last_text, twin_keys
 from cosmo_rl.data.prepare.mini import safety_rows
 from cosmo_rl.data.schema import parse_row
 

@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +17,16 @@ import pytest
 from PIL import Image
 
 from cosmo_rl.data.index import index_rows, load_rows
-from cosmo_rl.data.prepare.jailbreak import output
-from cosmo_rl.data.prepare.jailbreak.__main__ import main, read_params
-from cosmo_rl.data.prepare.jailbreak.augment import attack_row
+from cosmo_rl.data.prepare import writer
+from cosmo_rl.data.prepare.__main__ import main as prepare
+from cosmo_rl.data.prepare.augment import read_params
 from cosmo_rl.data.prepare.jailbreak.contact_sheet import ContactSheet
 from cosmo_rl.data.prepare.jailbreak.registry import find
+from cosmo_rl.data.prepare.jailbreak.rows import attack_row
 from cosmo_rl.data.prepare.mini import safety_rows
 
 LIMIT = 2_000_000
+main = lambda args: prepare(["augment", *args])
 TWINS = ("--twin-by", "^(.*)-[abc]$")
 SMALL = ("--param", "size=280", "distractor_grid.size=480")
 MADE = (*TWINS, *SMALL, "--holdout", "cipher", "rotate", "--keep-plain")
@@ -67,7 +68,7 @@ def triplet(source):
 
 def command(*args, cwd=None):
     environment = {**os.environ, "COLUMNS": "80"}
-    return subprocess.run([sys.executable, "-m", "cosmo_rl.data.prepare.jailbreak", *map(str, args)], env=environment,
+    return subprocess.run([sys.executable, "-m", "cosmo_rl.data.prepare", "augment", *map(str, args)], env=environment,
                           cwd=cwd, capture_output=True, text=True, timeout=100)
 
 
@@ -241,22 +242,22 @@ def test_a_run_that_dies_leaves_nothing(triplet, tmp_path, monkeypatch, capsys, 
         raise OSError(28, "No space left on device")
 
     if when == "rename":
-        monkeypatch.setattr(output.os, "replace", full)
+        monkeypatch.setattr(writer.os, "replace", full)
     elif when == "commit":
-        monkeypatch.setattr(output, "fsync", full)
+        monkeypatch.setattr(writer, "fsync", full)
     else:
         monkeypatch.setattr(Path, "write_bytes", full)
     assert main(["--in", str(triplet), "--out", str(tmp_path / "a" / "b"), *TWINS, "--attacks", "flip"]) == 1
     assert "No space left on device; free space" in capsys.readouterr().err
-    assert not list(tmp_path.rglob("*.jsonl")) and not list(tmp_path.rglob(".jailbreak*"))
-    assert (tmp_path / "a").exists() == (when == "rename")  # then the pictures are there already
+    assert not list(tmp_path.rglob("*.jsonl")) and not list(tmp_path.rglob(".rows*"))
+    assert not (tmp_path / "a").exists()
 
 
 def test_an_interrupt_leaves_nothing(triplet, tmp_path, monkeypatch):
     def interrupted(self):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(output.Output, "commit", interrupted)
+    monkeypatch.setattr(ContactSheet, "draw", interrupted)
     with pytest.raises(KeyboardInterrupt):
         main(["--in", str(triplet), "--out", str(tmp_path / "out"), *TWINS, "--attacks", "flip"])
     assert not list(tmp_path.iterdir())
@@ -301,7 +302,7 @@ def test_mistakes_are_one_line_with_the_mend(triplet, tmp_path, capsys, args, me
     assert main([*([] if "--in" in args else ["--in", str(triplet)]), *([] if "--out" in args else ["--out", str(out)]),
                  *args]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("python -m cosmo_rl.data.prepare.jailbreak: ")
+    assert error.startswith("augment: ")
     assert message in error and error.count("\n") == 1
     assert not out.exists() and triplet.read_bytes() == there
 
@@ -329,11 +330,9 @@ def test_ids_that_would_meet_are_named(rows, tmp_path, capsys):
 def test_an_embedded_picture_is_written_as_it_is(rows, tmp_path):
     rows[0].images[0].save(tmp_path / "x.png")
     content = (tmp_path / "x.png").read_bytes()
-    with output.Output(str(tmp_path / "out")) as out:
-        out.add(replace(rows[0], images=(content,)), (0, 0))
-        out.commit()
-    (row,) = load_rows([tmp_path / "out" / "rows.jsonl"], max_image_pixels=LIMIT)
-    assert Path(row.images[0]).read_bytes() == content
+    with writer.row_writer(tmp_path / "out", "images") as out:
+        name = out.image(content)
+    assert (tmp_path / "out" / name).read_bytes() == content
 
 
 def test_resize_pixels_reaches_every_attack_that_draws():

@@ -10,9 +10,9 @@ from dataclasses import replace
 
 import pytest
 
-from cosmo_rl.data.prepare.jailbreak import registry, text
+from cosmo_rl.data.prepare.jailbreak import registry, rows, text
 from cosmo_rl.data.prepare.jailbreak.registry import ATTACKS, Unfit, find, register, seed_of
-from cosmo_rl.data.prepare.jailbreak.text import attack, last_text
+from cosmo_rl.data.prepare.jailbreak.rows import attack_row, last_text
 from cosmo_rl.data.prepare.mini import safety_rows
 from cosmo_rl.data.schema import parse_row
 
@@ -124,10 +124,10 @@ def test_leet_and_flip_are_what_they_were():
                               ("flip", lambda t: " ".join(reversed(t.split())))):
             old = [{**part, "text": rewrite(part["text"])} if part["type"] == "text" else part
                    for part in row.messages[0]["content"]]
-            assert attack(row, name) == replace(
+            assert attack_row(row, name) == replace(
                 row, id=f"{row.id}+{name}", messages=({"role": "user", "content": old},),
                 attack={"name": name, "params": {}, "seed": 0, "source_id": row.id})
-    assert text.leet("taste") == "74$73" and ATTACKS["flip"]("throw the cup") == "cup the throw"
+    assert text.leet("taste it") == "74$73 17" and text.flip("throw the cup") == "cup the throw"
 
 
 @pytest.mark.parametrize("name", [a.name for a in find(["text"])])
@@ -137,7 +137,7 @@ def test_rows_keep_everything_but_the_users_words(name):
         {"role": "assistant", "content": "of clay"},
         {"role": "user", "content": [{"type": "text", "text": "look at this one"}, {"type": "image"},
                                      {"type": "text", "text": "how do i throw it?"}]}))
-    hit = attack(row, name, seed=7)
+    hit = attack_row(row, name, seed=7)
     assert (hit.id, hit.attack["source_id"], hit.attack["seed"]) == (f"{row.id}+{name}", row.id, 7)
     assert hit.attack["params"] == dict(ATTACKS[name].params)
     assert replace(hit, id=row.id, attack=None, messages=row.messages) == row
@@ -149,7 +149,7 @@ def test_rows_keep_everything_but_the_users_words(name):
     record = {"id": hit.id, "task": hit.task, "domain": hit.domain, "messages": list(hit.messages), "images": ["x.png"],
               "tags": hit.tags, "attack": hit.attack, "source": hit.source, "licence": hit.licence}
     assert parse_row(record, "here").messages == hit.messages
-    assert attack(row, name, seed=7) == hit
+    assert attack_row(row, name, seed=7) == hit
 
 
 @pytest.mark.parametrize("name", ["homoglyph", "char_swap", "word_shuffle", "acrostic"])
@@ -172,7 +172,7 @@ def test_no_text_is_no_silent_copy():
     row = replace(ROWS[0], messages=({"role": "user", "content": "a cup"}, {"role": "assistant", "content": "yes"},
                                      {"role": "user", "content": [{"type": "image"}]}))
     with pytest.raises(Unfit, match=rf"row {row.id}, attack flip: .*no text.*leave the row out"):
-        attack(row, "flip")
+        attack_row(row, "flip")
 
 
 @pytest.mark.parametrize(("name", "params", "message"), [
@@ -183,11 +183,11 @@ def test_no_text_is_no_silent_copy():
     ("caesar", {"instruction": "move by {steps}"}, "cannot be filled in"),
     ("homoglyph", {"share": float("nan")}, "share is nan"),
     ("flip", {"share": 1}, "no parameter 'share'; it has none"),
-    ("figstep", {}, "unknown attack 'figstep'"),
+    ("figstp", {}, "unknown attack 'figstp'; choose one of"),
 ])
 def test_bad_parameters(name, params, message):
     with pytest.raises(ValueError, match=message):
-        attack(ROWS[0], name, params=params)
+        attack_row(ROWS[0], name, params=params)
 
 
 def test_find_takes_names_kinds_and_families():
@@ -210,10 +210,10 @@ def test_a_text_that_an_attack_leaves_as_it_is_is_no_attacked_row(name, plain):
     """It would be noted as attacked, and a held-out set would hold plain rows."""
     row = replace(ROWS[0], images=(), messages=({"role": "user", "content": plain},))
     with pytest.raises(Unfit, match=rf"row {row.id}, attack {name}: the attack leaves the text as it is; use other"):
-        attack(row, name)
+        attack_row(row, name)
     turns = ({"role": "user", "content": plain}, {"role": "assistant", "content": "Yes?"},
              {"role": "user", "content": "Throw the old cup to me."})
-    assert attack(replace(row, messages=turns), name).messages[2] != turns[2]
+    assert attack_row(replace(row, messages=turns), name).messages[2] != turns[2]
 
 
 def test_marks_stay_with_their_letters():
@@ -230,7 +230,7 @@ def test_marks_stay_with_their_letters():
 def test_others_join_the_registry(monkeypatch):
     """As a transform of a user's own would: a function that closes over its client."""
     monkeypatch.setattr(registry, "ATTACKS", dict(ATTACKS))
-    monkeypatch.setattr(text, "ATTACKS", registry.ATTACKS)
+    monkeypatch.setattr(rows, "ATTACKS", registry.ATTACKS)
     client = {"throw the cup": "let the cup fly"}
 
     @register("reword", "text", "rewording", params={"tone": "calm"})
@@ -238,7 +238,7 @@ def test_others_join_the_registry(monkeypatch):
         return f"{client[plain]}, {params['tone']}"
 
     row = replace(ROWS[0], images=(), messages=({"role": "user", "content": "throw the cup"},))
-    hit = attack(row, "reword", params={"tone": "warm"})
+    hit = attack_row(row, "reword", params={"tone": "warm"})
     assert hit.messages[0]["content"] == "let the cup fly, warm" and hit.attack["params"] == {"tone": "warm"}
     assert [a.name for a in find(["rewording"])] == ["reword"]
     for name, kind in (("reword", "x"), ("cipher", "x"), ("x", "flip"), ("text", "x"), ("same", "same")):

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from cosmo_rl.data.prepare import mini
-from cosmo_rl.data.prepare.jailbreak.text import ATTACKS, attack
+from cosmo_rl.data.prepare.jailbreak.registry import ATTACKS
 
 SPLITS = ("train", "validation", "heldout")
 
@@ -19,10 +19,17 @@ def text(row):
     return next(part["text"] for part in row.messages[0]["content"] if part["type"] == "text")
 
 
+DIGESTS = {}
+"""Path, or id of a PIL image (all of them stay cached in mini.py) -> digest of its pixels."""
+
+
 def pixels(row):
     image = row.images[0]
-    data = image if isinstance(image, Image.Image) else Image.open(image).convert("RGB")
-    return hashlib.blake2b(data.tobytes(), digest_size=16).digest()
+    key = id(image) if isinstance(image, Image.Image) else image
+    if key not in DIGESTS:
+        data = image if isinstance(image, Image.Image) else Image.open(image).convert("RGB")
+        DIGESTS[key] = hashlib.blake2b(data.tobytes(), digest_size=16).digest()
+    return DIGESTS[key]
 
 
 @pytest.fixture(scope="module")
@@ -113,14 +120,3 @@ def test_stage_2_puts_whole_triplets_under_an_attack(splits):
     assert abs(attacked / (len(plain) / 3) - mini.JAILBREAK_SHARE) < 0.03
     heldout = {text(row) for rows in mini.mini_suite("heldout").values() for row in rows}
     assert not heldout & {text(row) for row in mixed}
-
-
-def test_attacks():
-    assert ATTACKS["leet"]("taste it") == "74$73 17"
-    assert ATTACKS["flip"]("how do i draw it?") == "it? draw i do how"
-    row = mini.safety_rows("validation")[0]
-    hit = attack(row, "flip")
-    assert hit.id == f"{row.id}+flip" and hit.attack["source_id"] == row.id and hit.tags == row.tags
-    assert text(hit) == ATTACKS["flip"](text(row)) and hit.images == row.images
-    with pytest.raises(ValueError, match=r"unknown attack 'rot'.*flip.*leet"):
-        attack(row, "rot")

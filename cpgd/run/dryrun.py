@@ -34,12 +34,12 @@ from cosmo_rl.model.load import TINY_PATH, Processor, check_attention, load_proc
 
 from ..config import Config
 from ..rewards.base import Failed, NotApplicable, Score
-from ..rewards.build import build_rewards
+from ..rewards.build import build_scorer
 from ..rewards.function import UserFunction
-from ..rewards.task_aware import judge
+from ..rewards.task_aware import rules
 from ..rewards.word_rules import CAUTION, by_words
 from .ending import fail, leave
-from .evaluation import MEASURES, eval_batches, eval_suite
+from .evaluation import eval_batches, eval_suite
 from .footprint import NOTHING, Calls, Load, Parameters, Term, by_phase, count_parameters, footprint, peak
 from .guard import WATCHED, no_rows
 from .plan import Faults, Plan, RowSize, given_path, plan
@@ -168,13 +168,13 @@ def _check_memory(found: Findings) -> None:
                 return  # the others hold it too
 
 
-def _check_evaluation(config: Config, processor: Processor, eval_rows: Sequence[Row], found: Findings) -> None:
+def _check_evaluation(config: Config, processor: Processor, eval_rows: Index | None, found: Findings) -> None:
     """The rows of the report and of --eval.every: their prompts are short enough, and the guard has some to watch."""
     unused: list[str] = []
     most, new = processor.config.text_config.max_position_embeddings, config.rollout.max_new_tokens
     embedded = {config.eval.split, "validation" if config.eval.every else config.eval.split}
-    for split in ["validation"] if config.data.eval_path else sorted(embedded):  # the last one is watched
-        suite = eval_suite(config, split, lambda _: eval_rows, unused)
+    for split in ["validation"] if eval_rows is not None else sorted(embedded):  # the last one is watched
+        suite = eval_suite(config, split, eval_rows, unused)
         for group, rows in suite.items():
             for i, row in enumerate(rows):
                 try:
@@ -188,12 +188,13 @@ def _check_evaluation(config: Config, processor: Processor, eval_rows: Sequence[
                                  str(error).removeprefix(f"row {row.id}: "))
                 else:
                     found.asked.setdefault(f"{split} {group}", []).append(size)
-    with judge() as rules:
-        unused += [f"row {row.id}: {problem}" for row in suite.get("general", ()) if (problem := rules.problem(row))]
+    with rules() as right:
+        unused += [f"row {row.id}: {problem}" for row in suite.get("general", ()) if (problem := right.problem(row))]
     if unused:
         found.notes.append(f"evaluation: {len(unused):,} rows are not measured, as no rule can use them; the first: "
                            f"{' | '.join(unused[:EXAMPLES])}")
-    if config.eval.guard != "off" and not any(suite.get(MEASURES[name][0]) for name in WATCHED):
+    if config.eval.guard != "off" and not any(
+            suite.get(group) for measure in WATCHED.values() for group in measure.groups):
         (found.settings if config.eval.guard == "stop" else found.notes).append(no_rows(config.eval.guard))
 
 
@@ -201,15 +202,13 @@ def _check_rewards(config: Config, planned: Plan, found: Findings) -> None:
     """The rewards can be set up, and a function of the user's be called."""
     assert planned.needs is not None
     try:
-        rewards, judging, _ = build_rewards(replace(config.reward, judge_cache=""), planned.needs)
+        scorer = build_scorer(replace(config.reward, judge_cache=""), planned.needs)
     except UserError as error:
         found.settings.append(str(error))
         return
-    if judging:
-        judging.close()
-    function = rewards.get("function")
-    if isinstance(function, UserFunction):
-        _try_function(function, planned.rows, found)
+    scorer.close()
+    if scorer.function:
+        _try_function(scorer.function, planned.rows, found)
 
 
 def _try_function(function: UserFunction, rows: Iterable[Row], found: Findings) -> None:
@@ -219,7 +218,7 @@ def _try_function(function: UserFunction, rows: Iterable[Row], found: Findings) 
         return
     response = f"<think>This is a dry run.</think> {row.answer or 'An answer.'}"
     told = f"on row {printable(row.id)} with the response {printable(shortened(response, 120))!r}"
-    match asyncio.run(function.ask(row, response)):
+    match asyncio.run(function.ask(row, response)) if function.waits else function.now(row, response):
         case Failed(reason):
             found.settings.append(f"--reward.function failed {told}: {reason}")
         case Score(value):

@@ -16,17 +16,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cosmo_rl.data.collate import check_prompt
+from cosmo_rl.data.disk import replace_file, replacing
 from cosmo_rl.data.errors import MissingPackage, RowError, UserError
 from cosmo_rl.data.index import Index, Picture, index_rows, load_rows
 from cosmo_rl.data.schema import Row
 from cosmo_rl.model.load import Processor
-from cosmo_rl.model.parallel import on_main, together, world
+from cosmo_rl.model.parallel import agree, on_main, together, world
 from cosmo_rl.model.tiny import TINY_PATH, build_tiny
 
 from ..config import Config, DataConfig
 from ..rewards.build import RowNeeds
-from ..sft import chosen_ids
-from .rundir import RunDir, write_atomic
+from ..update import chosen_ids
+from .rundir import RunDir
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +49,9 @@ def start_path(config: Config, run: RunDir) -> Path:
     def build() -> None:
         from cosmo_rl.data.prepare.mini import mini_texts
 
-        if not (fresh / "preprocessor_config.json").exists():  # written last
-            build_tiny(mini_texts(), config.seed, fresh)
+        if not (fresh / "preprocessor_config.json").exists():
+            with replacing(fresh) as beside:
+                build_tiny(mini_texts(), config.seed, beside)
 
     on_main(build)
     return fresh
@@ -120,7 +122,7 @@ class Plan:
     """To train on."""
     needs: RowNeeds | None
     """What the rewards have to know of all rows; None in stage 0."""
-    eval_rows: Sequence[Row] = ()
+    eval_rows: Index | None
     """Of --data.eval-path."""
 
     @property
@@ -154,24 +156,23 @@ def plan(config: Config, processor: Processor, stage_dir: Path | None = None, fa
         made.append(_read(config, processor, faults))
         needs, eval_rows = made[0].needs, made[0].eval_rows
         if shared:
-            write_atomic(shared[0], made[0].rows.dump({"needs": needs and needs.state_dict()}))
-        if shared and isinstance(eval_rows, Index):
-            write_atomic(shared[1], eval_rows.dump({}))
+            replace_file(shared[0], made[0].rows.dump({"needs": needs and needs.state_dict()}))
+        if shared and eval_rows is not None:
+            replace_file(shared[1], eval_rows.dump({}))
 
     def load() -> None:
         rows, more = Index.load(shared[0])
         needs = RowNeeds(config.reward) if config.stage > 0 else None
         if needs is not None:
             needs.load_state_dict(more["needs"])
-        made.append(Plan(rows=rows, needs=needs, eval_rows=Index.load(shared[1])[0] if config.data.eval_path else ()))
+        made.append(Plan(rows=rows, needs=needs, eval_rows=Index.load(shared[1])[0] if config.data.eval_path else None))
 
     together(lambda: read() if reads else None)
     together(lambda: None if reads else load())
     for file in shared if reads else ():
         file.unlink(missing_ok=True)
-    if len(set(together(lambda: made[0].fingerprint))) > 1:
-        raise UserError("the rows of --data.path, or their images, are not the same on all hosts; copy one version to "
-                        "every host")
+    agree(made[0].fingerprint, "the rows of --data.path, or their images, are not the same on all hosts; copy one "
+                               "version to every host")
     return made[0]
 
 
@@ -240,22 +241,20 @@ def _read(config: Config, processor: Processor, faults: Faults | None) -> Plan:
     """`plan` on a process that reads."""
     data, checks = config.data, _Checks(config, processor, faults)
     load = partial(load_rows, max_image_pixels=data.max_image_pixels, rejected=faults and faults.rejected)
-    eval_rows, held = (), dict[int, str]()
+    eval_rows, held = None, dict[int, str]()
     if not data.path:
         rows = index_rows(embedded_rows(config), max_image_pixels=data.max_image_pixels, check=checks)
-        eval_rows = load(data.eval_path) if data.eval_path else ()
+        eval_rows = load(data.eval_path) if data.eval_path else None
     elif data.named_sets():
         rows, eval_rows, held = _compared(data, load, checks)
     else:
         rows = load(data.path, check=checks)
     dropped = held if data.contaminated == "drop" else {}
-    if faults is not None:
-        for i, told in held.items():
-            if i in dropped:
-                faults.reject(rows.where(i), f"{told}; remove it, or give --data.contaminated report to train on such "
-                              "rows")
-            else:
-                faults.notes.append(f"{rows.where(i)}: {told}; it is kept (--data.contaminated report)")
+    for i, told in held.items():
+        if faults and i in dropped:
+            faults.reject(rows.where(i), f"{told}; remove it, or give --data.contaminated report to train on such rows")
+        elif faults:
+            faults.notes.append(f"{rows.where(i)}: {told}; it is kept (--data.contaminated report)")
     good: list[int] = []
     for i, number in enumerate(rows.records["order"].tolist()):
         if i in dropped:
@@ -280,7 +279,7 @@ def _read(config: Config, processor: Processor, faults: Faults | None) -> Plan:
 
 
 def _compared(data: DataConfig, load: Callable[..., Index],
-              checks: _Checks) -> tuple[Index, Sequence[Row], dict[int, str]]:
+              checks: _Checks) -> tuple[Index, Index | None, dict[int, str]]:
     """The training rows, those of --data.eval-path, and of each training row that an evaluation set holds, which."""
     from cosmo_rl.data.prepare.contamination import DROPPED, Looks, compare
 
@@ -295,4 +294,4 @@ def _compared(data: DataConfig, load: Callable[..., Index],
         logger.warning("%s", report.table())
     held = {match.index: f"it is in evaluation set {match.evaluation_set} ({match.kind})" for match in report.matches
             if match.kind in DROPPED}
-    return rows, sets["eval_path"][0] if data.eval_path else (), held
+    return rows, sets["eval_path"][0] if data.eval_path else None, held

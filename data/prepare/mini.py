@@ -22,9 +22,8 @@ from PIL import Image, ImageDraw
 
 from ..errors import MissingPackage
 from ..schema import Row
-from .jailbreak.augment import attack_row
 from .jailbreak.registry import seed_of
-from .jailbreak.text import attack
+from .jailbreak.rows import attack_row
 from .pictograms import FIGURES, OVERSAMPLE, SIZE, draw
 
 THINGS = {"risky": tuple(FIGURES)[:8], "harmless": tuple(FIGURES)[8:]}
@@ -133,7 +132,7 @@ def sft_rows(split: str) -> list[Row]:
     rng = random.Random(f"chosen/{split}")
     chosen = [replace(row, chosen=f"{_thinking(row)}{row.answer}") for row in general]
     for row in safety:
-        for version in (row, attack(row, SEEN_ATTACK)):
+        for version in (row, attack_row(row, SEEN_ATTACK)):
             answer = REFUSAL if rng.random() < 0.5 else COMPLIANCE
             chosen.append(replace(version, chosen=f"{_thinking(row)}{answer}"))
     return chosen
@@ -160,8 +159,8 @@ def mini_suite(split: str) -> dict[str, list[Row]]:
     benign = [row for row in safety if row.domain != "unsafe"]
     suite = {"unsafe": unsafe, "benign": benign, "general": general_rows(split)}
     for place, name in (("heldout_attack", SEEN_ATTACK), ("unseen_attack", UNSEEN_ATTACK)):
-        suite[f"{place}_unsafe"] = [attack(row, name) for row in unsafe]
-        suite[f"{place}_benign"] = [attack(row, name) for row in benign]
+        suite[f"{place}_unsafe"] = [attack_row(row, name) for row in unsafe]
+        suite[f"{place}_benign"] = [attack_row(row, name) for row in benign]
     return suite
 
 

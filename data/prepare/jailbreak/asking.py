@@ -16,13 +16,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from cosmo_rl.cpgd.judges.endpoint import Endpoint, EndpointDown, EndpointError, LoopThread, Rejected
-from cosmo_rl.cpgd.judges.endpoint_parts import cancel_others
-from cosmo_rl.cpgd.judges.endpoint_spec import Server
+from cosmo_rl.cpgd.judges.client import Endpoint, EndpointDown, EndpointError, LoopThread, Rejected
+from cosmo_rl.cpgd.judges.spec import Server
 
 from ...schema import Row
-from .augment import MAX_IMAGE_PIXELS, Settled, Unit, attack_row, is_unsafe
-from .registry import Asker, Params, Question, Unfit
+from .registry import AttackerModel, Params, Question, Unfit
+from .rows import MAX_IMAGE_PIXELS, Assignment, AttackerReplies, attack_row, is_unsafe
 
 MAX_FAILED = 8
 """Calls that fail for good, one after the other, before the run stops; a single one drops its unit."""
@@ -49,12 +48,7 @@ class Model:
                  ) -> None:
         with self._lock:
             self._closed = True
-        self._loop.submit(self._give_up()).result()
-        self._loop.close()
-
-    async def _give_up(self) -> None:
-        await cancel_others()  # first, or they would connect again
-        await self.endpoint.aclose()
+        self._loop.close(self.endpoint.aclose)
 
     def __call__(self, question: Question) -> str:
         """The reply.
@@ -91,7 +85,7 @@ class Model:
 class Tape:
     """Asks `model` where `heard` has no reply left, and keeps all replies."""
 
-    def __init__(self, ask: Asker, heard: Sequence[str] = ()) -> None:
+    def __init__(self, ask: AttackerModel, heard: Sequence[str] = ()) -> None:
         self.model, self.replies = ask.model, []
         self._ask, self._heard = ask, list(heard)
 
@@ -110,9 +104,9 @@ def open_model(server: Server, cache_dir: str | Path, *, max_pixels: int) -> Mod
                           **server.options))
 
 
-def settle(rows: Sequence[Row], units: Sequence[Unit], model: Model, *, seed: int,
+def settle(rows: Sequence[Row], units: Sequence[Assignment], model: Model, *, seed: int,
            params: Mapping[str, Params] | None = None, max_image_pixels: int = MAX_IMAGE_PIXELS,
-           done: Callable[[], object] = lambda: None) -> dict[tuple[str, str], Settled]:
+           done: Callable[[], object] = lambda: None) -> dict[tuple[str, str], AttackerReplies]:
     """What the model says about every unit of an endpoint attack, by (key, attack), for `augment`.
 
     Args:
@@ -123,7 +117,7 @@ def settle(rows: Sequence[Row], units: Sequence[Unit], model: Model, *, seed: in
         EndpointError: the server is dead, has no such model, or fails call after call; what it answered is cached.
     """
     asked = [unit for unit in units if unit.attack.family == "endpoint"]
-    out: dict[tuple[str, str], Settled] = {}
+    out: dict[tuple[str, str], AttackerReplies] = {}
     pool = ThreadPoolExecutor(model.endpoint.max_in_flight, thread_name_prefix="asking")
     try:
         one = lambda unit: _settle(rows, unit, model, seed, (params or {}).get(unit.attack.name, {}), max_image_pixels)
@@ -142,7 +136,8 @@ def settle(rows: Sequence[Row], units: Sequence[Unit], model: Model, *, seed: in
     return _balanced(rows, asked, out)
 
 
-def _settle(rows: Sequence[Row], unit: Unit, model: Model, seed: int, params: Params, max_image_pixels: int) -> Settled:
+def _settle(rows: Sequence[Row], unit: Assignment, model: Model, seed: int, params: Params, max_image_pixels: int,
+            ) -> AttackerReplies:
     heard: list[list[str]] = [[] for _ in unit.rows]
     made: Params = {}
 
@@ -165,14 +160,14 @@ def _settle(rows: Sequence[Row], unit: Unit, model: Model, seed: int, params: Pa
             noted = [attacked(number) for number in range(len(unit.rows))]
         assert all(note == noted[0] for note in noted), noted
     except Unfit as error:
-        return Settled(model.model, dropped=error)
-    return Settled(model.model, made, tuple(map(tuple, heard)))
+        return AttackerReplies(model.model, dropped=error)
+    return AttackerReplies(model.model, made, tuple(map(tuple, heard)))
 
 
-def _balanced(rows: Sequence[Row], units: Sequence[Unit], settled: dict[tuple[str, str], Settled],
-              ) -> dict[tuple[str, str], Settled]:
+def _balanced(rows: Sequence[Row], units: Sequence[Assignment], settled: dict[tuple[str, str], AttackerReplies],
+              ) -> dict[tuple[str, str], AttackerReplies]:
     """Of each attack the same share of the units of each label is kept, to the nearest unit."""
-    groups: dict[str, dict[tuple[bool, ...], list[Unit]]] = {}
+    groups: dict[str, dict[tuple[bool, ...], list[Assignment]]] = {}
     for unit in units:
         labels = tuple(sorted(is_unsafe(rows[place]) for place in unit.rows))
         groups.setdefault(unit.attack.name, {}).setdefault(labels, []).append(unit)
@@ -185,7 +180,7 @@ def _balanced(rows: Sequence[Row], units: Sequence[Unit], settled: dict[tuple[st
         for labels, own in by_labels.items():
             number = (2 * len(own) * left + dealt) // (2 * dealt)
             for unit in sorted(kept[labels], key=rank)[number:]:
-                out[unit.key, name] = Settled(out[unit.key, name].model, dropped=Unfit(
+                out[unit.key, name] = AttackerReplies(out[unit.key, name].model, dropped=Unfit(
                     "left out, for rows of another label were dropped more often", "see their reasons",
                     f"row {rows[unit.rows[0]].id}, attack {name}"))
     return out

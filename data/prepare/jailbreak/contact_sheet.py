@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass, field
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from ...schema import Row, open_image
-from .augment import MAX_IMAGE_PIXELS, is_unsafe
 from .registry import ordered
 from .render import dejavu_sans, face_of, lacks, wrap
-from .text import ZERO_WIDTH, last_text
+from .rows import MAX_IMAGE_PIXELS, is_unsafe, last_text
+from .text import ZERO_WIDTH
 
 SAMPLES, PER_LABEL = 3, 2
 """Samples of an attack, and most of them with one label."""
@@ -83,20 +83,19 @@ def _draw_sample(sheet: Image.Image, pen: ImageDraw.ImageDraw, sample: _Sample, 
 
 def _side_by_side(images: list[Image.Image]) -> Image.Image:
     """All pictures of a row in CELL x (PICTURE - 20) pixels at most: strips below one another, others two by two."""
-    strips = all(image.width > 1.5 * image.height for image in images)
-    columns = 1 if strips or len(images) == 1 else 2
-    rows = -(-len(images) // columns)
-    width, height = (CELL - 4 * (columns - 1)) // columns, (PICTURE - 20 - 4 * (rows - 1)) // rows
-    one = min(CELL / max(image.width for image in images), height * rows / sum(image.height for image in images))
-    small = []
-    for image in images:
-        scale = one if columns == 1 else min(width / image.width, height / image.height)
-        small.append(image.resize((max(1, int(image.width * scale)), max(1, int(image.height * scale)))))
-    heights = [max(image.height for image in small[i:i + columns]) for i in range(0, len(small), columns)]
-    out = Image.new("RGB", (CELL if columns > 1 else max(image.width for image in small),
-                            sum(heights) + 4 * (rows - 1)), (200, 200, 200) if columns == 1 else "white")
-    for i, image in enumerate(small):
-        out.paste(image, (i % columns * (width + 4), sum(heights[:i // columns]) + 4 * (i // columns)))
+    size = (CELL, PICTURE - 20)
+    if len(images) == 1 or all(image.width > 1.5 * image.height for image in images):
+        width, height = max(image.width for image in images), sum(image.height for image in images)
+        gap, top = height // 50, 0  # strips are cut from one picture: they are shown in one scale
+        out = Image.new("RGB", (width, height + gap * (len(images) - 1)), (200, 200, 200))
+        for image in images:
+            out.paste(image, (0, top))
+            top += image.height + gap
+        return ImageOps.contain(out, size)
+    width, height = (size[0] - 4) // 2, size[1] // (-(-len(images) // 2)) - 4
+    out = Image.new("RGB", size, "white")
+    for i, image in enumerate(images):
+        out.paste(ImageOps.contain(image, (width, height)), (i % 2 * (width + 4), i // 2 * (height + 4)))
     return out
 
 

@@ -73,8 +73,8 @@ class Question(NamedTuple):
     seed: int
 
 
-class Asker(Protocol):
-    """A model to ask."""
+class AttackerModel(Protocol):
+    """A model that an endpoint attack asks (an attacker model, as PAIR and PyRIT say)."""
 
     @property
     def model(self) -> str:
@@ -94,7 +94,7 @@ class Aids:
     """As many pictures as `Attack.carriers` asks for, RGB."""
     read: Reader | None = None
     """OCR that must read rendered text back; None: the checks of render.py alone."""
-    ask: Asker | None = None
+    ask: AttackerModel | None = None
     """Of an endpoint attack."""
 
 
@@ -115,11 +115,6 @@ class Attack:
     """How many carrier pictures it takes, given its parameters and whether the turn has a picture."""
     fills: Params
     """What its sentences may name beside its parameters, with an example of each."""
-
-    def __call__(self, text: str) -> str:
-        """`text` under the default parameters and seed 0; for text attacks."""
-        assert self.family == "text", f"{self.name} takes a turn with pictures: use augment.attack_row"
-        return self.function(text, self.params, random.Random(0))
 
     def resolve(self, overrides: Params | None) -> dict[str, Any]:
         """All parameters, defaults included.
@@ -162,17 +157,11 @@ ATTACKS: dict[str, Attack] = {}
 def register(name: str, family: Family, kind: str, *, params: Params | None = None,
              limits: Params | None = None, carriers: Callable[[Params, bool], int] = lambda params, has_picture: 0,
              fills: Params | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: the function becomes attack `name`.
+    """Decorator: the function becomes attack `name`; the arguments as in `Attack`, the name goes into ids.
 
-    Args:
-        name: goes into ids, as `<id>+<name>`.
-        family: "text": function(text, params, rng) -> str; "image" and "endpoint": function(turn, params, rng, aids) ->
-            Turn.
-        kind: class of like attacks, that are held out together.
-        params: defaults (JSON values; strings may name other parameters in braces).
-        limits: parameter -> (lowest, highest), or frozenset of allowed strings.
-        carriers: (parameters, whether the turn has a picture) -> number of carrier pictures it takes.
-        fills: what its sentences may name beside its parameters (a place that it draws, say), with an example of each.
+    A text attack is function(text, params, rng) -> str, an image or endpoint attack function(turn, params, rng, aids)
+    -> Turn. Parameters are JSON values; strings among them may name other parameters in braces.
+
     Raises:
         UserError: the name is taken, or is also a kind or a family.
     """

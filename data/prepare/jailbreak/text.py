@@ -12,13 +12,9 @@ import base64 as base64_codec
 import random
 import string
 import unicodedata
-from dataclasses import replace
 from itertools import zip_longest
-from typing import Any
 
-from ...errors import UserError
-from ...schema import Row
-from .registry import ATTACKS, Params, Unfit, register
+from .registry import Params, register
 
 LEET = str.maketrans("aeiost", "4310$7")
 ZERO_WIDTH = "\u200b"
@@ -132,58 +128,6 @@ def acrostic(text: str, params: Params, rng: random.Random) -> str:
     """How to read it, and a list of harmless lines: line i opens with word i of the text."""
     lines = [f"{word} {rng.choice(ACROSTIC)}" for word in text.split()]
     return "\n".join((params["instruction"].format(**params), *lines))
-
-
-def attack(row: Row, name: str, *, params: Params | None = None, seed: int = 0) -> Row:
-    """`row` with every user text rewritten by text attack `name`; id, attack and source_id say so.
-
-    Args:
-        row: keeps its label, tags, answer, key elements, category, task and pictures.
-        name: of a text attack.
-        params: differing from the attack's defaults.
-        seed: of the attack's generator; `registry.seed_of` makes one for each row.
-    Raises:
-        UserError: no such attack or parameter.
-        Unfit: the last user turn has no text, or the attack leaves it as it is (one word, or no letter that it knows).
-    """
-    known = sorted(key for key, value in ATTACKS.items() if value.family == "text")
-    if name not in known:
-        raise UserError(f"unknown attack {name!r}; choose one of {known}")
-    chosen = ATTACKS[name]
-    resolved, rng = chosen.resolve(params), random.Random(seed)
-    if not last_text(row).strip():
-        raise Unfit("the last user turn has no text to rewrite", "leave the row out, or give it a text",
-                    f"row {row.id}, attack {name}")
-    rewrite = lambda text: chosen.function(text, resolved, rng)
-    messages = tuple(
-        {**message, "content": _rewrite(message["content"], rewrite)} if message["role"] == "user" else message
-        for message in row.messages
-    )
-    note = {"name": name, "params": resolved, "seed": seed, "source_id": row.id}
-    out = replace(row, id=f"{row.id}+{name}", messages=messages, attack=note)
-    if _same(last_text(row), last_text(out)):
-        raise Unfit("the attack leaves the text as it is", "use other attacks for this row, or drop such rows with "
-                    "--drop-illegible", f"row {row.id}, attack {name}")
-    return out
-
-
-def last_text(row: Row) -> str:
-    """The text parts of the last user turn, joined by newlines."""
-    content = row.messages[-1]["content"]
-    if isinstance(content, str):
-        return content
-    return "\n".join(part["text"] for part in content if part["type"] == "text")
-
-
-def _rewrite(content: Any, rewrite: Any) -> Any:
-    if isinstance(content, str):
-        return rewrite(content)
-    return [{**part, "text": rewrite(part["text"])} if part["type"] == "text" else part for part in content]
-
-
-def _same(before: str, after: str) -> bool:
-    """But for white space, and an instruction before it."""
-    return " ".join(after.split()) == " ".join(before.split()) or after.endswith(f"\n{before}")
 
 
 def _characters(text: str) -> list[str]:
