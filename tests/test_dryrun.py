@@ -21,7 +21,7 @@ from cosmo_rl.cpgd.run import dryrun, plan
 from cosmo_rl.cpgd.run.dryrun import Findings, inspect, show
 from cosmo_rl.cpgd.run.footprint import by_phase, count_parameters
 from cosmo_rl.cpgd.run.recipes import recipe
-from cosmo_rl.cpgd.update import build_micros
+from cosmo_rl.cpgd.update import BuildUpdates
 from cosmo_rl.data.collate import TokenSequence, encode_prompt
 from cosmo_rl.data.prepare.mini import mini_rows, safety_rows
 from cosmo_rl.data.sampler import PromptSampler
@@ -118,11 +118,12 @@ def test_good_rows_give_the_numbers_of_training(rows, monkeypatch):
         assert [(size.prompt, size.image) for size in found.sizes] == [
             (len(prompt.input_ids), prompt.mm_token_type_ids.sum()) for prompt in prompts]
         drawn = PromptSampler([row.domain for row in all_rows], {}, config.seed).take(10)
+        build = BuildUpdates(batch=config.batch, objective=config.objective, aggregation="token", processor=processor,
+                             device=torch.device("cpu"))
         micros = []
         for part in np.array_split(drawn, updates):
             sequences = [TokenSequence(prompts[i], np.full(7, 100)) for i in part for _ in range(4)]
-            micros += build_micros(sequences, [0.0] * len(sequences), np.repeat(np.arange(len(part)), 4).tolist(),
-                                   len(part), "token", config, processor, torch.device("cpu"))
+            micros += build(sequences, [0.0] * len(sequences), np.repeat(np.arange(len(part)), 4).tolist(), len(part))
         fullest = max(micros, key=lambda micro: micro.batch.input_ids.numel())
         assert found.load.tokens == fullest.batch.input_ids.numel() <= budget
         same = [micro for micro in micros if micro.batch.input_ids.numel() == found.load.tokens]

@@ -479,9 +479,9 @@ def test_a_selection_reads_nothing(files, monkeypatch):
     assert select(wanted, indices) == [wanted[i] for i in indices]
     with monkeypatch.context() as patch:
         patch.setattr(Index, "__getitem__", lambda *_: pytest.fail("a row was read"))
-        some = select(rows, indices)
+        assert isinstance(some := select(rows, indices), Index)
         assert some.domains == ["d2", "d0", "d0", "d0"]
-    assert isinstance(some, Index) and list(some) == [wanted[i] for i in indices]
+    assert list(some) == [wanted[i] for i in indices]
     assert some.where(0) == f"{files[2]}:11"
     assert len(select(rows, [])) == 0 == len(select([], []))
 
@@ -557,7 +557,7 @@ def test_what_the_pass_calls_meets_good_rows_in_order_and_each_picture_once(tmp_
     path = write(tmp_path / "a.jsonl", [row("a", images=["1.png", "0.png"]), "{", row("b"), row("a"),
                                         row("c", images=["0.png"]), row("d", images=["none.png"])])
     met: list[tuple[str, list]] = []
-    seen: list[tuple[int, int]] = []
+    seen: list = []
 
     def check(one: Row, pictures) -> None:
         met.append((one.id, [picture.seen for picture in pictures]))

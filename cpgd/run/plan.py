@@ -250,20 +250,21 @@ def _read(config: Config, processor: Processor, faults: Faults | None) -> Plan:
     else:
         rows = load(data.path, check=checks)
     dropped = held if data.contaminated == "drop" else {}
-    for i, told in held.items() if faults else ():
-        if i in dropped:
+    for i, told in held.items():
+        if faults and i in dropped:
             faults.reject(rows.where(i), f"{told}; remove it, or give --data.contaminated report to train on such rows")
-        else:
+        elif faults:
             faults.notes.append(f"{rows.where(i)}: {told}; it is kept (--data.contaminated report)")
     good: list[int] = []
     for i, number in enumerate(rows.records["order"].tolist()):
-        problem = "" if i in dropped else checks.problems[number]
-        if problem and faults is None:
-            raise UserError(f"row {rows[i].id}: {problem}")
-        if problem:
-            faults.reject(rows.where(i), problem)
-        elif i not in dropped:
+        if i in dropped:
+            continue
+        if not (problem := checks.problems[number]):
             good.append(i)
+        elif faults is None:
+            raise UserError(f"row {rows[i].id}: {problem}")
+        else:
+            faults.reject(rows.where(i), problem)
     if dropped and not good and faults is None:
         raise UserError(f"all {len(rows)} training rows are in an evaluation set ({', '.join(data.named_sets())}); "
                         "give other rows with --data.path")

@@ -171,7 +171,7 @@ def find_contaminated(rows: Sequence[Row], evaluation_rows: Mapping[str, Sequenc
         return members, looks.of(index_rows(members, max_image_pixels=max_image_pixels, check=looks, see=looks.see))
 
     sets = {name: looked_at(members) for name, members in evaluation_rows.items()}
-    return compare(*looked_at(rows), sets, max_image_distance=max_image_distance)
+    return compare(rows, looked_at(rows)[1], sets, max_image_distance=max_image_distance)
 
 
 def compare(rows: Sequence[Row], mine: Sequence[Look], sets: Mapping[str, tuple[Sequence[Row], Sequence[Look]]], *,
@@ -236,8 +236,8 @@ class _Known:
             for image in look.images:
                 self.by_pixels.setdefault(image.pixels, i)
                 self.by_both.setdefault((look.text, image.pixels), i)
-        self.near = _near(*((image for look in looks for image in look.images) for looks in (mine, members)),
-                          max_distance)
+        self.near = _near((image for look in mine for image in look.images),
+                          (image for look in members for image in look.images), max_distance)
         self.specific = {text for text in self.by_text if text[:1] == b"\1"}
         for looks in (mine, members):
             pictures: dict[bytes, set[bytes]] = defaultdict(set)
