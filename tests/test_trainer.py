@@ -290,7 +290,7 @@ FAULTS = {
     # name: (class and method, the rank that fails, the error)
     "an image that one host lacks": (trainer.Trainer, "_encode", 1, UserError("row x: its image is gone; restore it")),
     "logits": (HFEngine, "_generate_batch", 1, UserError("prompt x: weights give NaN; lower the learning rate")),
-    "the main rank's disk": (MetricsWriter, "_append", 0, OSError(errno.ENOSPC, "No space left on device", "metrics")),
+    "the main rank's disk": (MetricsWriter, "append", 0, OSError(errno.ENOSPC, "No space left on device", "metrics")),
 }
 
 
