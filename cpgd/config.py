@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.schema import TASKS
@@ -20,20 +20,16 @@ from .judges.spec import ACTIVATION, GRADED, Option, Server, check_shared, parse
 T = TypeVar("T")
 
 
-class Bound(NamedTuple):
-    """What a value must be."""
-
-    holds: Callable[[Any], bool]
-    """Of the value."""
-    wanted: str
-    """In words, after "give"."""
+Bound = tuple[Callable[[Any], bool], str]
+"""Whether it holds of a value, and what is wanted, in words after "give"."""
 
 
 def at_least(least: int) -> Bound:
-    return Bound(lambda value: value >= least, f"at least {least}")
+    """Of a number."""
+    return lambda value: value >= least, f"at least {least}"
 
 
-POSITIVE = Bound(lambda value: value > 0, "a value above 0")
+POSITIVE: Bound = (lambda value: value > 0, "a value above 0")
 
 
 def bounded(default: T, bound: Bound) -> T:
@@ -52,8 +48,8 @@ def _check_bounds(settings: Any, group: str = "") -> None:
         if is_dataclass(value):
             _check_bounds(value, f"{entry.name}.")
         elif bound:
-            option = f"{group}{entry.name}".replace("_", "-")
-            _require(bound.holds(value), f"--{option} is {value}; give {bound.wanted}")
+            holds, wanted = bound
+            _require(holds(value), f"--{group}{entry.name.replace('_', '-')} is {value}; give {wanted}")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -157,11 +153,11 @@ class RolloutConfig:
 class ObjectiveConfig:
     name: Literal["cpgd", "grpo", "ppo", "reinforce_pp", "rloo"] = "cpgd"
     """Policy objective; the others stand beside CPGD for comparison."""
-    clip_eps_low: float = bounded(0.2, Bound(lambda value: 0 < value < 1, "a value in (0, 1)"))
+    clip_eps_low: float = bounded(0.2, (lambda value: 0 < value < 1, "a value in (0, 1)"))
     """Lower clip of the ratio, 1 - eps (not in the paper; authors' code 0.2)."""
     clip_eps_high: float = bounded(0.2, POSITIVE)
     """Upper clip of the ratio, 1 + eps (not in the paper; authors' code 0.2)."""
-    clip_schedule: float = bounded(1.0, Bound(lambda value: 0 <= value <= 1, "a value in [0, 1]"))
+    clip_schedule: float = bounded(1.0, (lambda value: 0 <= value <= 1, "a value in [0, 1]"))
     """lambda of the tight-to-loose clip: eps_i = lambda*eps + (1-lambda)*eps*i/|y|; 1 is the constant clip."""
     dual_clip: float = bounded(3.0, at_least(0))
     """grpo only: upper bound of the ratio for negative advantages (paper 3.0); 0 switches it off."""
@@ -249,7 +245,7 @@ class RewardConfig:
     """Weight of its term."""
     function_tasks: tuple[str, ...] = ()
     """Tasks of the rows that it scores; empty: all."""
-    failure_budget: float = free(0.1, Bound(lambda value: 0 <= value <= 1, "a share in [0, 1]"))
+    failure_budget: float = free(0.1, (lambda value: 0 <= value <= 1, "a share in [0, 1]"))
     """Largest share of responses of one rollout whose reward may fail before the run stops."""
 
     def __post_init__(self) -> None:
@@ -263,11 +259,11 @@ class RewardConfig:
             _require(task in TASKS, f"--reward.function-tasks holds {task!r}; give some of {', '.join(TASKS)}")
 
     def check(self) -> None:
-        weights = {name: getattr(self, name) for name in ("format", "visual_focus", "helpful", "task_aware")}
-        weights["function"] = self.function_weight
+        weights = {"format": self.format, "visual_focus": self.visual_focus, "helpful": self.helpful,
+                   "task_aware": self.task_aware, "function": self.function_weight}
+        told = ", ".join(f"{name} {weight}" for name, weight in weights.items())
         _require(all(0 <= weight < float("inf") for weight in weights.values()),
-                 "reward weights must be finite and must not be negative: "
-                 + ", ".join(f"{name} {weight}" for name, weight in weights.items()))
+                 f"reward weights must be finite and must not be negative: {told}")
 
     def judge_entries(self) -> list[JudgeEntry]:
         """`judges`, read.
@@ -336,7 +332,7 @@ class EvalConfig:
     """Requests per generate call in evaluation; of another size, answers differ as those of rollout.batch_size do."""
     guard: Literal["off", "warn", "stop"] = free("off")
     """What a fall of general accuracy or benign acceptance, measured every `every` steps, leads to: run/guard.py."""
-    guard_drop: float = free(0.05, Bound(lambda value: 0 <= value < 1, "a share of at least 0, below 1"))
+    guard_drop: float = free(0.05, (lambda value: 0 <= value < 1, "a share of at least 0, below 1"))
     """Largest fall below the first measurement that the guard lets pass, absolute."""
 
     def check(self) -> None:

@@ -28,10 +28,8 @@ from transformers.utils import import_utils
 from cosmo_rl.data.errors import MissingPackage, UserError
 
 from .folder import BROKEN, check_folder, load_config, read_object, reading, side_files, told
-from .folder import empty_model as empty_model
 from .liger import use_liger
 from .template import check_template, choose_template, read_jinja
-from .tiny import TINY_PATH as TINY_PATH
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,9 @@ from cosmo_rl.cpgd.run.recipes import recipe
 from cosmo_rl.cpgd.update import BuildUpdates
 from cosmo_rl.data.collate import EncodedPrompt, encode_prompt
 from cosmo_rl.data.prepare.mini import general_rows, safety_rows
-from cosmo_rl.model.load import TINY_PATH, load_model, load_processor
+from cosmo_rl.model.load import load_model, load_processor
 from cosmo_rl.model.policy import Policy
+from cosmo_rl.model.tiny import TINY_PATH
 
 MODEL = TINY_PATH
 TEMPERATURE = 1.5

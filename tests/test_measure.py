@@ -1,7 +1,7 @@
 """Which rows are measured when, by hand; the numbers of whole runs are in test_trainer.py and test_guard.py."""
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -25,7 +25,7 @@ def told(monkeypatch):
     return told
 
 
-def measurements(told, folder, data=(), stage=2, **settings):
+def measurements(told, folder, data=(), stage: Literal[0, 2] = 2, **settings):
     metrics: Any = SimpleNamespace(append=lambda name, line: told.append((name, line["step"])))
     nothing: Any = None
     config = Config(stage=stage, eval=EvalConfig(**settings), data=DataConfig(eval_path=data))

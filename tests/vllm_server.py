@@ -18,7 +18,7 @@ from conftest import ROOT
 from runs import free_port
 from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
-from cosmo_rl.model.load import TINY_PATH
+from cosmo_rl.model.tiny import TINY_PATH
 
 ENVIRONMENT = ROOT / ".venv-vllm"
 START_S = 600.0

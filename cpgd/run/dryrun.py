@@ -30,7 +30,8 @@ from cosmo_rl.data.sampler import PromptSampler
 from cosmo_rl.data.schema import Row
 from cosmo_rl.data.terminal import printable, shortened
 from cosmo_rl.model.liger import wants_liger
-from cosmo_rl.model.load import TINY_PATH, Processor, check_attention, load_processor
+from cosmo_rl.model.load import Processor, check_attention, load_processor
+from cosmo_rl.model.tiny import TINY_PATH
 
 from ..config import Config
 from ..rewards.base import Failed, NotApplicable, Score

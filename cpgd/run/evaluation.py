@@ -32,7 +32,7 @@ from ..rollout.engine import Engine, form_batches, generate
 from ..rollout.values import Request, request_seed
 
 Encode = Callable[[Row], EncodedPrompt]
-Place = tuple[str, int]
+Key = tuple[str, int]
 """A row of a suite: its group, and its index there."""
 
 EVAL_STEP = -1
@@ -190,12 +190,12 @@ def evaluate(engine: Engine, suite: Mapping[str, Sequence[Row]], encode: Encode,
     told = _Told(len(lengths), len(batches))
     with rules() as right:
 
-        def answer(batch: Sequence[Place]) -> dict[Place, list[Answered]]:
+        def answer(batch: Sequence[Key]) -> dict[Key, list[Answered]]:
             rows = [suite[group][i] for group, i in batch]
             requests = [Request(row=row, prompt=encode(row), k=0,
                                 seed=request_seed(config.seed, config.stage, EVAL_STEP, row.id, 0)) for row in rows]
             sizes = [len(request.prompt.input_ids) for request in requests]
-            assert sizes == [lengths[place] for place in batch], "headers and pixels disagree on a prompt's length"
+            assert sizes == [lengths[key] for key in batch], "headers and pixels disagree on a prompt's length"
             passes: list[list[Answered]] = []
             for greedy in (False, True):
                 responses = generate(engine, requests, greedy=greedy, batch_size=len(batch))
@@ -203,24 +203,19 @@ def evaluate(engine: Engine, suite: Mapping[str, Sequence[Row]], encode: Encode,
                     Answered(group, replace(row, images=()), response.text, response.finish_reason == "length")
                     for (group, _), row, response in zip(batch, rows, responses, strict=True)], right))
             told.done()
-            return {place: list(both) for place, *both in zip(batch, *passes, strict=True)}
+            return {key: list(both) for key, *both in zip(batch, *passes, strict=True)}
 
-        found = dealt(batches, lambda mine: {place: both for batch in mine for place, both in answer(batch).items()})
+        found = dealt(batches, lambda mine: {key: both for batch in mine for key, both in answer(batch).items()})
     both = [found[group, i] for group, rows in suite.items() for i in range(len(rows))]
     return [sampled for sampled, _ in both], [greedy for _, greedy in both]
 
 
 def judged(answered: Sequence[Answered], rules: TaskAware) -> list[Answered]:
     """The same, with `right` and `problem` of those to general rows."""
-    general = [a for a in answered if a.group == "general"]
-    outcomes = iter(rules.outcomes((a.row, answer_of(a.text)) for a in general))
-    out = []
-    for a in answered:
-        if a.group == "general":
-            outcome = next(outcomes)
-            a = replace(a, right=is_right(outcome), problem=outcome.reason if isinstance(outcome, Failed) else "")
-        out.append(a)
-    return out
+    outcomes = iter(rules.outcomes((a.row, answer_of(a.text)) for a in answered if a.group == "general"))
+    found = [next(outcomes) if a.group == "general" else None for a in answered]
+    return [replace(a, right=is_right(outcome), problem=outcome.reason if isinstance(outcome, Failed) else "")
+            if outcome else a for a, outcome in zip(answered, found, strict=True)]
 
 
 def eval_batches(lengths: Sequence[int], config: Config) -> list[list[int]]:
@@ -247,9 +242,9 @@ def eval_batches(lengths: Sequence[int], config: Config) -> list[list[int]]:
     return out
 
 
-def _lengths(suite: Mapping[str, Sequence[Row]], processor: Processor, data: DataConfig) -> dict[Place, int]:
+def _lengths(suite: Mapping[str, Sequence[Row]], processor: Processor, data: DataConfig) -> dict[Key, int]:
     """Prompt tokens of every row, from the images' headers; each rank reads its share."""
-    places = [(group, i) for group, rows in suite.items() for i in range(len(rows))]
+    keys = [(group, i) for group, rows in suite.items() for i in range(len(rows))]
 
     def tokens(row: Row) -> int:
         try:
@@ -259,8 +254,8 @@ def _lengths(suite: Mapping[str, Sequence[Row]], processor: Processor, data: Dat
             raise UserError(f"row {row.id}: an image can no longer be read ({error}); put it back, and repeat the "
                             "command") from error
 
-    mine = lambda: {(group, i): tokens(suite[group][i]) for group, i in places[rank()::world()]}
-    return {place: length for part in together(mine) for place, length in part.items()}
+    mine = lambda: {(group, i): tokens(suite[group][i]) for group, i in keys[rank()::world()]}
+    return {key: length for part in together(mine) for key, length in part.items()}
 
 
 class _Told:

@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from cosmo_rl.kernels.gemm import plan_chunks
-from cosmo_rl.model.load import empty_model
+from cosmo_rl.model.folder import empty_model
 
 from ..config import Config
 

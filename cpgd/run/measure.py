@@ -1,8 +1,7 @@
-"""What a stage measures of itself: the report's rows before and after training, and the watched rows between.
+"""What a stage measures: the report's rows before and after training, and every --eval.every steps the watched ones.
 
-The report's rows are the user's --data.eval-path or the embedded split of --eval.split. Every --eval.every steps the
-watched rows are measured, for evals.jsonl and the guard: the user's are the same, of the embedded data the validation
-split. Where both are due at one step, of the same rows, one evaluation serves both.
+The report's are the user's --data.eval-path or the embedded split of --eval.split; watched, for evals.jsonl and the
+guard, are the same, or of the embedded data the validation split. Due at one step, one evaluation serves both.
 """
 
 import logging
@@ -45,19 +44,15 @@ class Measurements:
                  sync: Callable[[], None], stage_dir: Path, metrics: MetricsWriter) -> None:
         self.config, self.rows, self.engine, self.encode, self.processor = config, rows, engine, encode, processor
         self.sync, self.stage_dir, self.metrics = sync, stage_dir, metrics
-        self.guard = Guard(config.eval)
-        """Its state is part of a checkpoint."""
+        self.guard = Guard(config.eval)  # its state is part of a checkpoint
         self.left_out: list[str] = []
         """ "row ID: why" of each of the report's rows that no rule can use."""
-        self.suite: Suite = self._read(config.eval.split, self.left_out)
-        """The report's rows by group."""
+        self.suite = self._read(config.eval.split, self.left_out)
         if self.left_out:
             logger.warning("evaluation: %d rows of --data.eval-path are not measured, as no rule can use them; the "
                            "first: %s", len(self.left_out), self.left_out[0])
-        self.watched: Suite = {}
-        if config.eval.every:
-            self.watched = self.suite if config.data.eval_path else self._read("validation")
-        self._latest: tuple[int, Suite, tuple[list[Answered], list[Answered]]] | None = None
+        self.watched = (self.suite if config.data.eval_path or not config.eval.every else self._read("validation"))
+        self._latest: tuple[int, Suite, list[Answered], list[Answered]] | None = None
 
     def before(self, step: int, save: Callable[[], None]) -> None:
         """At the start of a run, at its checkpoint's `step`: what is to be known of the policy before training.
@@ -92,7 +87,7 @@ class Measurements:
             self._report("after", step)
 
     def _read(self, split: str, left_out: list[str] | None = None) -> dict[str, Sequence[Row]]:
-        """On each rank its own: nothing is returned that would go to other ranks."""
+        """Rows by group, on each rank its own: nothing is returned that would go to other ranks."""
         suite: dict[str, Sequence[Row]] = {}
         together(lambda: suite.update(eval_suite(self.config, split, self.rows, left_out)))
         return suite
@@ -103,8 +98,7 @@ class Measurements:
 
     def _watch(self, step: int, save: Callable[[], None]) -> None:
         sampled, greedy = self._answers(self.watched, step)
-        line = {"step": step, "sampled": numbers(sampled), "greedy": numbers(greedy)}
-        line |= self.guard.look(step, sampled)
+        line = {"step": step, "sampled": numbers(sampled), "greedy": numbers(greedy), **self.guard.look(step, sampled)}
         on_main(lambda: self.metrics.append("evals", line))
         self.guard.enforce(save)
 
@@ -113,13 +107,13 @@ class Measurements:
         if not suite:
             return [], []
         if self._latest and self._latest[0] == step and self._latest[1] is suite:
-            return self._latest[2]
+            return self._latest[2:]
         self.sync()
         sampled, greedy = evaluate(self.engine, suite, self.encode, self.processor, self.config)
         if problems := not_compared(sampled):
             logger.warning("evaluation: %d of %d answers could not be compared, and are neither right nor wrong; the "
                            "first: %s", len(problems), len(sampled), problems[0])
-        self._latest = (step, suite, (sampled, greedy))
+        self._latest = step, suite, sampled, greedy
         return sampled, greedy
 
 

@@ -381,7 +381,7 @@ def _samples(before: dict | None, after: dict) -> str:
             old = earlier.get((group, row["id"]))
             cells = ([_response(old) if old else "<td>-"] if before else []) + [_response(row)]
             body.append(f"<tr><td class=image>{images}<td class=text>{escape(row['prompt'])}{''.join(cells)}</tr>")
-        out.append(f"<h3>{escape(GROUPS.get(group, group))}</h3>"
+        out.append(f"<h3>{escape(GROUPS.get(group) or group)}</h3>"
                    f"<div class=wide><table class=samples>{heading}{''.join(body)}</table></div>")
     return "".join(out)
 
