@@ -330,9 +330,10 @@ def test_ids_that_would_meet_are_named(rows, tmp_path, capsys):
 def test_an_embedded_picture_is_written_as_it_is(rows, tmp_path):
     rows[0].images[0].save(tmp_path / "x.png")
     content = (tmp_path / "x.png").read_bytes()
-    with writer.row_writer(tmp_path / "out", "images") as out:
-        name = out.image(content)
-    assert (tmp_path / "out" / name).read_bytes() == content
+    for source in (content, str(tmp_path / "x.png")):  # a file beside the rows is copied too
+        with writer.row_writer(tmp_path, "images") as out:
+            name = out.image(source)
+        assert name.startswith("images/") and (tmp_path / name).read_bytes() == content
 
 
 def test_resize_pixels_reaches_every_attack_that_draws():
