@@ -155,9 +155,7 @@ def files(folder):
             for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_same_bytes_twice_and_in_another_order(made, source, tmp_path):
-    assert main(["--in", str(source), "--out", str(tmp_path / "again"), *MADE]) == 0
-    assert files(tmp_path / "again") == files(made[0])
+def test_the_same_bytes_in_another_order(made, source, tmp_path):
     turned = source.with_name("turned.jsonl")
     turned.write_text("\n".join(reversed(source.read_text().splitlines())))
     assert main(["--in", str(turned), "--out", str(tmp_path / "turned"), *MADE]) == 0
