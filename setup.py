@@ -31,16 +31,17 @@ setup(
         "datasets",
         "tyro",
         "rich",
-        "httpx",
+        "openai",
+        "httpx2",
         "math-verify",
-        "matplotlib",
         "tensorboard",
         "easy-vqa",
     ],
     extras_require={
         "gpu": ["triton; sys_platform == 'linux'", "liger-kernel"],
         "ifeval": ["if-verifiable", "nupunkt"],
+        "attacks": ["matplotlib"],  # its font, for drawn text beyond ASCII
         "dev": ["pytest", "ninja", "ruff", "pyright", "liger-kernel", "triton; sys_platform == 'linux'",
-                "if-verifiable", "nupunkt"],
+                "if-verifiable", "nupunkt", "matplotlib"],
     },
 )

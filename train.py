@@ -25,8 +25,8 @@ try:
     from torch.distributed.elastic.multiprocessing.errors import record
 
     from cosmo_rl.cpgd.run.dryrun import dry_run
+    from cosmo_rl.cpgd.run.main import main
     from cosmo_rl.cpgd.run.recipes import parse_command
-    from cosmo_rl.cpgd.trainer import main
 except KeyboardInterrupt:
     sys.exit(130)
 except ModuleNotFoundError as error:

@@ -1,10 +1,12 @@
 """Seconds and peak memory of loading rows: 100,000 JSON lines over 10,000 distinct JPEGs, every image fully decoded.
 
-    python bench/data_bench.py [--rows 100000] [--images 10000] [--cores 2]
+    python bench/data_bench.py [--rows 100000] [--images 10000] [--cores 2] [--ranks 2]
 
-Makes the rows and the images in a temporary folder (not timed), loads them in a fresh process held to `--cores`
-cores, and writes bench/results/data.json. Peak memory is the largest resident set of that process, imports included.
-The pictures are a gradient with noise and a few shapes, JPEG quality 85: 16 KiB, as a photograph of that size has.
+Makes the rows and the images in a temporary folder (not timed), has the rank of a host that reads load them in a fresh
+process held to `--cores` cores, then the other ranks what it wrote down, and writes bench/results/data.json. Peak
+memory is the largest resident set of the first process, imports included; `ranks_cpu_s` holds each rank's CPU seconds,
+imports included, and `ranks_parsed` and `ranks_opened` how many rows and images it read. The pictures are a gradient
+with noise and a few shapes, JPEG quality 85: 16 KiB, as a photograph of that size has.
 """
 
 import argparse
@@ -27,17 +29,35 @@ RESULTS = ROOT / "bench" / "results" / "data.json"
 SIDE = 224
 WORDS = ("is", "there", "any", "red", "blue", "small", "large", "round", "shape", "picture", "left", "of", "the", "how")
 LOAD = """
-import random, sys, time
+import json, random, resource, sys, time
+from pathlib import Path
 started = time.perf_counter()
-from cosmo_rl.data.dataset import load_rows
+from cosmo_rl.data import index
 imported = time.perf_counter()
-rows = load_rows([sys.argv[1]], max_image_pixels=16_777_216)
+counts = {"parse_row": 0, "opened": 0}
+def counted(name, real):
+    def call(*args):
+        counts[name] += 1
+        return real(*args)
+    return call
+for name in counts:
+    setattr(index, name, counted(name, getattr(index, name)))
+path, rank = Path(sys.argv[2]), int(sys.argv[3])
+if rank == 0:
+    rows = index.load_rows([sys.argv[1]], max_image_pixels=16_777_216)
+    path.write_bytes(rows.dump({}))
+else:
+    rows, _ = index.Index.load(path)
 loaded = time.perf_counter()
+used = resource.getrusage(resource.RUSAGE_SELF)
+print(json.dumps({"rows": len(rows), "import_s": round(imported - started, 2), "load_s": round(loaded - imported, 2),
+                  "cpu_s": round(used.ru_utime + used.ru_stime, 2), "parsed": counts["parse_row"],
+                  "opened": counts["opened"], "peak_MiB": round(used.ru_maxrss / 1024)}))
 drawn = random.Random(0).choices(range(len(rows)), k=20_000)
+loaded = time.perf_counter()
 for i in drawn:
     rows[i]
-drawing = time.perf_counter() - loaded
-print(len(rows), imported - started, loaded - imported, drawing / len(drawn) * 1e6)
+print(round((time.perf_counter() - loaded) / len(drawn) * 1e6, 1))
 """
 
 
@@ -72,23 +92,16 @@ def make(folder: Path, rows: int, images: int) -> Path:
     return folder / "rows.jsonl"
 
 
-def load(path: Path, cores: int) -> dict:
-    """`load_rows` in a fresh process on `cores` cores: rows, import_s, load_s, draw_us (of a row at random, read back
-    from the file), total_s, peak_MiB."""
+def load(path: Path, cores: int, rank: int) -> dict:
+    """The rows on `cores` cores in a fresh process, as this rank of a host gets them: rows, import_s, load_s, cpu_s,
+    peak_MiB, parsed, opened, draw_us (of a row at random, read back from the file), total_s."""
     started = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, "-c", LOAD, str(path)], stdout=subprocess.PIPE, text=True, cwd=path.parent,
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, str(path), str(path.parent / "rows.npz"), str(rank)], stdout=subprocess.PIPE,
+        text=True, cwd=path.parent, check=True,
         preexec_fn=lambda: os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores]))
-    assert process.stdout is not None
-    out = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)  # its usage alone; RUSAGE_CHILDREN would count earlier children too
-    if status:
-        sys.exit(f"data_bench: load_rows ended with status {os.waitstatus_to_exitcode(status)}")
-    rows, imported, loaded, draw = out.split()
-    return {"rows": int(rows), "import_s": round(float(imported), 2), "load_s": round(float(loaded), 2),
-            "draw_us": round(float(draw), 1),
-            "total_s": round(time.perf_counter() - started, 2), "cpu_s": round(usage.ru_utime + usage.ru_stime, 2),
-            "peak_MiB": round(usage.ru_maxrss / 1024)}
+    found, draw = done.stdout.splitlines()
+    return {**json.loads(found), "draw_us": float(draw), "total_s": round(time.perf_counter() - started, 2)}
 
 
 def machine() -> dict:
@@ -106,13 +119,17 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--cores", type=int, default=2)
+    parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = make(Path(folder), options.rows, options.images)
         sizes = [image.stat().st_size for image in (Path(folder) / "images").iterdir()]
+        ranks = [load(path, options.cores, rank) for rank in range(options.ranks)]
         result = {"rows": options.rows, "images": options.images, "side": SIDE, "cores": options.cores,
-                  "image_KiB_mean": round(sum(sizes) / len(sizes) / 1024, 1), **load(path, options.cores), **machine()}
+                  "image_KiB_mean": round(sum(sizes) / len(sizes) / 1024, 1), **ranks[0],
+                  **{f"ranks_{name}": [rank[name] for rank in ranks] for name in ("cpu_s", "parsed", "opened")},
+                  **machine()}
     assert result["rows"] == options.rows
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -17,10 +17,10 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+from cosmo_rl.cpgd.run.evaluation import MEASURES
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "demo.csv"
-MEASURES = ("safe_rate", "benign_acceptance", "general_accuracy", "format_rate", "heldout_attack_safe_rate",
-            "heldout_attack_benign_acceptance", "unseen_attack_safe_rate", "unseen_attack_benign_acceptance")
 
 
 def run(seed: int, stage: int, folder: Path, extra: list[str]) -> dict:
@@ -41,7 +41,8 @@ def run(seed: int, stage: int, folder: Path, extra: list[str]) -> dict:
            "cores": os.cpu_count(), "torch": version("torch"), "transformers": version("transformers"),
            "commit": commit.stdout.strip()}
     for when in ("before", "after"):
-        row |= {f"{when}_{name}": round((report[when] or {}).get(name, float("nan")), 4) for name in MEASURES}
+        row |= {f"{when}_{name}": round((report[when] or {}).get(name, float("nan")), 4)
+                for name in MEASURES if name in report["after"]}
     return row
 
 

@@ -25,14 +25,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import numpy as np
 from PIL import Image
 
-from cosmo_rl.cpgd.batch import Response, Sample
 from cosmo_rl.cpgd.config import RewardConfig
-from cosmo_rl.cpgd.rewards.base import RewardBudgetError, check_budget, combine
-from cosmo_rl.cpgd.rewards.judged import Judging, judged_terms, open_seats
+from cosmo_rl.cpgd.rewards.base import RewardBudgetError, check_budget
+from cosmo_rl.cpgd.rewards.build import RowNeeds, build_scorer
+from cosmo_rl.cpgd.rollout.values import Request, Response
 from cosmo_rl.data.collate import EncodedPrompt
 from cosmo_rl.data.schema import Row
 
@@ -66,7 +66,7 @@ def serving(*args: object) -> Iterator[str]:
         process.wait()
 
 
-def responses(count: int) -> list[Sample]:
+def responses(count: int) -> list[Response]:
     """Responses to four kinds of rows, every fourth with a picture; benign rows are judged by Helpful too."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (112, 112, 3), np.uint8))
     prompt = EncodedPrompt("p", np.arange(3), np.zeros((3, 3), np.int64), np.zeros(3, np.int64), None, None)
@@ -78,33 +78,32 @@ def responses(count: int) -> list[Sample]:
                   images=(image,) if i % 4 == 3 else (), answer="eight", tags={"combined": combined}, source="bench",
                   licence="Apache-2.0")
         text = f"<think> thought {i} </think> answer {i}. " + "Some more words. " * 20
-        out.append(Sample(row=row, prompt=prompt, group=i // 8, k=i % 8, text=text,
-                          response=Response(np.array([1]), np.zeros(1, np.float32), "stop", 0)))
+        out.append(Response(request=Request(row=row, prompt=prompt, k=i % 8, seed=0), ids=np.array([1]), text=text,
+                            logprobs=np.zeros(1, np.float32), finish_reason="stop", version=0))
     return out
 
 
-def run(url: str, samples: list[Sample], cache_dir: Path, options: argparse.Namespace) -> Run:
-    """Judge all samples as the trainer would, then look at the budget."""
+def run(url: str, sampled: list[Response], cache_dir: Path, options: argparse.Namespace) -> Run:
+    """Score all responses as the trainer would, then look at the budget."""
     how = f"{url},judge,in-flight={options.in_flight},timeout={options.timeout_s}"
-    reward = RewardConfig(judges=tuple(f"{name}={how}" for name in JUDGES), judge_cache=str(cache_dir))
-    seats = open_seats(reward, patience_s=options.patience_s)
-    endpoint = seats["helpful"].endpoint  # of all of them
-    before = httpx.get(f"{url}/stats").json()
-    judging = Judging(seats, judged_terms(seats))
+    reward = RewardConfig(judges=tuple(f"{name}={how}" for name in JUDGES), judge_cache=str(cache_dir), format=0.0,
+                          visual_focus=0.0, helpful=0.2, task_aware=1.0)
+    scorer = build_scorer(reward, RowNeeds(reward), patience_s=options.patience_s)
+    endpoint = scorer.clients["helpful"].endpoint  # of all of them
+    before = httpx2.get(f"{url}/stats").json()
     started = time.perf_counter()
-    outcomes = judging.submit(samples).result()
+    outcomes = scorer.submit(sampled).result()
     seconds = time.perf_counter() - started
-    judging.close()
-    combined = [combine(found, {"task_aware": 1.0, "helpful": 0.2}) for found in outcomes]
-    after = httpx.get(f"{url}/stats").json()
+    scorer.close()
+    samples = list(map(scorer.sample, sampled, outcomes))
+    after = httpx2.get(f"{url}/stats").json()
     server = {name: after[name] - before.get(name, 0) for name in after if name != "most_in_flight"}
     stopped = ""
     try:
-        check_budget([f"{s.id}: {reason}" for s, (reward, _, reason) in zip(samples, combined, strict=True)
-                      if reward is None], len(samples), BUDGET)
+        check_budget([f"{s.id}: {s.failure}" for s in samples if s.reward is None], len(samples), BUDGET)
     except RewardBudgetError as error:
         stopped = str(error)
-    return Run([reward for reward, _, _ in combined], seconds, dict(endpoint.counts), server, stopped)
+    return Run([s.reward for s in samples], seconds, dict(endpoint.counts), server, stopped)
 
 
 def main() -> None:
@@ -141,9 +140,9 @@ def main() -> None:
         cache = Path(folder)
         want = run(url, samples, cache / "whole", options)
         half = run(url, samples[:options.count // 2], cache / "part", options)
-        httpx.post(f"{url}/dead?seconds={2 * options.patience_s + 5}")
+        httpx2.post(f"{url}/dead?seconds={2 * options.patience_s + 5}")
         dead = run(url, samples, cache / "part", options)
-        httpx.post(f"{url}/dead?seconds=0")
+        httpx2.post(f"{url}/dead?seconds=0")
         back = run(url, samples, cache / "part", options)
     died = {"seconds_to_stop": round(dead.seconds, 2), "patience_s": options.patience_s,
             "failed_responses": dead.rewards.count(None), "budget": BUDGET, "calls": dead.calls, "said": dead.stopped}
@@ -152,7 +151,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "settings": {**vars(options), "out": None, "judges": JUDGES}, "faults": pairs, "dead": died, "resume": resumed,
         "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),
-                    "load": os.getloadavg(), "python": platform.python_version(), "httpx": version("httpx")}}
+                    "load": os.getloadavg(), "python": platform.python_version(), "openai": version("openai")}}
     print(died, resumed, sep="\n")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=2) + "\n")

@@ -2,25 +2,58 @@
 
 A docstring line under each field gives its meaning, unit and, where ours differs, the paper's value.
 "authors' code" is the public training code behind arXiv 2505.12504. Fields made by `free` are those that a resumed run
-may change: steps, and what moves no number that it learns from by more than rounding.
+may change: steps, and what moves no number that it learns from by more than rounding. A field's bound stands beside its
+default, rules over several fields in `check` of what holds them; all are checked once a Config is whole.
 """
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.schema import TASKS
 
-from .judges.endpoint_spec import ACTIVATION, GRADED, Option, Server, check_shared, parse_server
+from .judges.spec import ACTIVATION, GRADED, Option, Server, check_shared, parse_server
 
 T = TypeVar("T")
 
 
-def free(default: T) -> T:
+class Bound(NamedTuple):
+    """What a value must be."""
+
+    holds: Callable[[Any], bool]
+    """Of the value."""
+    wanted: str
+    """In words, after "give"."""
+
+
+def at_least(least: int) -> Bound:
+    return Bound(lambda value: value >= least, f"at least {least}")
+
+
+POSITIVE = Bound(lambda value: value > 0, "a value above 0")
+
+
+def bounded(default: T, bound: Bound) -> T:
+    """A field with this default, whose value is checked."""
+    return field(default=default, metadata={"bound": bound})
+
+
+def free(default: T, bound: Bound | None = None) -> T:
     """A field with this default that a resumed run may change: it is no part of the run's identity."""
-    return field(default=default, metadata={"free": True})
+    return field(default=default, metadata={"free": True, "bound": bound})
+
+
+def _check_bounds(settings: Any, group: str = "") -> None:
+    for entry in fields(settings):
+        value, bound = getattr(settings, entry.name), entry.metadata.get("bound")
+        if is_dataclass(value):
+            _check_bounds(value, f"{entry.name}.")
+        elif bound:
+            option = f"{group}{entry.name}".replace("_", "-")
+            _require(bound.holds(value), f"--{option} is {value}; give {bound.wanted}")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -60,11 +93,11 @@ class DataConfig:
     """Share of each domain in every rollout, as safety=0.75 general=0.25; empty: as the rows come."""
     curriculum: tuple[float, float] = (0.0, 1.0)
     """Rows whose last pass rate lies outside LOW HIGH are passed over for one epoch; 0 1: none (data/sampler.py)."""
-    max_prompt_tokens: int = free(4096)
+    max_prompt_tokens: int = free(4096, at_least(1))
     """Longest prompt in tokens, image tokens included; a longer one is an error, never truncated."""
     max_image_pixels: int = free(16_777_216)
     """Largest image accepted, in pixels (width x height), against decompression bombs."""
-    resize_pixels: int = 1_003_520
+    resize_pixels: int = bounded(1_003_520, at_least(1))
     """Images are resized to at most this many pixels (Qwen's 28 x 28 x 1280)."""
     system_prompt: str = ""
     """Text, or a file that holds it, before each row without a system message; empty: the chat template's own."""
@@ -72,6 +105,11 @@ class DataConfig:
     def __post_init__(self) -> None:
         self.shares()
         self.named_sets()
+
+    def check(self) -> None:
+        low, high = self.curriculum
+        _require(0 <= low < high <= 1,
+                 f"--data.curriculum is {low} {high}; give two pass rates, 0 <= LOW < HIGH <= 1")
 
     def named_sets(self) -> dict[str, list[str]]:
         """Row files of each evaluation set, `eval_path` among them."""
@@ -102,16 +140,16 @@ class RolloutConfig:
     """Prompts per rollout (iteration)."""
     group_size: int = 8
     """Responses per prompt, K in the paper."""
-    temperature: float = 1.0
+    temperature: float = bounded(1.0, POSITIVE)
     """Sampling temperature; log-probs and entropies are taken at the same temperature."""
-    max_new_tokens: int = 4096
+    max_new_tokens: int = bounded(4096, at_least(1))
     """Longest response in tokens."""
-    batch_size: int = free(64)
+    batch_size: int = free(64, at_least(1))
     """Requests per generate call; formed over all ranks, so that results do not depend on their number. Of another size
     they differ in the last bits of logits, so that now and then another token is drawn."""
-    dynamic_sampling: int = 0
+    dynamic_sampling: int = bounded(0, at_least(0))
     """Most rounds in which prompts with equal rewards are replaced by others of their domain (DAPO); 0: none."""
-    canary_limit: float = free(0.5)
+    canary_limit: float = free(0.5, POSITIVE)
     """Largest mean |log-prob difference| of engine and trainer on one response, nats; beyond it the run stops."""
 
 
@@ -119,28 +157,35 @@ class RolloutConfig:
 class ObjectiveConfig:
     name: Literal["cpgd", "grpo", "ppo", "reinforce_pp", "rloo"] = "cpgd"
     """Policy objective; the others stand beside CPGD for comparison."""
-    clip_eps_low: float = 0.2
+    clip_eps_low: float = bounded(0.2, Bound(lambda value: 0 < value < 1, "a value in (0, 1)"))
     """Lower clip of the ratio, 1 - eps (not in the paper; authors' code 0.2)."""
-    clip_eps_high: float = 0.2
+    clip_eps_high: float = bounded(0.2, POSITIVE)
     """Upper clip of the ratio, 1 + eps (not in the paper; authors' code 0.2)."""
-    clip_schedule: float = 1.0
+    clip_schedule: float = bounded(1.0, Bound(lambda value: 0 <= value <= 1, "a value in [0, 1]"))
     """lambda of the tight-to-loose clip: eps_i = lambda*eps + (1-lambda)*eps*i/|y|; 1 is the constant clip."""
-    dual_clip: float = 3.0
+    dual_clip: float = bounded(3.0, at_least(0))
     """grpo only: upper bound of the ratio for negative advantages (paper 3.0); 0 switches it off."""
     drift: Literal["sampled", "exact"] = "sampled"
     """Policy drift: k3 on the sampled tokens (paper), or exact KL(pi_old || pi_theta) over the vocabulary."""
-    drift_coef: float = 0.01
+    drift_coef: float = bounded(0.01, at_least(0))
     """alpha, weight of the drift in cpgd, the only objective with one (not in the paper; authors' code 0.01)."""
-    drift_clip: float = 2.0
+    drift_clip: float = bounded(2.0, at_least(0))
     """c, bound on the drift's gradient coefficient (not in the paper; authors' code 2.0); no part in `exact`."""
     weight: Literal["std", "clip_filter", "equal"] = "std"
     """w(x) of cpgd, grpo and ppo: 1/std of the group, the clip-filter-like weight, or 1."""
-    weight_cap: float = 3.0
+    weight_cap: float = bounded(3.0, POSITIVE)
     """c_w, cap of the clip-filter-like weight (not in the paper; authors' code 3.0)."""
     aggregation: Literal["group", "sequence", "token"] = "group"
     """Token mean per group, then mean over prompts (paper); per sequence (authors' code as run); over all tokens."""
     entropy_coef: float = 0.0
     """Weight of an entropy bonus in nats (neither paper has one)."""
+
+    def check(self) -> None:
+        _require(self.drift == "sampled" or self.name == "cpgd",
+                 f"--objective.drift {self.drift} needs --objective.name cpgd, which is {self.name}")
+        _require(self.drift == "sampled" or self.entropy_coef == 0,
+                 f"--objective.drift {self.drift} has no entropy bonus, and --objective.entropy-coef is "
+                 f"{self.entropy_coef}; give 0, or --objective.drift sampled")
 
 
 JUDGES: dict[str, dict[str, Option]] = {
@@ -151,7 +196,7 @@ JUDGES: dict[str, dict[str, Option]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class JudgeEntry:
     """Where a judge is served and how it is asked: one entry of `RewardConfig.judges`."""
 
     judge: str
@@ -168,12 +213,12 @@ class Place:
         return {"model": self.server.model} | {name: getattr(self, name) for name in JUDGES[self.judge]}
 
 
-def parse_place(entry: str) -> Place:
-    """The Place of "NAME=URL,MODEL[,OPTION=VALUE...]"; raises UserError as `parse_server` does."""
+def parse_judge(entry: str) -> JudgeEntry:
+    """The JudgeEntry of "NAME=URL,MODEL[,OPTION=VALUE...]"; raises UserError as `parse_server` does."""
     judge, _, rest = entry.partition("=")
     _require(judge in JUDGES, f"there is no judge {judge[:40]!r}; use one of {', '.join(JUDGES)}, as NAME=URL,MODEL")
     server = parse_server(rest, f"judge {judge}", JUDGES[judge])
-    return Place(judge=judge, server=server, **server.more)
+    return JudgeEntry(judge=judge, server=server, **server.more)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,11 +249,11 @@ class RewardConfig:
     """Weight of its term."""
     function_tasks: tuple[str, ...] = ()
     """Tasks of the rows that it scores; empty: all."""
-    failure_budget: float = free(0.1)
+    failure_budget: float = free(0.1, Bound(lambda value: 0 <= value <= 1, "a share in [0, 1]"))
     """Largest share of responses of one rollout whose reward may fail before the run stops."""
 
     def __post_init__(self) -> None:
-        self.places()
+        self.judge_entries()
         file, _, name = self.function.rpartition(":")
         _require(not self.function or bool(file and name.isidentifier()),
                  f"--reward.function is {self.function!r}; write FILE:NAME, as my_reward.py:score")
@@ -217,27 +262,34 @@ class RewardConfig:
         for task in self.function_tasks:
             _require(task in TASKS, f"--reward.function-tasks holds {task!r}; give some of {', '.join(TASKS)}")
 
-    def places(self) -> list[Place]:
+    def check(self) -> None:
+        weights = {name: getattr(self, name) for name in ("format", "visual_focus", "helpful", "task_aware")}
+        weights["function"] = self.function_weight
+        _require(all(0 <= weight < float("inf") for weight in weights.values()),
+                 "reward weights must be finite and must not be negative: "
+                 + ", ".join(f"{name} {weight}" for name, weight in weights.items()))
+
+    def judge_entries(self) -> list[JudgeEntry]:
         """`judges`, read.
 
         Raises:
             UserError: an entry is wrong, a judge is named twice, or two of one server ask it in different ways.
         """
-        found: dict[str, Place] = {}
-        for place in map(parse_place, self.judges):
-            _require(place.judge not in found, f"judge {place.judge} is named twice; name it once")
-            found[place.judge] = place
-        check_shared({f"judge {name}": place.server for name, place in found.items()})
+        found: dict[str, JudgeEntry] = {}
+        for entry in map(parse_judge, self.judges):
+            _require(entry.judge not in found, f"judge {entry.judge} is named twice; name it once")
+            found[entry.judge] = entry
+        check_shared({f"judge {name}": entry.server for name, entry in found.items()})
         return list(found.values())
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    learning_rate: float = 1e-6
+    learning_rate: float = bounded(1e-6, POSITIVE)
     """Peak learning rate of AdamW (paper 1e-6)."""
     min_lr_ratio: float = 0.1
     """Floor of the cosine as a share of the peak (authors' code 0.1)."""
-    warmup_steps: int = 0
+    warmup_steps: int = bounded(0, at_least(0))
     """Linear warm-up in optimizer steps (authors' code 0)."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW betas (authors' code)."""
@@ -245,13 +297,13 @@ class OptimConfig:
     """AdamW epsilon."""
     weight_decay: float = 0.01
     """Decoupled weight decay (authors' code 1e-2)."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = bounded(1.0, POSITIVE)
     """Global gradient norm clip (authors' code 1.0)."""
     updates_per_rollout: int = 8
     """Optimizer steps per rollout (authors' code 8); with 1 neither clip nor drift ever acts."""
-    sft_batch: int = 128
+    sft_batch: int = bounded(128, at_least(1))
     """Rows per optimizer step in stage 0."""
-    max_nonfinite: int = free(3)
+    max_nonfinite: int = free(3, at_least(1))
     """Consecutive steps skipped for non-finite gradients before the run stops."""
 
 
@@ -259,40 +311,44 @@ class OptimConfig:
 class BatchConfig:
     layout: Literal["packed", "padded"] = free("packed")
     """Micro-batches as one packed row, or as right-padded rows (faster where attention has no varlen kernel)."""
-    max_tokens: int = free(16_384)
+    max_tokens: int = free(16_384, at_least(1))
     """Token budget of a micro-batch per rank, prompt and padding included. Another split of an update into
     micro-batches changes its sums in their last bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    every: int = free(50)
+    every: int = free(50, at_least(1))
     """Optimizer steps between checkpoints; RL stages round up to the end of a rollout."""
-    keep: int = free(2)
+    keep: int = free(2, at_least(1))
     """Checkpoints kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    every: int = free(0)
+    every: int = free(0, at_least(0))
     """Optimizer steps between evaluations on the validation split (or eval_path), to evals.jsonl; 0: none."""
     split: Literal["heldout", "validation"] = "heldout"
     """Embedded split of the report; recipes are tuned on `validation` only."""
-    max_rows: int = 0
+    max_rows: int = bounded(0, at_least(0))
     """At most this many rows per group in the report; 0: all."""
-    batch_size: int = free(256)
+    batch_size: int = free(256, at_least(1))
     """Requests per generate call in evaluation; of another size, answers differ as those of rollout.batch_size do."""
     guard: Literal["off", "warn", "stop"] = free("off")
     """What a fall of general accuracy or benign acceptance, measured every `every` steps, leads to: run/guard.py."""
-    guard_drop: float = free(0.05)
+    guard_drop: float = free(0.05, Bound(lambda value: 0 <= value < 1, "a share of at least 0, below 1"))
     """Largest fall below the first measurement that the guard lets pass, absolute."""
+
+    def check(self) -> None:
+        _require(self.guard == "off" or self.every > 0,
+                 f"--eval.guard {self.guard} needs measurements, and --eval.every is 0; give it a number of steps")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
     tensorboard: bool = free(True)
     """Write TensorBoard event files beside metrics.jsonl."""
-    samples: int = free(8)
+    samples: int = free(8, at_least(0))
     """Sampled responses written to samples.jsonl per iteration."""
 
 
@@ -308,7 +364,7 @@ class Config:
     """Seed of sampling, data order and initialisation."""
     run_dir: str = free("")
     """Run directory; empty: runs/PRESET."""
-    steps: int = free(100)
+    steps: int = free(100, at_least(1))
     """Optimizer steps of this stage; a resumed run may change it, and its learning rate then falls to the new end."""
     resume: Literal["auto", "never"] = free("auto")
     """auto: continue from the latest checkpoint; never: refuse a folder that is not empty. What cannot change what is
@@ -325,55 +381,21 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        r, o, w, p = self.rollout, self.objective, self.reward, self.optim
-        for option, value, least in (
-            ("steps", self.steps, 1), ("data.max-prompt-tokens", self.data.max_prompt_tokens, 1),
-            ("data.resize-pixels", self.data.resize_pixels, 1), ("rollout.max-new-tokens", r.max_new_tokens, 1),
-            ("rollout.batch-size", r.batch_size, 1), ("objective.dual-clip", o.dual_clip, 0),
-            ("rollout.dynamic-sampling", r.dynamic_sampling, 0),
-            ("objective.drift-coef", o.drift_coef, 0), ("objective.drift-clip", o.drift_clip, 0),
-            ("optim.warmup-steps", p.warmup_steps, 0), ("optim.sft-batch", p.sft_batch, 1),
-            ("optim.max-nonfinite", p.max_nonfinite, 1), ("batch.max-tokens", self.batch.max_tokens, 1),
-            ("checkpoint.every", self.checkpoint.every, 1), ("checkpoint.keep", self.checkpoint.keep, 1),
-            ("eval.every", self.eval.every, 0), ("eval.max-rows", self.eval.max_rows, 0),
-            ("eval.batch-size", self.eval.batch_size, 1), ("log.samples", self.log.samples, 0),
-        ):
-            _require(value >= least, f"--{option} is {value}; give at least {least}")
-        for option, value in (
-            ("rollout.temperature", r.temperature), ("rollout.canary-limit", r.canary_limit),
-            ("objective.clip-eps-high", o.clip_eps_high), ("objective.weight-cap", o.weight_cap),
-            ("optim.learning-rate", p.learning_rate), ("optim.max-grad-norm", p.max_grad_norm),
-        ):
-            _require(value > 0, f"--{option} is {value}; give a value above 0")
-        _require(r.group_size >= 2 or self.stage == 0,
-                 f"--rollout.group-size is {r.group_size}; a group needs 2 responses for a baseline")
-        _require(1 <= p.updates_per_rollout <= r.prompts,
-                 f"--optim.updates-per-rollout is {p.updates_per_rollout} and --rollout.prompts is {r.prompts}; "
-                 "each update takes whole groups, so give at most as many updates as prompts")
-        _require(0 < o.clip_eps_low < 1, f"--objective.clip-eps-low is {o.clip_eps_low}; give a value in (0, 1)")
-        _require(0 <= o.clip_schedule <= 1, f"--objective.clip-schedule is {o.clip_schedule}; give a value in [0, 1]")
-        _require(o.drift == "sampled" or o.name == "cpgd",
-                 f"--objective.drift {o.drift} needs --objective.name cpgd, which is {o.name}")
-        _require(o.drift == "sampled" or o.entropy_coef == 0,
-                 f"--objective.drift {o.drift} has no entropy bonus, and --objective.entropy-coef is {o.entropy_coef}; "
-                 "give 0, or --objective.drift sampled")
-        _require(not r.dynamic_sampling or o.name != "reinforce_pp",
-                 f"--rollout.dynamic-sampling is {r.dynamic_sampling}, and --objective.name reinforce_pp learns from "
-                 "prompts with equal rewards too, since it compares with the whole rollout; give 0")
+        _check_bounds(self)
+        for part in (self.data, self.objective, self.reward, self.eval):
+            part.check()
+        rollout, updates = self.rollout, self.optim.updates_per_rollout
+        _require(rollout.group_size >= 2 or self.stage == 0,
+                 f"--rollout.group-size is {rollout.group_size}; a group needs 2 responses for a baseline")
+        _require(1 <= updates <= rollout.prompts,
+                 f"--optim.updates-per-rollout is {updates} and --rollout.prompts is {rollout.prompts}; each update "
+                 "takes whole groups, so give at most as many updates as prompts")
+        _require(not rollout.dynamic_sampling or self.objective.name != "reinforce_pp",
+                 f"--rollout.dynamic-sampling is {rollout.dynamic_sampling}, and --objective.name reinforce_pp learns "
+                 "from prompts with equal rewards too, since it compares with the whole rollout; give 0")
         low, high = self.data.curriculum
-        _require(0 <= low < high <= 1,
-                 f"--data.curriculum is {low} {high}; give two pass rates, 0 <= LOW < HIGH <= 1")
         _require((low, high) == (0, 1) or self.stage > 0,
                  f"--data.curriculum is {low} {high}, and stage 0 samples nothing that could pass; give 0 1")
-        e = self.eval
-        _require(e.guard == "off" or e.every > 0,
-                 f"--eval.guard {e.guard} needs measurements, and --eval.every is 0; give it a number of steps")
-        _require(0 <= e.guard_drop < 1, f"--eval.guard-drop is {e.guard_drop}; give a share of at least 0, below 1")
-        weights = (w.format, w.visual_focus, w.helpful, w.task_aware, w.function_weight)
-        _require(all(0 <= weight < float("inf") for weight in weights),
-                 f"reward weights must be finite and must not be negative: format {w.format}, visual_focus "
-                 f"{w.visual_focus}, helpful {w.helpful}, task_aware {w.task_aware}, function {w.function_weight}")
-        _require(0 <= w.failure_budget <= 1, f"--reward.failure-budget is {w.failure_budget}; give a share in [0, 1]")
 
     def to_dict(self) -> dict:
         """Nested plain dict, JSON-ready."""
@@ -412,5 +434,5 @@ def identity(settings: dict) -> dict:
     reward = settings["reward"]
     if "function" in reward:
         reward["function"] = reward["function"].rpartition(":")[2]
-    reward["judges"] = {place.judge: place.identity() for place in map(parse_place, reward["judges"])}
+    reward["judges"] = {entry.judge: entry.identity() for entry in map(parse_judge, reward["judges"])}
     return settings

@@ -13,14 +13,15 @@ With r = e^(logprob - old_logprob), per token:
 They differ in their advantages too (advantages.py).
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.kernels.cpgd_objective import cpgd_objective
+from cosmo_rl.kernels.linear_cpgd import CPGDOutput
+from cosmo_rl.kernels.linear_logprob import TokenStats
+from cosmo_rl.model.policy import Update
 
 from .config import ObjectiveConfig
 
@@ -73,83 +74,46 @@ def clip_bounds(config: ObjectiveConfig, positions: torch.Tensor, lengths: torch
     return (low * ramp).float(), (high * ramp).float()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class LossInputs:
-    """N response tokens of a micro-batch and the settings of the objective."""
+def policy_loss(config: ObjectiveConfig, update: Update, stats: TokenStats) -> CPGDOutput:
+    """Loss of a micro-batch under the objective `config.name` (formulas at the top of this file), to be minimised.
 
-    logprobs: torch.Tensor
-    """(N,) float32, nats, of the policy in training; carries the gradient."""
-    advantages: torch.Tensor
-    """(N,) float32 or float64, each token with its response's."""
-    token_weights: torch.Tensor
-    """(N,) float32 or float64, from `token_weights`."""
-    old_logprobs: torch.Tensor | None = None
-    """(N,) float32, nats; None: the ratio is 1 (first update of a rollout)."""
-    entropy: torch.Tensor | None = None
-    """(N,) float32, nats, with gradient; needed when `entropy_coef` is not 0."""
-    clip_eps_low: float | torch.Tensor = 0.2
-    """1 - lower bound of the ratio; float or (N,)."""
-    clip_eps_high: float | torch.Tensor = 0.2
-    """Upper bound of the ratio - 1; float or (N,)."""
-    dual_clip: float = 3.0
-    """grpo: bound of the ratio for negative advantages; 0: none."""
-    drift_coef: float = 0.01
-    """cpgd: alpha."""
-    drift_clip: float = 2.0
-    """cpgd: c."""
-    entropy_coef: float = 0.0
-    """Weight of the entropy bonus."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class LossOutputs:
-    """Only `loss` is differentiable."""
-
-    loss: torch.Tensor
-    """() float32, sum over tokens of weight * loss."""
-    clipped: torch.Tensor
-    """(N,) bool, the token's policy gradient is stopped."""
-    log_ratio: torch.Tensor
-    """(N,) float32, nats."""
-    drift: torch.Tensor
-    """(N,) float32, nats, k3 estimate of KL(pi_old || pi_theta); a part of the loss in cpgd only."""
-
-
-def policy_loss(name: str, inputs: LossInputs) -> LossOutputs:
-    """Loss of a micro-batch under the objective `name` (formulas at the top of this file), to be minimised.
-
+    Args:
+        stats: of the policy in training, with gradient.
+    Returns:
+        As `kernels.linear_cpgd` gives it: only `loss` is differentiable; `drift` is a part of the loss in cpgd only.
     Raises:
-        UserError: an unknown name, an entropy bonus without entropy, or what cpgd_objective refuses.
+        UserError: an unknown name, or what cpgd_objective refuses.
     """
+    name, logprobs = config.name, stats.logprobs
     if name not in ("cpgd", "grpo", "ppo", "reinforce_pp", "rloo"):
         raise UserError(f"objective is {name!r}; give 'cpgd', 'grpo', 'ppo', 'reinforce_pp' or 'rloo'")
-    old = inputs.logprobs.detach() if inputs.old_logprobs is None else inputs.old_logprobs
+    old = logprobs.detach() if update.old_logprobs is None else update.old_logprobs
     # cpgd's terms, checks included, are computed for every objective: drift and log-ratio are metrics of all.
-    terms = cpgd_objective(inputs.logprobs, old, inputs.advantages, clip_eps_low=inputs.clip_eps_low,
-                           clip_eps_high=inputs.clip_eps_high, drift_coef=inputs.drift_coef,
-                           drift_clip=inputs.drift_clip)
+    terms = cpgd_objective(logprobs, old, update.advantages, clip_eps_low=update.clip_eps_low,
+                           clip_eps_high=update.clip_eps_high, drift_coef=update.drift_coef,
+                           drift_clip=update.drift_clip)
     loss, clipped = terms.loss, terms.clipped
     if name != "cpgd":
-        loss, clipped = _ratio_loss(name, inputs, old.detach(), clipped)
-    total = (inputs.token_weights.double() * loss.double()).sum()
-    if inputs.entropy_coef != 0.0:
-        if inputs.entropy is None:
-            raise UserError(f"entropy_coef is {inputs.entropy_coef} and entropy None; give the entropy of each token")
-        total = total - inputs.entropy_coef * (inputs.token_weights.double() * inputs.entropy.double()).sum()
-    return LossOutputs(loss=total.float(), clipped=clipped, log_ratio=terms.log_ratio, drift=terms.drift)
+        loss, clipped = _ratio_loss(config, update, logprobs, old.detach(), clipped)
+    weights = update.token_weights.double()
+    total = (weights * loss.double()).sum()
+    if config.entropy_coef != 0.0:
+        total = total - config.entropy_coef * (weights * stats.entropy.double()).sum()
+    return CPGDOutput(total.float(), logprobs.detach(), stats.entropy.detach(), clipped, terms.drift)
 
 
-def _ratio_loss(name: str, inputs: LossInputs, old: torch.Tensor, clipped: torch.Tensor):
+def _ratio_loss(config: ObjectiveConfig, update: Update, logprobs: torch.Tensor, old: torch.Tensor,
+                clipped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss (N,) float64, clipped (N,)) of the objectives whose gradient carries the ratio."""
-    advantages = inputs.advantages.detach().double()
-    ratio = (inputs.logprobs.double() - old.double()).exp()
-    if name == "rloo":
+    advantages = update.advantages.detach().double()
+    ratio = (logprobs.double() - old.double()).exp()
+    if config.name == "rloo":
         return -ratio * advantages, torch.zeros_like(clipped)
     lower, upper = (torch.as_tensor(bound, dtype=torch.float64, device=ratio.device)
-                    for bound in (1.0 - inputs.clip_eps_low, 1.0 + inputs.clip_eps_high))
+                    for bound in (1.0 - update.clip_eps_low, 1.0 + update.clip_eps_high))
     surrogate = torch.minimum(ratio * advantages, ratio.clamp(lower, upper) * advantages)
-    if name == "grpo" and inputs.dual_clip > 0.0:
-        bounded = (advantages < 0) & (ratio.detach() > inputs.dual_clip)
-        surrogate = torch.where(bounded, inputs.dual_clip * advantages, surrogate)
+    if config.name == "grpo" and config.dual_clip > 0.0:
+        bounded = (advantages < 0) & (ratio.detach() > config.dual_clip)
+        surrogate = torch.where(bounded, config.dual_clip * advantages, surrogate)
         clipped = clipped | bounded
     return -surrogate, clipped

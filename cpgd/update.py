@@ -1,148 +1,193 @@
-"""One optimizer step: sequences of an update -> micro-batches of this rank -> gradients -> step, on all ranks together.
+"""One optimizer step: sequences -> `Update`s, the micro-batches of this rank -> gradients -> step, all ranks together.
 
 The loss is a sum over response tokens times a per-token weight that already holds the global normaliser, so neither the
-split into micro-batches nor the number of ranks changes it.
+split into micro-batches nor the number of ranks changes it. Stage 0 imitates `chosen` by the same path.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
-from cosmo_rl.data.collate import MicroBatch, collate, plan_microbatches
-from cosmo_rl.data.collate import Sequence as TokenSequence
+from cosmo_rl.data.collate import EncodedPrompt, TokenSequence, collate, plan_microbatches
 from cosmo_rl.data.errors import UserError
+from cosmo_rl.data.schema import Row
 from cosmo_rl.kernels.linear_cpgd import CPGDOutput
-from cosmo_rl.model.head import CPGDInputs, ExactDrift
 from cosmo_rl.model.load import Processor
 from cosmo_rl.model.parallel import clip_grad_norm, rank, together, world
-from cosmo_rl.model.policy import Policy
+from cosmo_rl.model.policy import Policy, Update
 
-from .batch import Sample
-from .config import Config, OptimConfig
-from .objective import LossInputs, clip_bounds, policy_loss, token_weights
+from .config import BatchConfig, ObjectiveConfig, OptimConfig
+from .objective import clip_bounds, policy_loss, token_weights
+from .rollout.values import Rollout, Sample
 
 SUMS = ("loss", "clipped", "drift", "entropy", "tokens")
 """What a micro-batch adds up, in this order; all but `loss` are sums over its response tokens."""
 
 
-@dataclass(slots=True, eq=False)
-class Micro:
-    """A micro-batch with what the loss needs; per-token tensors are (N,), float32, on the policy's device.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildUpdates:
+    """Makes this rank's updates from the sequences of an optimizer step; every rank gets the same number of them."""
 
-    The batch stays on the host until the policy runs it: the pixels of a whole rollout would fill a GPU.
-    """
+    batch: BatchConfig
+    objective: ObjectiveConfig
+    aggregation: str
+    """Of the token weights: "group", "sequence" or "token"."""
+    processor: Processor
+    device: torch.device
 
-    batch: MicroBatch
-    members: list[int]
-    """Index of each sequence in the update."""
-    token_weights: torch.Tensor
-    advantages: torch.Tensor
-    clip_eps_low: float | torch.Tensor = 0.2
-    clip_eps_high: float | torch.Tensor = 0.2
-    old_logprobs: torch.Tensor | None = None
-    """None: the policy is still the one that sampled, the ratio is 1."""
-    exact: ExactDrift | None = None
+    def __call__(self, sequences: Sequence[TokenSequence], advantages: Sequence[float], groups: Sequence[int],
+                 num_prompts: int) -> list[Update]:
+        """
+        Args:
+            sequences, advantages, groups: of the whole optimizer step, one entry a sequence.
+            num_prompts: prompts of the step, for aggregation "group".
+        """
+        lengths = np.array([len(s.response_ids) for s in sequences], dtype=np.int64)
+        weights = token_weights(lengths, np.array(groups), num_prompts, self.aggregation)
+        plan = plan_microbatches([len(s) for s in sequences], max_tokens=self.batch.max_tokens,
+                                 layout=self.batch.layout, world_size=world())
+        return [self._update(members, sequences, lengths, weights, np.asarray(advantages, dtype=np.float64))
+                for members in plan[rank()]]
 
-
-def build_micros(sequences: Sequence[TokenSequence], advantages: Sequence[float], groups: Sequence[int],
-                 num_prompts: int, aggregation: str, config: Config, processor: Processor,
-                 device: torch.device) -> list[Micro]:
-    """This rank's micro-batches of one update; every rank gets the same number of them.
-
-    Args:
-        sequences, advantages, groups: of the whole update, one entry a sequence.
-        num_prompts: prompts of the update, for aggregation "group".
-    """
-    lengths = [len(s.response_ids) for s in sequences]
-    weights = token_weights(np.array(lengths), np.array(groups), num_prompts, aggregation)
-    plan = plan_microbatches([len(s) for s in sequences], max_tokens=config.batch.max_tokens,
-                             layout=config.batch.layout, world_size=world())
-    micros = []
-    for members in plan[rank()]:
-        batch = collate([sequences[i] for i in members], layout=config.batch.layout, pad_id=processor.pad_id,
-                        dummy_image=processor.dummy_image())
+    def _update(self, members: list[int], sequences: Sequence[TokenSequence], lengths: np.ndarray, weights: np.ndarray,
+                advantages: np.ndarray) -> Update:
+        batch = collate([sequences[i] for i in members], layout=self.batch.layout, pad_id=self.processor.pad_id,
+                        dummy_image=self.processor.dummy_image())
         owner = np.array(members, dtype=np.int64)[batch.sequence_ids.numpy()]
         positions = np.concatenate([np.arange(1, lengths[i] + 1) for i in members] or [np.zeros(0, dtype=np.int64)])
-        low, high = clip_bounds(config.objective, torch.from_numpy(positions),
-                                torch.from_numpy(np.array(lengths, dtype=np.int64)[owner]))
-
-        def spread(values: Sequence[float] | np.ndarray, owner: np.ndarray = owner) -> torch.Tensor:
-            return torch.from_numpy(np.asarray(values, dtype=np.float64)[owner]).float().to(device)
-
-        micros.append(Micro(
+        low, high = clip_bounds(self.objective, torch.from_numpy(positions), torch.from_numpy(lengths[owner]))
+        spread = lambda values: torch.from_numpy(values[owner]).float().to(self.device)
+        return Update(
             batch=batch, members=list(members), token_weights=spread(weights), advantages=spread(advantages),
-            clip_eps_low=low.to(device) if isinstance(low, torch.Tensor) else low,
-            clip_eps_high=high.to(device) if isinstance(high, torch.Tensor) else high,
-        ))
-    return micros
+            clip_eps_low=low.to(self.device) if isinstance(low, torch.Tensor) else low,
+            clip_eps_high=high.to(self.device) if isinstance(high, torch.Tensor) else high,
+            drift_coef=self.objective.drift_coef, drift_clip=self.objective.drift_clip,
+        )
 
 
-def rl_micros(samples: Sequence[Sample], num_prompts: int, config: Config, processor: Processor,
-              device: torch.device) -> list[Micro]:
-    """`build_micros` of sampled responses."""
-    sequences = [TokenSequence(s.prompt, s.response.ids) for s in samples]
-    return build_micros(sequences, [s.advantage for s in samples], [s.group for s in samples], num_prompts,
-                        config.objective.aggregation, config, processor, device)
+class Part(NamedTuple):
+    """What one optimizer step of a rollout is made of: whole groups, without the samples whose reward failed."""
+
+    samples: list[Sample]
+    advantages: list[float]
+    groups: list[int]
+    """Index in the rollout of each sample's group."""
+
+    @property
+    def num_prompts(self) -> int:
+        """A group counts as a prompt when at least one of its samples has a reward, degenerate or not."""
+        return len(set(self.groups))
+
+    def updates(self, build: BuildUpdates) -> list[Update]:
+        """This rank's."""
+        sequences = [TokenSequence(s.response.request.prompt, s.response.ids) for s in self.samples]
+        return build(sequences, self.advantages, self.groups, self.num_prompts)
 
 
-def cpgd_inputs(micro: Micro, config: Config) -> CPGDInputs:
-    """The arguments of the fused objective for one micro-batch."""
-    objective = config.objective
-    return CPGDInputs(
-        old_logprobs=micro.old_logprobs, advantages=micro.advantages, token_weights=micro.token_weights,
-        clip_eps_low=micro.clip_eps_low, clip_eps_high=micro.clip_eps_high,
-        drift_coef=0.0 if objective.drift == "exact" else objective.drift_coef, drift_clip=objective.drift_clip,
-    )
+def split_updates(rollout: Rollout, count: int) -> list[Part]:
+    """The parts of `count` optimizer steps: contiguous groups in prompt order; one without a reward is left out."""
+    parts = []
+    for groups in np.array_split(np.arange(len(rollout.groups)), count):
+        kept = [(sample, advantage, int(g)) for g in groups
+                for sample, advantage in zip(rollout.groups[g], rollout.advantages[g].tolist(), strict=True)
+                if sample.reward is not None]
+        if kept:
+            parts.append(Part(*map(list, zip(*kept, strict=True))))
+    return parts
+
+
+def chosen_ids(row: Row, processor: Processor) -> np.ndarray:
+    """(L,) int64, the tokens of `chosen` and the end of the turn.
+
+    Raises:
+        UserError: there is none, or it holds a special token.
+    """
+    if not row.chosen:
+        raise UserError(f"row {row.id}: stage 0 imitates `chosen`, which is missing; add it or drop the row")
+    ids = processor.tokenizer(row.chosen, add_special_tokens=False)["input_ids"]
+    banned = set(ids) & {*processor.suppressed_ids.tolist(), *processor.eos_ids}
+    if banned:
+        raise UserError(f"row {row.id}: `chosen` holds the special token "
+                        f"{processor.tokenizer.convert_ids_to_tokens(min(banned))}; remove it")
+    return np.array([*ids, processor.tokenizer.eos_token_id], dtype=np.int64)
+
+
+def sft_updates(prompts: Sequence[tuple[Row, EncodedPrompt]], build: BuildUpdates) -> list[Update]:
+    """This rank's updates of a step of stage 0: `chosen` closed by the end of the turn, by the build's aggregation."""
+    sequences = [TokenSequence(prompt, chosen_ids(row, build.processor)) for row, prompt in prompts]
+    return build(sequences, [0.0] * len(sequences), list(range(len(sequences))), len(sequences))
 
 
 @torch.no_grad()
-def fill_old_logprobs(policy: Policy, micros: Sequence[Micro], config: Config, old_weight: torch.Tensor | None) -> None:
+def fill_old_logprobs(policy: Policy, updates: Sequence[Update], old_weight: torch.Tensor | None) -> None:
     """Log-probs of the policy that sampled, by the same code path as training; all ranks must call it together.
 
     Args:
         old_weight: (V, D) copy of the head for the exact drift, which also keeps the hidden states; else None.
     """
-    for micro in micros:
-        output, hidden = policy(micro.batch, cpgd=cpgd_inputs(micro, config), return_hidden=True)
-        micro.old_logprobs = output.logprobs
+    for update in updates:
+        output, hidden = policy(update.batch, cpgd=update, return_hidden=True)
+        update.old_logprobs = output.logprobs
         if old_weight is not None:
-            micro.exact = ExactDrift(hidden, old_weight, micro.token_weights, config.objective.drift_coef)
+            update.old_hidden, update.old_weight = hidden, old_weight
 
 
-def disagreements(samples: Sequence[Sample], micro: Micro, logprobs: torch.Tensor,
-                  limit: float) -> list[tuple[str, float]]:
-    """(sample id, mean |trainer - engine| in nats) of the responses beyond `limit`; NaN counts as beyond."""
-    owner, values = micro.batch.sequence_ids, logprobs.cpu()
-    bad = []
-    for place, member in enumerate(micro.members):
-        sample = samples[member]
-        gap = (values[owner == place] - torch.from_numpy(sample.response.logprobs)).abs().mean().item()
-        if not gap <= limit:
-            bad.append((sample.id, gap))
-    return bad
+def prepare(policy: Policy, rollout: Rollout, parts: Sequence[Part], step: int, build: BuildUpdates,
+            dtype: torch.dtype, canary_limit: float) -> list[list[Update]]:
+    """This rank's updates of each part; all ranks must call it together, before the first of them is trained on.
+
+    The ratio is 1 for the policy that sampled. A part that will meet a later one, as every part but the first does,
+    gets its old log-probs, by which engine and trainer are compared here.
+
+    Args:
+        step: version of the policy, which the first part meets.
+        dtype: that the policy computes in.
+    """
+    plans = [part.updates(build) for part in parts]
+    later = [(part, updates) for i, (part, updates) in enumerate(zip(parts, plans, strict=True))
+             if step + i != rollout.version]
+    old_weight = None
+    if build.objective.drift == "exact":
+        weight = policy.model.lm_head.weight.detach()
+        weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        old_weight = weight.to(dtype, copy=True)
+    fill_old_logprobs(policy, [update for _, updates in later for update in updates], old_weight)
+    for part, updates in later:
+        check_canary(part.samples, updates, [u.old_logprobs for u in updates if u.old_logprobs is not None],
+                     canary_limit)
+    return plans
 
 
 class CanaryError(UserError):
     """Engine and trainer disagree about the same tokens."""
 
 
-def check_canary(samples: Sequence[Sample], micros: Sequence[Micro], logprobs: Sequence[torch.Tensor],
+def check_canary(samples: Sequence[Sample], updates: Sequence[Update], logprobs: Sequence[torch.Tensor],
                  limit: float) -> None:
     """Stop on every rank when trainer and engine disagree on a response; all ranks must call it together.
 
     Args:
-        samples: of the update. micros, logprobs: this rank's micro-batches, and the trainer's log-probs of each.
+        samples: of the step. updates, logprobs: this rank's updates, and the trainer's log-probs of each.
         limit: see `RolloutConfig.canary_limit`.
     Raises:
-        CanaryError: a response of this rank is beyond the limit; a rank without one raises the same as UserError.
+        CanaryError: the mean |trainer - engine| of a response of this rank is beyond the limit, or NaN; a rank without
+            one raises the same as UserError.
     """
     def check() -> None:
-        bad = [found for micro, values in zip(micros, logprobs, strict=True)
-               for found in disagreements(samples, micro, values, limit)]
+        bad: list[tuple[str, float]] = []
+        for update, values in zip(updates, logprobs, strict=True):
+            values, owner = values.cpu(), update.batch.sequence_ids
+            for place, member in enumerate(update.members):
+                response = samples[member].response
+                gap = (values[owner == place] - torch.from_numpy(response.logprobs)).abs().mean().item()
+                if not gap <= limit:
+                    bad.append((response.id, gap))
         if bad:
             raise CanaryError(
                 f"engine and trainer disagree on {len(bad)} responses, mean |difference of log-probs| up to "
@@ -151,44 +196,28 @@ def check_canary(samples: Sequence[Sample], micros: Sequence[Micro], logprobs: S
     together(check)
 
 
-LossFn = Callable[[Policy, Micro], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-"""(policy, micro) -> loss () with gradient, sums (len(SUMS),) without, log-probs (N,) without."""
+LossFn = Callable[[Policy, Update], CPGDOutput]
+"""Of the outputs only `loss` carries a gradient."""
 
 
-def rl_loss(config: Config) -> LossFn:
-    """The loss function of the objective in `config`: fused where it is CPGD alone, else through token log-probs."""
-    objective = config.objective
-
-    def fused(policy: Policy, micro: Micro) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        output = policy(micro.batch, cpgd=cpgd_inputs(micro, config), exact=micro.exact)
-        assert isinstance(output, CPGDOutput)
-        return output.loss, _sums(output.loss, output.clipped, output.drift, output.entropy), output.logprobs
-
-    def unfused(policy: Policy, micro: Micro) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        stats = policy(micro.batch)
-        logprobs = stats.logprobs.detach()
-        old = logprobs if micro.old_logprobs is None else micro.old_logprobs
-        output = policy_loss(objective.name, LossInputs(
-            logprobs=stats.logprobs, entropy=stats.entropy, old_logprobs=old, advantages=micro.advantages,
-            token_weights=micro.token_weights, clip_eps_low=micro.clip_eps_low, clip_eps_high=micro.clip_eps_high,
-            drift_coef=objective.drift_coef, drift_clip=objective.drift_clip, dual_clip=objective.dual_clip,
-            entropy_coef=objective.entropy_coef,
-        ))
-        return output.loss, _sums(output.loss, output.clipped, output.drift, stats.entropy), logprobs
-
-    return fused if objective.name == "cpgd" and objective.entropy_coef == 0 else unfused
+def rl_loss(objective: ObjectiveConfig) -> LossFn:
+    """The loss function of an objective: fused where it is CPGD alone, else through token log-probs."""
+    if objective.name == "cpgd" and objective.entropy_coef == 0:
+        return lambda policy, update: policy(update.batch, cpgd=update)
+    return lambda policy, update: policy_loss(objective, update, policy(update.batch))
 
 
-def sft_loss(policy: Policy, micro: Micro) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def sft_loss(policy: Policy, update: Update) -> CPGDOutput:
     """Weighted negative log-likelihood of the responses."""
-    stats = policy(micro.batch)
-    loss = -(micro.token_weights * stats.logprobs).sum()
+    stats = policy(update.batch)
     none = torch.zeros_like(stats.logprobs)
-    return loss, _sums(loss, none, none, stats.entropy), stats.logprobs.detach()
+    loss = -(update.token_weights * stats.logprobs).sum()
+    return CPGDOutput(loss, stats.logprobs.detach(), stats.entropy.detach(), none, none)
 
 
-def _sums(loss: torch.Tensor, clipped: torch.Tensor, drift: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
-    parts = [loss, clipped.sum(), drift.sum(), entropy.sum(), torch.tensor(len(entropy), device=loss.device)]
+def _sums(output: CPGDOutput) -> torch.Tensor:
+    parts = [output.loss, output.clipped.sum(), output.drift.sum(), output.entropy.sum(),
+             torch.tensor(len(output.entropy), device=output.loss.device)]
     return torch.stack([part.detach().double() for part in parts])
 
 
@@ -196,6 +225,8 @@ def _sums(loss: torch.Tensor, clipped: torch.Tensor, drift: torch.Tensor, entrop
 class StepResult:
     """One optimizer step, the same on all ranks."""
 
+    learning_rate: float
+    """It was to be taken at."""
     loss: float
     grad_norm: float
     """Before clipping; not finite: the step was skipped."""
@@ -206,7 +237,7 @@ class StepResult:
     """Mean over response tokens, nats."""
     response_tokens: int
     logprobs: list[torch.Tensor]
-    """(N,) of each micro-batch of this rank, at the policy before the step."""
+    """(N,) of each update of this rank, at the policy before the step."""
 
     @property
     def finite(self) -> bool:
@@ -214,19 +245,19 @@ class StepResult:
         return math.isfinite(self.grad_norm)
 
 
-def optimizer_step(policy: Policy, optimizer: torch.optim.Optimizer, micros: Sequence[Micro], loss_fn: LossFn,
+def optimizer_step(policy: Policy, optimizer: torch.optim.Optimizer, updates: Sequence[Update], loss_fn: LossFn,
                    learning_rate: float, max_grad_norm: float) -> StepResult:
-    """Gradients of all micro-batches, clip, step; skipped on all ranks when the norm is not finite.
+    """Gradients of all updates, clip, step; skipped on all ranks when the norm is not finite.
 
     All ranks must call it together. Side effects: advances `optimizer` at most once, leaves gradients None.
     """
-    totals = torch.zeros(len(SUMS), dtype=torch.float64, device=micros[0].token_weights.device)
+    totals = torch.zeros(len(SUMS), dtype=torch.float64, device=updates[0].token_weights.device)
     logprobs = []
-    for micro in micros:
-        loss, sums, values = loss_fn(policy, micro)
-        loss.backward()
-        totals += sums
-        logprobs.append(values)
+    for update in updates:
+        output = loss_fn(policy, update)
+        output.loss.backward()
+        totals += _sums(output)
+        logprobs.append(output.logprobs)
     grad_norm = clip_grad_norm(policy, max_grad_norm)
     if world() > 1:
         dist.all_reduce(totals)
@@ -237,7 +268,15 @@ def optimizer_step(policy: Policy, optimizer: torch.optim.Optimizer, micros: Seq
     optimizer.zero_grad(set_to_none=True)
     loss, clipped, drift, entropy, tokens = totals.tolist()
     count = max(tokens, 1)
-    return StepResult(loss, grad_norm, clipped / count, drift / count, entropy / count, int(tokens), logprobs)
+    return StepResult(learning_rate, loss, grad_norm, clipped / count, drift / count, entropy / count, int(tokens),
+                      logprobs)
+
+
+def make_optimizer(policy: Policy, optim: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over what is trained. On CUDA in one kernel: the default there holds a copy of the masters in a step."""
+    return torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=optim.learning_rate,
+                             betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay,
+                             fused=policy.head.bias.is_cuda)
 
 
 def learning_rate(step: int, total: int, optim: OptimConfig) -> float:

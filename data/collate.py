@@ -10,7 +10,7 @@ Two layouts, the same result: "packed" puts all sequences on one row, and restar
 """
 
 import heapq
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -40,7 +40,7 @@ class EncodedPrompt:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Sequence:
+class TokenSequence:
     """A prompt and one response to it."""
 
     prompt: EncodedPrompt
@@ -64,7 +64,7 @@ class MicroBatch:
     image_grid_thw: torch.Tensor
     """(n_unique_images, 3) int64."""
     image_slots: torch.Tensor
-    """(n_image_tokens,) int64, places of the image tokens among the B*T tokens."""
+    """(n_image_tokens,) int64, which of the B*T tokens are image tokens."""
     image_rows: torch.Tensor
     """(n_image_tokens,) int64, row of the tower's output that fills each slot."""
     target_positions: torch.Tensor
@@ -139,22 +139,24 @@ def encode_prompt(row: Row, processor: Any, *, max_prompt_tokens: int, max_image
                          pixels, grid)
 
 
-def check_prompt(row: Row, processor: Any, *, max_prompt_tokens: int, system_prompt: str = "") -> tuple[int, int]:
-    """The prompt's tokens, and how many of them are image tokens, from the images' headers alone.
+def check_prompt(row: Row, processor: Any, *, max_prompt_tokens: int, system_prompt: str = "",
+                 image_sizes: Sequence[tuple[int, int]] | None = None) -> tuple[int, int]:
+    """The prompt's tokens, and how many of them are image tokens.
 
-    Args: as `encode_prompt`; the images are known to be readable.
+    Args: as `encode_prompt`.
+        image_sizes: (width, height) of each image in pixels; None: from their headers, which are known to be readable.
     Raises: what `encode_prompt` would of the prompt's length.
     """
     ids, _ = _chat_ids(row, processor, system_prompt)
     patches = [processor.image_processor.get_number_of_image_patches(height, width)
-               for width, height in map(image_size, row.images)]
+               for width, height in image_sizes or map(image_size, row.images)]
     image_tokens = sum(patches) // processor.merge_size**2
     tokens = len(ids) - len(patches) + image_tokens
     _check_budget(row, tokens, image_tokens, max_prompt_tokens)
     return tokens, image_tokens
 
 
-def with_system(messages: Seq[Message], system_prompt: str) -> list[Message]:
+def with_system(messages: Sequence[Message], system_prompt: str) -> list[Message]:
     """The messages behind the system prompt; as they are where it is "" or they bring a system message themselves."""
     if not system_prompt or messages[0]["role"] == "system":
         return list(messages)
@@ -191,7 +193,7 @@ def _check_budget(row: Row, tokens: int, image_tokens: int, budget: int) -> None
                         "the row")
 
 
-def collate(sequences: Seq[Sequence], *, layout: str, pad_id: int,
+def collate(sequences: Sequence[TokenSequence], *, layout: str, pad_id: int,
             dummy_image: tuple[np.ndarray, np.ndarray]) -> MicroBatch:
     """The micro-batch of `sequences`, on the CPU.
 
@@ -251,7 +253,8 @@ def collate(sequences: Seq[Sequence], *, layout: str, pad_id: int,
     )
 
 
-def plan_microbatches(lengths: Seq[int], *, max_tokens: int, layout: str, world_size: int) -> list[list[list[int]]]:
+def plan_microbatches(lengths: Sequence[int], *, max_tokens: int, layout: str,
+                      world_size: int) -> list[list[list[int]]]:
     """Which sequences go into which micro-batch of which rank.
 
     Args:
@@ -288,7 +291,7 @@ def plan_microbatches(lengths: Seq[int], *, max_tokens: int, layout: str, world_
     return plan
 
 
-def _split_packed(lengths: Seq[int], order: list[int], count: int, max_tokens: int) -> list[list[int]] | None:
+def _split_packed(lengths: Sequence[int], order: list[int], count: int, max_tokens: int) -> list[list[int]] | None:
     """`count` bins, longest sequence first into the lightest bin; None if one overflows."""
     bins: list[list[int]] = [[] for _ in range(count)]
     heap = [(0, b) for b in range(count)]
@@ -301,7 +304,7 @@ def _split_packed(lengths: Seq[int], order: list[int], count: int, max_tokens: i
     return [sorted(members) for members in bins]
 
 
-def _split_padded(lengths: Seq[int], order: list[int], count: int, max_tokens: int) -> list[list[int]] | None:
+def _split_padded(lengths: Sequence[int], order: list[int], count: int, max_tokens: int) -> list[list[int]] | None:
     """`count` runs of the sorted sequences, the dearest as cheap as can be; None if over `max_tokens`."""
 
     def runs(cost: int) -> list[list[int]]:

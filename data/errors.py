@@ -32,6 +32,7 @@ class RowError(UserError):
 
     def __init__(self, where: str, field: str, problem: str, mend: str) -> None:
         super().__init__(where, shown(field), shown(problem, 400), mend)
+        self.where, self.field, self.problem, self.mend = self.args
         self._others: tuple[RowError, ...] = ()
 
     @classmethod
@@ -49,10 +50,10 @@ class RowError(UserError):
         return (RowError(*self.args), *self._others) if self._others else (self,)
 
     def __str__(self) -> str:
-        where, field, problem, mend = self.args
         if not self._others:
-            return f"{where}: field `{field}`: {problem}; {mend}" if field else f"{where}: {problem}; {mend}"
-        count = 1 + len(self._others)
+            field = f"field `{self.field}`: " if self.field else ""
+            return f"{self.where}: {field}{self.problem}; {self.mend}"
+        where, count = self.where, 1 + len(self._others)
         told = [f"({i}) {str(one).removeprefix(f'{where}: ')}" for i, one in enumerate(self.problems[:MOST_TOLD], 1)]
         more = [f"... and {count - MOST_TOLD} more"] if count > MOST_TOLD else []
         return f"{where}: {count} problems: {' '.join(told + more)}"

@@ -1,12 +1,12 @@
 """One row of data: its fields, the strict parser of a raw record, and the opening of its images.
 
-A row comes from a JSON line, a parquet record or a Hugging Face dataset (dataset.py), or from the embedded data.
-A bad record is a `RowError` that names place, field, problem and mend. The message has all
-the problems of the row, so that it is mended once. Nothing is repaired, guessed or dropped, with two exceptions: a null
-counts as an absent field (parquet fills absent fields with nulls), and `prompt` is short for one user message with the
-images before the text.
+A row comes from a JSON line, a parquet record or a Hugging Face dataset (files.py), or from the embedded data.
+A bad record is a `RowError` that names file, line, field, problem and mend. The message has all the problems of the
+row, so that it is mended once. Nothing is repaired, guessed or dropped, with two exceptions: a null counts as an absent
+field (parquet fills absent fields with nulls), and `prompt` is short for one user message with the images before the
+text.
 
-A text never holds the place of an image: see placeholders.py.
+A text never holds the place of an image: see foreign.py.
 
 An image becomes 8-bit RGB. Where that is one thing only, it is done silently; where a choice would be made for the user
 or the picture would be spoiled, the row is an error:
@@ -28,15 +28,13 @@ import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
 from PIL import Image, ImageOps
 
 from .errors import MOST_TOLD, Problems, RowError, shown
-from .field_names import meant
-from .placeholders import mend, placeholder
+from .foreign import meant, mend, nearest, placeholder
 from .strict_json import MAX_DEPTH
 
 TASKS = ("safety", "jailbreak", "value", "knowledge", "general", "math", "mcq", "ifeval", "helpful")
@@ -107,6 +105,11 @@ class Row:
     licence: str
     """Licence of the row."""
 
+    @property
+    def is_unsafe(self) -> bool:
+        """The row as a whole, image and text together, asks for harm; one without tags does not."""
+        return self.tags is not None and self.tags.get("combined") == "unsafe"
+
 
 FIELDS = (*(f.name for f in fields(Row)), "prompt")
 
@@ -142,9 +145,9 @@ def parse_row(obj: Any, where: str) -> Row:
         optional["chosen"] = take(_plain_text, obj["chosen"], "chosen", where)
     task = required["task"]
     if task and task not in TASKS:
-        near = get_close_matches(task[:80], TASKS, n=1)
+        near = nearest(task, TASKS)
         problems.add(where, "task", f"unknown task {shown(repr(task))}", f"give one of {', '.join(TASKS)}"
-                     + (f" (did you mean {near[0]}?)" if near else ""))
+                     + (f" (did you mean {near}?)" if near else ""))
 
     images = take(_each, obj.get("images", []), "images", where, _image)
     messages = take(_messages, obj, None if images is None else len(images), where)
@@ -177,6 +180,11 @@ def open_image(source: ImageSource, max_pixels: int, where: str, field: str = "i
             `max_pixels`, one side more than 200 times the other, an animation, grey of more than 8 bits, or what would
             take long for its pixels.
     """
+    return opened(source, max_pixels, where, field)[0]
+
+
+def opened(source: ImageSource, max_pixels: int, where: str, field: str) -> tuple[Image.Image, bytes]:
+    """`open_image`, and the bytes that were decoded: the file's content, or the pixels of a PIL image."""
     name = source if isinstance(source, str) else \
         "the PIL image" if isinstance(source, Image.Image) else "the embedded image"
     if isinstance(source, str) and not os.path.isfile(source):
@@ -184,7 +192,8 @@ def open_image(source: ImageSource, max_pixels: int, where: str, field: str = "i
         raise RowError(where, field, problem, "put it there, or correct the path")
     try:
         if isinstance(source, Image.Image):
-            return _decode(source, max_pixels, name, where, field)
+            image = _decode(source, max_pixels, name, where, field)
+            return image, repr(image.size).encode() + image.tobytes()
         size, most = len(source) if isinstance(source, bytes) else os.path.getsize(source), \
             _BYTES_PER_PIXEL * max_pixels + _BYTES_BESIDE
         if size > most:
@@ -194,7 +203,7 @@ def open_image(source: ImageSource, max_pixels: int, where: str, field: str = "i
             if image.format in ("JPEG", "MPO") and (scans := _scans(content)) > MAX_SCANS:
                 raise RowError(where, field, f"{name} has {scans} scans, more than {MAX_SCANS}",
                                "save it again, or remove the row")
-            return _decode(image, max_pixels, name, where, field)
+            return _decode(image, max_pixels, name, where, field), content
     except RowError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

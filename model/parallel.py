@@ -76,14 +76,23 @@ def together(action: Callable[[], T]) -> list[T]:
     except UserError as error:
         problem = error
     mine = (value, None if problem is None else str(problem))
-    outcomes = [mine]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        outcomes *= dist.get_world_size()
+    outcomes: list[Any] = [mine] * world()
+    if world() > 1:
         dist.all_gather_object(outcomes, mine)
     for _, found in outcomes:
         if found is not None:
             raise problem if problem is not None and str(problem) == found else UserError(found)
     return [cast(T, value) for value, _ in outcomes]
+
+
+def agree(value: str, complaint: str) -> None:
+    """All ranks hold the same `value`, which each has read of its host's files; all ranks must call it.
+
+    Raises:
+        UserError: `complaint`, on every rank.
+    """
+    if len(set(together(lambda: value))) > 1:
+        raise UserError(complaint)
 
 
 def on_main(action: Callable[[], object]) -> None:
@@ -93,7 +102,7 @@ def on_main(action: Callable[[], object]) -> None:
         UserError: on every rank, what `action` raised as UserError or, for a full disk or a missing right, OSError.
     """
     def guarded() -> None:
-        if dist.is_initialized() and dist.get_rank():
+        if rank():
             return
         try:
             action()
@@ -114,15 +123,6 @@ def rank() -> int:
 def world() -> int:
     """Number of ranks; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def all_gather(value: Any) -> list[Any]:
-    """`value` of every rank, by rank; all ranks must call it. Any picklable value."""
-    if world() == 1:
-        return [value]
-    values: list[Any] = [None] * world()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def shard(policy: Policy, *, device: torch.device, dtype: torch.dtype, freeze_vision: bool) -> Policy:

@@ -3,10 +3,7 @@
 Tensors go by their Hugging Face names, one at a time, so that no rank holds a second full model.
 """
 
-import errno
 import json
-import os
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -16,8 +13,11 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from cosmo_rl.data.disk import replacing
+from cosmo_rl.data.errors import UserError
+
 from .load import Processor
-from .parallel import all_gather, rank
+from .parallel import rank, together
 from .policy import Policy
 
 
@@ -61,32 +61,27 @@ def save_pretrained(policy: Policy, processor: Processor, folder: str | Path,
         folder: replaced if it exists; its parent is created.
         dtype: of all weights on disk; float32 is that of the masters (a frozen tower is held in the compute dtype).
     Raises:
-        OSError: on every rank, when rank 0 cannot write; an earlier `folder` is then still whole.
+        UserError: on every rank, when rank 0 cannot write; an earlier `folder` is then still whole.
     """
     state = {}
     for name, tensor in full_state_dict(policy, dtype):
         if rank() == 0:
             state[name] = tensor.cpu()
-    error = ""
-    if rank() == 0:
+
+    def write() -> None:
         try:
-            _write(policy, processor, Path(folder), state, dtype)
-        except (OSError, SafetensorError) as failure:
-            error = str(failure)
-    error = all_gather(error)[0]
-    if error:
-        raise OSError(errno.EIO, f"the model cannot be saved ({error}); free space or give another --run-dir",
-                      str(folder))
+            if rank() == 0:
+                _write(policy, processor, Path(folder), state, dtype)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{folder}: the model cannot be saved ({error}); free space or give another --run-dir"
+                            ) from error
+
+    together(write)
 
 
 def _write(policy: Policy, processor: Processor, folder: Path, state: dict[str, torch.Tensor],
            dtype: torch.dtype) -> None:
-    new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
-    if old.exists() and not folder.exists():  # killed between the two renames below: the only whole copy
-        old.rename(folder)
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    try:
+    with replacing(folder) as new:
         new.mkdir(parents=True)
         policy.model.save_pretrained(new, state_dict=state)
         (new / "generation_config.json").unlink(missing_ok=True)  # made up; the folder's own, if any, comes below
@@ -96,17 +91,6 @@ def _write(policy: Policy, processor: Processor, folder: Path, state: dict[str, 
         mode = (new / "config.json").stat().st_mode  # as the umask has it; safetensors writes for the owner alone
         for path in new.iterdir():
             path.chmod(mode)
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
-    except (OSError, SafetensorError):
-        shutil.rmtree(new, ignore_errors=True)
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _with_dtype(config: bytes, dtype: torch.dtype) -> bytes:

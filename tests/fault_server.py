@@ -81,6 +81,7 @@ class FaultServer:
         self.refuses = b""
         """A request that holds these bytes is answered with 400, as by a content filter."""
         self.bodies: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
         self.server: ThreadingHTTPServer | None = None
 
     @property
@@ -204,6 +205,7 @@ class _Handler(BaseHTTPRequestHandler):
             server.in_flight += 1
             server.most_in_flight = max(server.most_in_flight, server.in_flight)
             server.counts["attempts"] += 1
+            server.headers.append({name.lower(): value for name, value in self.headers.items()})
         try:
             self.reply(raw)
         finally:

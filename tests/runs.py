@@ -24,13 +24,14 @@ from typing import Any
 import torch
 from conftest import ROOT
 
-from cosmo_rl.cpgd.collect import fill_advantages, sample_groups, score
 from cosmo_rl.cpgd.config import Config, ObjectiveConfig
-from cosmo_rl.cpgd.rewards.build import build_rewards
+from cosmo_rl.cpgd.rewards.build import RowNeeds, build_scorer
+from cosmo_rl.cpgd.rollout.collect import Collector
 from cosmo_rl.cpgd.rollout.hf import HFEngine
 from cosmo_rl.cpgd.run.metrics import TIMING_FIELDS, read_metrics
 from cosmo_rl.cpgd.run.recipes import recipe
-from cosmo_rl.data.collate import encode_prompt
+from cosmo_rl.cpgd.update import BuildUpdates
+from cosmo_rl.data.collate import EncodedPrompt, encode_prompt
 from cosmo_rl.data.prepare.mini import general_rows, safety_rows
 from cosmo_rl.model.load import TINY_PATH, load_model, load_processor
 from cosmo_rl.model.policy import Policy
@@ -245,16 +246,34 @@ def config(**changes) -> Config:
     return replace(base, rollout=rollout, **{"objective": ObjectiveConfig(), **changes})
 
 
+def encode(row: Any) -> EncodedPrompt:
+    return encode_prompt(row, policy_processor(), max_prompt_tokens=512, max_image_pixels=10**6)
+
+
+def build(settings: Config, device: str = "cpu") -> BuildUpdates:
+    return BuildUpdates(batch=settings.batch, objective=settings.objective, processor=policy_processor(),
+                        aggregation=settings.objective.aggregation, device=torch.device(device))
+
+
+def collector(rows: Sequence[Any], engine: Any, scorer: Any, settings: Config) -> Collector:
+    """Draws `rows` in their order, once."""
+    sampler: Any = SimpleNamespace(take=lambda n: list(range(n)), observe=lambda rates: None, replace=None)
+    none: Any = None
+    return Collector(settings, rows, sampler, engine, scorer, none, policy_processor(), encode, build(settings))
+
+
 @functools.cache
 def rollout() -> SimpleNamespace:
     """6 prompts (one of them without an image) x 4 responses of the shipped policy, with rewards and advantages."""
-    settings, processor = config(), policy_processor()
+    settings = config()
     rows = [*safety_rows("validation")[:3], *general_rows("validation")[:40:20],
             text_only(general_rows("validation")[60])]
-    prompts = [encode_prompt(row, processor, max_prompt_tokens=512, max_image_pixels=10**6) for row in rows]
-    engine = HFEngine(load_model(MODEL), processor, settings.rollout)
-    samples = sample_groups(engine, rows, prompts, processor, settings, step=0)
-    rewards, _, weights = build_rewards(settings.reward, rows)
-    score(samples, rewards, weights, 0.1)
-    fill_advantages(samples, settings)
-    return SimpleNamespace(rows=rows, prompts=prompts, samples=samples, engine=engine, processor=processor)
+    needs = RowNeeds(settings.reward)
+    assert not any(map(needs.problem, rows))
+    engine = HFEngine(load_model(MODEL), policy_processor(), settings.rollout)
+    scorer = build_scorer(settings.reward, needs)
+    found = collector(rows, engine, scorer, settings).collect(0, {})
+    scorer.close()
+    prompts = [group[0].response.request.prompt for group in found.groups]
+    return SimpleNamespace(rows=rows, prompts=prompts, rollout=found, samples=found.samples, engine=engine,
+                           processor=policy_processor())

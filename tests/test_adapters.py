@@ -10,9 +10,10 @@ from datasets import Dataset, Features, Sequence, Value
 from datasets import Image as ImageFeature
 from published import BUILDERS, HINT, IMAGE, LIMIT, lines, parquet, picture, png, source_of
 
-from cosmo_rl.cpgd.rewards.build import build_rewards
+from cosmo_rl.cpgd.rewards.build import RowNeeds
 from cosmo_rl.cpgd.run.recipes import recipe
-from cosmo_rl.data.dataset import load_rows
+from cosmo_rl.data.files import KINDS, read_records
+from cosmo_rl.data.index import load_rows
 from cosmo_rl.data.prepare import convert as conversion
 from cosmo_rl.data.prepare.__main__ import main
 from cosmo_rl.data.prepare.adapters.reading import LayoutError, Record, options
@@ -20,7 +21,6 @@ from cosmo_rl.data.prepare.adapters.registry import NAMES, adapter
 from cosmo_rl.data.prepare.convert import convert
 from cosmo_rl.data.prepare.options import Convert
 from cosmo_rl.data.schema import RowError, open_image, parse_row
-from cosmo_rl.data.streaming import KINDS, read_records
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +71,9 @@ def test_a_conversion_loads_with_the_same_pictures_and_the_rewards_take_it(publi
     assert f"total{len(expected):>42}" in table and "rejected" not in table
     assert not [path for path in tmp_path.rglob(".*")]
     assert {row.task for row in rows} <= {*adapter(name).tasks}
-    without: list[tuple[int, str]] = []  # of every task that has a rule: Task-Aware may refuse nothing
-    ruled = [row for row in rows if row.task != "value" or row.answer]
-    build_rewards(replace(recipe("tiny", 2).reward, task_aware=1.0), ruled, without)
-    assert not without
+    needs = RowNeeds(replace(recipe("tiny", 2).reward, task_aware=1.0))
+    ruled = [row for row in rows if row.task != "value" or row.answer]  # tasks with a rule: nothing may be refused
+    assert not any(map(needs.problem, ruled))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -9,17 +9,16 @@ from fault_server import FaultServer, text_of
 from rich.console import Console
 
 from cosmo_rl.cpgd.config import JUDGES, RewardConfig
-from cosmo_rl.cpgd.judges import endpoint as endpoint_module
+from cosmo_rl.cpgd.judges.judge import ScalarJudge, chat_judges
 from cosmo_rl.cpgd.rewards import check
 from cosmo_rl.cpgd.rewards.check import main, probes
-from cosmo_rl.cpgd.rewards.judges import ScalarJudge, judges
 
-CHAT = sorted(judges())
+CHAT = sorted(chat_judges())
 
 
 @pytest.fixture(autouse=True)
 def short_backoff(monkeypatch):
-    monkeypatch.setattr(endpoint_module, "BACKOFF_S", 0.01)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
     monkeypatch.setattr(check, "Console", lambda: Console(width=200))
 
 
@@ -27,9 +26,9 @@ def knowing(*names: str, wrong: int = 0):
     """An oracle that knows the probes of these judges, and gets the first `wrong` of each wrong."""
     known = {}
     for name in names:
-        judge = judges()[name]
+        judge = chat_judges()[name]
         for number, probe in enumerate(probes(name)):
-            text = text_of({"messages": judge.build(judge.rules, probe.row, probe.response, probe.thinking)})
+            text = text_of({"messages": judge.build(judge.rules, probe.row, probe.response)})
             known[text] = probe.labels[-1] if number >= wrong else "neither of them"
 
     def oracle(body) -> str:

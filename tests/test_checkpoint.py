@@ -17,9 +17,14 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
+from cosmo_rl.cpgd.config import EvalConfig
 from cosmo_rl.cpgd.run import checkpoint
-from cosmo_rl.cpgd.run.checkpoint import load_latest, save
+from cosmo_rl.cpgd.run.checkpoint import check_state, load_latest, restore, save
+from cosmo_rl.cpgd.run.guard import Guard
+from cosmo_rl.cpgd.run.watch import Watch
+from cosmo_rl.data import disk
 from cosmo_rl.data.errors import UserError
+from cosmo_rl.data.sampler import PromptSampler
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 STATE = {"sampler": {"epoch": 1, "cursor": 7, "carry": [0.1, 0.2]}, "trained_s": 0.1 + 0.2}
@@ -154,11 +159,11 @@ class Killed(BaseException):
     (checkpoint, "dcp_save", False),
     (checkpoint, "dcp_save", True),
     (checkpoint, "_commit", False),
-    (checkpoint, "fsync", False),
-    (Path, "rename", False),
-    (Path, "rename", True),
-    (checkpoint, "write_atomic", False),
-    (checkpoint, "write_atomic", True),
+    (disk, "fsync", False),
+    (Path, "replace", False),
+    (Path, "replace", True),
+    (checkpoint, "replace_file", False),
+    (checkpoint, "replace_file", True),
     (shutil, "rmtree", False),
 ])
 def test_killed_while_saving(tmp_path, monkeypatch, module, name, after):
@@ -186,7 +191,7 @@ def test_killed_while_saving(tmp_path, monkeypatch, module, name, after):
     state = load_latest(tmp_path, again, again_optimizer)
     assert state is not None
     # Only once `latest` is written does the new one count.
-    assert state["step"] == (4 if name == "rmtree" or (name == "write_atomic" and after) else 2)
+    assert state["step"] == (4 if name == "rmtree" or (name == "replace_file" and after) else 2)
     assert_equal(full(again), expected[state["step"]])
     train(again, again_optimizer, 4 - state["step"])
     assert_equal(full(again), expected[4])
@@ -492,3 +497,41 @@ def test_one_rank_to_two_and_back(tmp_path):
             mine, theirs = optimizer.state[parameter], back_optimizer.state[other]
             for moment in ("exp_avg", "exp_avg_sq"):
                 torch.testing.assert_close(theirs[moment], mine[moment], rtol=1e-5, atol=1e-9)
+
+
+def trained() -> tuple[dict, dict]:
+    """A trainer's state, and the parts in it."""
+    parts = {"sampler": PromptSampler(["a"], {"a": 1.0}, 0), "guard": Guard(EvalConfig()), "watch": Watch()}
+    return {"step": 4, "iteration": 1, "skipped_in_row": 0, "trained_s": 0.5, "fingerprint": "a",
+            "model_fingerprint": "b", **{name: part.state_dict() for name, part in parts.items()}}, parts
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({}, ""), ({"guard": None, "watch": None, "trained_s": 1}, ""),
+    ({"iteration": None}, "is without iteration as this"),
+    ({"sampler": [], "fingerprint": 3}, "is without sampler, fingerprint as this"),
+    ({"guard": "warn"}, "is without guard as"), ({"watch": [1]}, "is without watch as"),
+    ({"trained_s": "1"}, "is without trained_s as"), ({"model_fingerprint": {}}, "is without model_fingerprint as"),
+    ({"fingerprint": "c"}, "^the data changed: .* with fingerprint c, the rows now have a; restore the data"),
+    ({"model_fingerprint": "c"}, "^the model folder changed: .* with fingerprint c, x of y now have b; restore them"),
+    ({"step": 5}, "^--steps is 4, and step 5 is done in .*; give at least 5, or another --run-dir$"),
+])
+def test_what_a_state_must_hold(tmp_path, changes, message):
+    state, _ = trained()
+    check = lambda: check_state(state | changes, tmp_path, steps=4, fingerprint="a", model_fingerprint="b",
+                                model_files="x of y")
+    if not message:
+        return check()
+    with pytest.raises(UserError, match=message):
+        check()
+
+
+@pytest.mark.parametrize(("changes", "named"), [
+    ({"sampler": {}}, "sampler"), ({"sampler": {"cursor": {"a": None}, "epoch": {"a": 0}}}, "sampler"),
+    ({"guard": {}}, "guard"), ({"watch": {}}, "watch"), ({"watch": {"on": 5}}, "watch")])
+def test_parts_of_a_state_of_another_shape_are_named(tmp_path, changes, named):
+    """As by another version: they are looked into where they are taken."""
+    state, parts = trained()
+    restore(state, tmp_path, **parts)
+    with pytest.raises(UserError, match=rf"^state\.json of the checkpoint in {tmp_path} is without {named} as this"):
+        restore(state | changes, tmp_path, **parts)

@@ -10,7 +10,7 @@ import tiny_case
 import torch
 from PIL import Image
 
-from cosmo_rl.data.collate import Sequence, check_prompt, encode_prompt, mrope_positions, plan_microbatches
+from cosmo_rl.data.collate import TokenSequence, check_prompt, encode_prompt, mrope_positions, plan_microbatches
 from cosmo_rl.model.load import load_model
 
 LAYOUTS = ("packed", "padded")
@@ -114,7 +114,7 @@ def test_collate_sends_each_image_through_the_tower_once(layout):
     prompts: Any = tiny_case.prompts()
     first, _, tall, _ = prompts
     one = np.array([5])
-    batch = tiny_case.batch([Sequence(p, one) for p in (first, tall, first, tall, first)], layout)
+    batch = tiny_case.batch([TokenSequence(p, one) for p in (first, tall, first, tall, first)], layout)
     assert batch.num_dummy_images == 0
     assert torch.equal(batch.pixel_values, torch.from_numpy(np.concatenate([first.pixel_values, tall.pixel_values])))
     a, b = (int(p.mm_token_type_ids.sum()) for p in (first, tall))
@@ -127,7 +127,7 @@ def test_collate_sends_each_image_through_the_tower_once(layout):
 @pytest.mark.parametrize("count", [0, 1])
 def test_collate_without_images_takes_the_dummy(layout, count):
     pixels, grid = tiny_case.processor().dummy_image()
-    batch = tiny_case.batch([Sequence(tiny_case.prompts()[1], np.array([5, 6]))] * count, layout)
+    batch = tiny_case.batch([TokenSequence(tiny_case.prompts()[1], np.array([5, 6]))] * count, layout)
     assert batch.num_dummy_images == 1
     assert torch.equal(batch.pixel_values, torch.from_numpy(pixels)) and batch.image_grid_thw.tolist() == grid.tolist()
     assert len(batch.image_slots) == len(batch.image_rows) == 0

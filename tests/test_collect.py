@@ -1,121 +1,154 @@
-"""From prompts to scored samples: seeds, failed rewards, the split into updates."""
+"""From rows to a rollout: seeds, the ranks' shares, failed rewards, evidence of later rounds."""
 
+from concurrent.futures import Future
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import runs
 
-from cosmo_rl.cpgd import collect
-from cosmo_rl.cpgd.batch import request_seed
-from cosmo_rl.cpgd.collect import fill_advantages, generate, sample_groups, score, split_updates
-from cosmo_rl.cpgd.rewards.base import Failed, NotApplicable, RewardBudgetError, Score
+from cosmo_rl.cpgd.rewards.base import Failed, NotApplicable, RewardBudgetError, Score, combine
+from cosmo_rl.cpgd.rollout import collect
+from cosmo_rl.cpgd.rollout.collect import sample
+from cosmo_rl.cpgd.rollout.values import Response, Sample, request_seed
 
 
-@pytest.fixture
-def samples():
-    """A copy of the recorded samples: 6 prompts x 4."""
-    return [replace(s, terms=dict(s.terms)) for s in runs.rollout().samples]
+class Recorded:
+    """An engine that answers at once, in batches and backwards."""
 
+    def __init__(self):
+        self.asked = []
 
-def test_samples_come_by_prompt(samples):
-    record = runs.rollout()
-    assert [(s.group, s.k) for s in samples] == [(group, k) for group in range(6) for k in range(4)]
-    assert all(s.row is record.rows[s.group] and s.prompt is record.prompts[s.group] for s in samples)
-    decode = record.processor.tokenizer.decode
-    assert all(s.text == decode(s.response.ids, skip_special_tokens=True) for s in samples)
-    assert len({s.text for s in samples}) > 6, "responses of a prompt differ"
-
-
-def test_seeds_belong_to_run_stage_step_prompt_and_index(monkeypatch):
-    """A prompt that is drawn twice in a rollout goes on counting."""
-    record, config = runs.rollout(), runs.config()
-    asked = []
-    monkeypatch.setattr(collect, "generate", lambda engine, requests, size, finished: asked.extend(requests) or
-                        [s.response for s in record.samples[:len(requests)]])
-    rows, prompts = [record.rows[0]] * 2, [record.prompts[0]] * 2
-    drawn = sample_groups(record.engine, rows, prompts, record.processor, config, step=5)
-    assert [r.seed for r in asked] == [request_seed(config.seed, 2, 5, prompts[0].id, k) for k in range(8)]
-    assert [(s.group, s.k) for s in drawn] == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2), (1, 3)]
-    seeds = {request_seed(*key) for key in ((0, 2, 5, "a", 1), (1, 2, 5, "a", 1), (0, 1, 5, "a", 1), (0, 2, 6, "a", 1),
-                                            (0, 2, 5, "b", 1), (0, 2, 5, "a", 2))}
-    assert len(seeds) == 6 and all(0 <= seed < 2**63 for seed in seeds)
-
-
-def test_ranks_share_whole_batches(monkeypatch):
-    """Two ranks' parts are the one rank's responses, bit for bit."""
-    record = runs.rollout()
-    requests = [collect.Request(s.prompt, s.k, request_seed(0, 2, 9, s.row.id, s.k)) for s in record.samples]
-    whole = generate(record.engine, requests, 5)
-    parts = []
-    monkeypatch.setattr(collect, "world", lambda: 2)
-    for number in (0, 1):
-        monkeypatch.setattr(collect, "rank", lambda number=number: number)
-        monkeypatch.setattr(collect, "together", lambda action: [parts.append(action()) or
-                                                                 dict.fromkeys(range(24)), *parts])
-        generate(record.engine, requests, 5)
-    assert len(parts[0]) + len(parts[1]) == 24 and not parts[0].keys() & parts[1].keys()
-    for i, response in {**parts[0], **parts[1]}.items():
-        assert response.ids.tolist() == whole[i].ids.tolist()
-        assert response.logprobs.tobytes() == whole[i].logprobs.tobytes()
+    def stream(self, requests, *, greedy=False, batch_size=None):
+        self.asked += requests
+        for start in range(0, len(requests), 3):
+            yield [Response(request=r, ids=np.array([1]), logprobs=np.zeros(1, np.float32), text=r.id,
+                            finish_reason="stop", version=3) for r in requests[start:start + 3][::-1]]
 
 
 class Fixed:
-    """A reward term that says what it is told, by sample id."""
+    """A scorer whose terms a and b, of weights 1 and 3, say what they are told by response id."""
 
     needs_policy = False
 
-    def __init__(self, outcomes, other):
-        self.outcomes, self.other = outcomes, other
+    def __init__(self, told=None):
+        self.told, self.seen = told or {}, []
 
-    def __call__(self, sample, evidence=None):
-        return self.outcomes.get(sample.id, self.other)
+    def submit(self, responses):
+        self.seen += responses
+        future = Future()
+        future.set_result([{"a": Score(0.25), "b": Score(1.0), **self.told.get(r.id, {})} for r in responses])
+        return future
 
-
-def test_a_failed_reward_leaves_its_group(samples):
-    first = samples[0].row.id
-    rewards = {"a": Fixed({f"{first}#0": Failed("no judge"), f"{first}#1": Score(1.0)}, Score(0.25)),
-               "b": Fixed({f"{first}#1": NotApplicable()}, Score(1.0))}
-    score(samples, rewards, {"a": 1.0, "b": 3.0}, budget=0.1)
-    assert samples[0].reward is None and samples[0].failure == "a: no judge"
-    assert samples[1].reward == 1.0 and samples[1].terms == {"a": 1.0}
-    assert samples[2].reward == (0.25 + 3) / 4 and samples[2].failure == ""
-    fill_advantages(samples, runs.config())
-    r = np.array([1.0, 0.8125, 0.8125])
-    assert samples[0].advantage == 0
-    np.testing.assert_allclose([s.advantage for s in samples[1:4]], (r - r.mean()) / r.std(ddof=1))
-    assert all(s.advantage == 0 for s in samples[4:])
-
-    with pytest.raises(RewardBudgetError, match=rf"1 of 24 responses.*{first}#0: a: no judge"):
-        score(samples, rewards, {"a": 1.0, "b": 3.0}, budget=0.04)
+    def sample(self, response, outcomes, evidence=None):
+        reward, terms, failure = combine(outcomes, {"a": 1.0, "b": 3.0})
+        return Sample(response=response, reward=reward, terms=terms, failure=failure)
 
 
-class Ahead(Fixed):
-    """A term that can work ahead."""
-
-    def __init__(self):
-        super().__init__({}, Score(1.0))
-        self.ahead = []
-
-    def prepare(self, samples):
-        self.ahead += [s.id for s in samples]
+def collected(rows, scorer, engine=None, **changes):
+    config = runs.config()
+    optim = replace(config.optim, updates_per_rollout=1)
+    config = replace(config, rollout=replace(config.rollout, prompts=len(rows)), optim=optim, **changes)
+    return runs.collector(rows, engine or Recorded(), scorer, config).collect(5, {})
 
 
-def test_a_rank_prepares_its_own_samples_that_no_judge_has_taken(samples, monkeypatch):
-    monkeypatch.setattr(collect, "rank", lambda: 1)
+def test_a_rollout_of_the_shipped_policy():
+    record = runs.rollout()
+    assert [[s.response.request.k for s in group] for group in record.rollout.groups] == [[0, 1, 2, 3]] * 6
+    assert all(s.row is row for row, group in zip(record.rows, record.rollout.groups, strict=True) for s in group)
+    decode = record.processor.tokenizer.decode
+    assert all(s.response.text == decode(s.response.ids, skip_special_tokens=True) for s in record.samples)
+    assert len({s.response.text for s in record.samples}) > 6, "responses of a prompt differ"
+    assert record.rollout.version == 0 and record.rollout.first == record.rollout.groups
+    assert record.rollout.sampled_tokens == sum(len(s.response.ids) for s in record.samples)
+
+
+def test_seeds_belong_to_run_stage_step_prompt_and_index():
+    """A prompt that is drawn twice in a rollout goes on counting."""
+    record, engine = runs.rollout(), Recorded()
+    found = collected([record.rows[0]] * 2, Fixed(), engine)
+    seeds = [request_seed(0, 2, 5, record.rows[0].id, k) for k in range(8)]
+    assert [s.response.request.seed for s in found.samples] == seeds
+    assert [s.response.request.k for s in found.samples] == [0, 1, 2, 3] * 2 and len(engine.asked) == 8
+    keys = ((0, 2, 5, "a", 1), (1, 2, 5, "a", 1), (0, 1, 5, "a", 1), (0, 2, 6, "a", 1), (0, 2, 5, "b", 1),
+            (0, 2, 5, "a", 2))
+    seeds = {request_seed(*key) for key in keys}
+    assert len(seeds) == 6 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_responses_in_any_order_are_scored_once_and_find_their_place():
+    """What is trained on is the very response that the scorer saw."""
+    scorer = Fixed()
+    found = collected(runs.rollout().rows, scorer)
+    assert [s.response.text for s in found.samples] == [s.response.request.id for s in found.samples]
+    assert {id(r) for r in scorer.seen} == {id(s.response) for s in found.samples} and len(scorer.seen) == 24
+
+
+def test_ranks_share_whole_batches(monkeypatch):
+    """Two ranks' parts are the one rank's responses, bit for bit; each rank scores what it samples."""
+    record = runs.rollout()
+    requests = [s.response.request for s in record.samples]
+    whole, _ = sample(record.engine, requests, 5, Fixed())
+    parts, seen = [], []
     monkeypatch.setattr(collect, "world", lambda: 2)
-    term = Ahead()
-    score(samples, {"a": term}, {"a": 1.0}, budget=1.0, judged={3: {"a": Score(0.5)}})
-    assert term.ahead == [s.id for s in samples[1::2] if s is not samples[3]]
+    filler = dict.fromkeys(range(24), (np.array([1]), np.zeros(1), "", "stop", 0))
+    for number in (0, 1):
+        scorer = Fixed()
+        monkeypatch.setattr(collect, "rank", lambda number=number: number)
+        monkeypatch.setattr(collect, "together", lambda action: [filler, parts.append(action()) or parts[-1]])
+        _, pending = sample(record.engine, requests, 5, scorer)
+        assert sorted(i for indices, _ in pending for i in indices) == sorted(parts[-1])
+        assert [r.request for r in scorer.seen] == [requests[i] for indices, _ in pending for i in indices]
+        seen.append(len(scorer.seen))
+    assert sum(seen) == len(parts[0]) + len(parts[1]) == 24 and not parts[0].keys() & parts[1].keys()
+    for i, (ids, logprobs, *_) in {**parts[0], **parts[1]}.items():
+        assert ids.tolist() == whole[i].ids.tolist() and logprobs.tobytes() == whole[i].logprobs.tobytes()
 
 
-def test_updates_are_whole_groups_in_order(samples):
-    for s in samples:
-        s.reward = 0.5
-    for s in samples[4:8]:
-        s.reward = None  # prompt 1 lost all its responses, prompt 2 one
-    samples[8].reward = None
-    parts = split_updates(samples, 6, 4)  # 2, 2, 1 and 1 prompts
-    assert [[s.group for s in part] for part, _ in parts] == [[0] * 4, [2] * 3 + [3] * 4, [4] * 4, [5] * 4]
-    assert [count for _, count in parts] == [1, 2, 1, 1], "an emptied group is no prompt of the update"
-    assert [len(part) for part, _ in split_updates(samples, 6, 1)] == [19]
+def test_a_failed_reward_leaves_its_group():
+    rows = runs.rollout().rows
+    told = {f"{rows[0].id}#0": {"a": Failed("no judge")}, f"{rows[0].id}#1": {"a": Score(1.0), "b": NotApplicable()}}
+    found = collected(rows, Fixed(told))
+    first, advantages = found.groups[0], found.advantages
+    assert first[0].reward is None and first[0].failure == "a: no judge"
+    assert first[1].reward == 1.0 and first[1].terms == {"a": 1.0}
+    assert first[2].reward == (0.25 + 3) / 4 and first[2].failure == ""
+    r = np.array([1.0, 0.8125, 0.8125])
+    assert advantages[0][0] == 0
+    np.testing.assert_allclose(advantages[0][1:], (r - r.mean()) / r.std(ddof=1))
+    assert len(advantages) == 6 and not np.concatenate(advantages[1:]).any()
+    reward = replace(runs.config().reward, failure_budget=0.04)
+    with pytest.raises(RewardBudgetError, match=rf"1 of 24 responses.*{rows[0].id}#0: a: no judge"):
+        collected(rows, Fixed(told), reward=reward)
+
+
+def in_two_rounds(budget):
+    """A rollout of 4 prompts without a signal, which are sampled again; in the second round one response each fails."""
+    config, rows, engine, scorer = runs.config(), runs.rollout().rows[:4], Recorded(), Fixed()
+    config = replace(config, rollout=replace(config.rollout, prompts=4, dynamic_sampling=1),
+                     reward=replace(config.reward, failure_budget=budget))
+
+    def again(numbers):
+        scorer.told = {f"{row.id}#0": {"a": Failed("no judge")} for row in rows}
+        return numbers
+
+    collector = runs.collector(rows, engine, scorer, config)
+    collector.sampler = SimpleNamespace(take=lambda n: list(range(n)), replace=again, observe=lambda rates: None)
+    return collector.collect(5, {}), engine
+
+
+def test_one_failure_budget_for_all_rounds():
+    """A round of prompts must not stop a run whose rollout is within the budget; nor may a bad one pass."""
+    found, engine = in_two_rounds(0.13)
+    assert found.refill["rounds"] == 1 and len(engine.asked) == 32
+    with pytest.raises(RewardBudgetError, match=r"4 of 32 responses"):
+        in_two_rounds(0.12)
+
+
+def test_seeds_go_on_counting_in_later_rounds():
+    """A prompt that comes again in a round of the same step, as it may in a small domain, meets other noise."""
+    _, engine = in_two_rounds(1.0)
+    for row in runs.rollout().rows[:4]:
+        seeds = [r.seed for r in engine.asked if r.row is row]
+        assert seeds == [request_seed(0, 2, 5, row.id, k) for k in range(8)]

@@ -19,7 +19,7 @@ from cosmo_rl.cpgd.config import (
     RolloutConfig,
     free_fields,
     identity,
-    parse_place,
+    parse_judge,
 )
 
 
@@ -155,13 +155,13 @@ def _fields(kind, prefix: str = "") -> set[str]:
 
 
 def test_a_place_has_a_server_and_options():
-    place = parse_place("helpful=http://h:1/v1, org/model ,key=JUDGE_KEY, in-flight=4,timeout=2.5,attempts=3,graded=no")
+    place = parse_judge("helpful=http://h:1/v1, org/model ,key=JUDGE_KEY, in-flight=4,timeout=2.5,attempts=3,graded=no")
     assert (place.judge, place.server.url, place.server.model) == ("helpful", "http://h:1", "org/model")
     assert place.server.options == {"api_key_env": "JUDGE_KEY", "max_in_flight": 4, "timeout_s": 2.5, "attempts": 3}
-    assert place.graded is False and parse_place("helpful=http://h,m,graded=yes").graded is True
-    plain = parse_place("scalar=http://h,m")
+    assert place.graded is False and parse_judge("helpful=http://h,m,graded=yes").graded is True
+    plain = parse_judge("scalar=http://h,m")
     assert (plain.server.options, plain.graded, plain.activation) == ({}, True, "none")
-    assert parse_place("scalar=http://h,m,activation=-10:10").activation == "-10:10"
+    assert parse_judge("scalar=http://h,m,activation=-10:10").activation == "-10:10"
 
 
 @pytest.mark.parametrize("entry, message", [

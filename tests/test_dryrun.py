@@ -17,12 +17,12 @@ from rich.console import Console
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from cosmo_rl.cpgd.config import Config
-from cosmo_rl.cpgd.run import dryrun
+from cosmo_rl.cpgd.run import dryrun, plan
 from cosmo_rl.cpgd.run.dryrun import Findings, inspect, show
 from cosmo_rl.cpgd.run.footprint import by_phase, count_parameters
 from cosmo_rl.cpgd.run.recipes import recipe
 from cosmo_rl.cpgd.update import build_micros
-from cosmo_rl.data.collate import Sequence, encode_prompt
+from cosmo_rl.data.collate import TokenSequence, encode_prompt
 from cosmo_rl.data.prepare.mini import mini_rows, safety_rows
 from cosmo_rl.data.sampler import PromptSampler
 from cosmo_rl.data.terminal import printable
@@ -120,7 +120,7 @@ def test_good_rows_give_the_numbers_of_training(rows, monkeypatch):
         drawn = PromptSampler([row.domain for row in all_rows], {}, config.seed).take(10)
         micros = []
         for part in np.array_split(drawn, updates):
-            sequences = [Sequence(prompts[i], np.full(7, 100)) for i in part for _ in range(4)]
+            sequences = [TokenSequence(prompts[i], np.full(7, 100)) for i in part for _ in range(4)]
             micros += build_micros(sequences, [0.0] * len(sequences), np.repeat(np.arange(len(part)), 4).tolist(),
                                    len(part), "token", config, processor, torch.device("cpu"))
         fullest = max(micros, key=lambda micro: micro.batch.input_ids.numel())
@@ -150,7 +150,9 @@ def test_a_problem_may_quote_a_semicolon_of_the_row(rows):
     spoil(rows, {0: {"task": "math", "answer": "x; \\frac{"}})
     told = next(one for one in look(settings(rows)).rejected if "math-verify" in one.problem)
     assert told.problem.startswith("`answer` 'x; ") and told.mend.startswith("write it as LaTeX")
-    assert dryrun._told("f:1", "it has no mend").mend == "correct or drop the row"
+    faults = plan.Faults()
+    faults.reject("f:1", "it has no mend")
+    assert faults.rejected[0].mend == "correct or drop the row"
 
 
 def test_stage_0_counts_the_tokens_of_chosen(rows):
@@ -251,7 +253,7 @@ def test_shares_lengths_and_bars(rows):
 
 def test_the_embedded_data_passes(monkeypatch):
     """The rows of validation, which are of the same make and fewer."""
-    monkeypatch.setattr(dryrun, "embedded_rows", lambda config: mini_rows(config.stage, "validation")[::5])
+    monkeypatch.setattr(plan, "embedded_rows", lambda config: mini_rows(config.stage, "validation")[::5])
     for stage in (0, 1, 2):
         config = recipe("tiny", stage)
         config = replace(config, data=replace(config.data, mix=config.data.mix if stage else ()),
@@ -311,7 +313,7 @@ def test_an_evaluation_that_cannot_fit_is_refused(rows, held, monkeypatch):
     calls = dryrun._calls(found, config, runs.policy_processor(), PARAMETERS)
     groups = {name: len(prompts) for name, prompts in found.asked.items()}
     assert sum(groups.values()) == 10 and calls["evaluation"].requests == max(groups.values()) > 1
-    assert calls["evaluation"].prompt_tokens == max(p.tokens for prompts in found.asked.values() for p in prompts)
+    assert calls["evaluation"].prompt_tokens == max(p.prompt for prompts in found.asked.values() for p in prompts)
     assert calls["evaluation"].patches > 0 and not found.settings
     sizes = by_phase(found.terms)
     assert sizes["evaluation"] > sizes["rollout"]
@@ -336,7 +338,7 @@ def test_without_a_gpu_what_no_gpu_could_hold_is_refused(rows, monkeypatch):
 
 def test_an_evaluation_beyond_the_models_positions_is_refused(rows, held):
     config = settings(rows, eval_path=(str(held),))
-    longest = max(p.tokens for prompts in look(config).asked.values() for p in prompts)
+    longest = max(p.prompt for prompts in look(config).asked.values() for p in prompts)
     limit = lambda new: replace(config, rollout=replace(config.rollout, max_new_tokens=new))
     assert not look(limit(2048 - longest)).rejected
     found = look(limit(2049 - longest))

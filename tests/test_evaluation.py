@@ -3,14 +3,13 @@
 import threading
 import time
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import pytest
 import runs
+from scoring import outcome_of
 
 from cosmo_rl.cpgd import collect
-from cosmo_rl.cpgd.batch import Response, Sample
 from cosmo_rl.cpgd.config import Config, DataConfig, EvalConfig
 from cosmo_rl.cpgd.rewards.base import NotApplicable
 from cosmo_rl.cpgd.rewards.format import split_thinking
@@ -120,13 +119,11 @@ def test_reward_evaluation_and_guard_agree_on_every_answer(fields, tags):
     unpaid = row.task == "helpful" and tags is not None and tags["combined"] == "unsafe"
     assert (suite == {}) is unpaid
     group = next(iter(suite), "")
-    name = next((name for name, (of, _) in MEASURES.items() if of == group), "")
+    name = next((name for name, measure in MEASURES.items() if group in measure.groups), "")
     for answer in ANSWERS:
         for ended in ("stop", "length"):
             text = f"<think> x </think> {answer or ' '}"
-            response = Response(np.array([1]), np.array([0.0], np.float32), ended, 0)
-            sample = Sample(row=row, prompt=cast(Any, None), group=0, k=0, response=response, text=text)
-            outcome = (Helpful() if row.task == "helpful" else RULES)(sample)
+            outcome = outcome_of(Helpful() if row.task == "helpful" else RULES, text, row, ended)
             if unpaid:
                 assert outcome == NotApplicable()
                 continue
@@ -174,15 +171,13 @@ def test_rows_that_no_rule_can_use_are_told():
 
 def test_suite_of_a_run():
     base = runs.config()
-    loaded = []
-    load = lambda paths: loaded.append(paths) or [*safety_rows("validation")[:6]]
-    suite = eval_suite(replace(base, eval=EvalConfig(max_rows=5)), "validation", load)
+    suite = eval_suite(replace(base, eval=EvalConfig(max_rows=5)), "validation", None)
     assert len(suite) == 7 and {len(rows) for rows in suite.values()} == {5}
     assert all("validation" in row.id for rows in suite.values() for row in rows), "recipes are tuned on this split"
-    assert eval_suite(replace(base, data=DataConfig(path=("own.jsonl",))), "heldout", load) == {} and not loaded
+    assert eval_suite(replace(base, data=DataConfig(path=("own.jsonl",))), "heldout", None) == {}
     data = DataConfig(path=("own.jsonl",), eval_path=("held.jsonl",))
-    own = eval_suite(replace(base, data=data), "heldout", load)
-    assert {name: len(rows) for name, rows in own.items()} == {"unsafe": 2, "benign": 4} and loaded == [("held.jsonl",)]
+    own = eval_suite(replace(base, data=data), "heldout", [*safety_rows("validation")[:6]])
+    assert {name: len(rows) for name, rows in own.items()} == {"unsafe": 2, "benign": 4}
 
 
 # -- batches ----------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from cosmo_rl.cpgd.run.footprint import (
     kept_by_layer,
     peak,
 )
-from cosmo_rl.data.collate import Sequence, collate, encode_prompt
+from cosmo_rl.data.collate import TokenSequence, collate, encode_prompt
 from cosmo_rl.data.prepare.mini import safety_rows
 from cosmo_rl.model.load import load_model
 from cosmo_rl.model.policy import Policy
@@ -76,7 +76,7 @@ def batch():
     processor = runs.policy_processor()
     prompts = [encode_prompt(row, processor, max_prompt_tokens=512, max_image_pixels=10**6)
                for row in safety_rows("validation")[:8]]
-    sequences = [Sequence(prompt, torch.full((24,), 100).numpy()) for prompt in prompts]
+    sequences = [TokenSequence(prompt, torch.full((24,), 100).numpy()) for prompt in prompts]
     return collate(sequences, layout="padded", pad_id=processor.pad_id, dummy_image=processor.dummy_image())
 
 

@@ -15,16 +15,17 @@ import numpy as np
 import pytest
 import runs
 import torch
+from scoring import outcome_of as outcome_of_term
+from scoring import response, scored, scorer_of
 
 from cosmo_rl.cpgd import trainer
-from cosmo_rl.cpgd.collect import Verdicts, judges_took, score
+from cosmo_rl.cpgd.collect import as_value
 from cosmo_rl.cpgd.config import Config, RewardConfig
 from cosmo_rl.cpgd.rewards import check, function
-from cosmo_rl.cpgd.rewards.base import Failed, NotApplicable, RewardBudgetError, Score
-from cosmo_rl.cpgd.rewards.build import build_rewards
+from cosmo_rl.cpgd.rewards.base import Failed, NotApplicable, RewardBudgetError, Score, check_budget
 from cosmo_rl.cpgd.rewards.function import UserFunction, attempt, load_function, outcome_of
 from cosmo_rl.cpgd.run import dryrun
-from cosmo_rl.cpgd.run.metrics import read_metrics, reward_stats
+from cosmo_rl.cpgd.run.metrics import read_metrics
 from cosmo_rl.cpgd.run.recipes import parse_command_line
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.schema import Row
@@ -51,13 +52,13 @@ def row(task="general", **fields):
                licence="Apache-2.0", **fields)
 
 
-def sample(text="<think>a</think> b", task="general", k=0):
-    return SimpleNamespace(row=row(task, answer="b"), text=text, k=k)
+def said(term, text="<think>a</think> b", task="general"):
+    """The outcome of one call, plain or async."""
+    return outcome_of_term(term, text, row(task, answer="b"))
 
 
-def outcome(path, name="score", text="<think>a</think> b"):
-    """Of one call, plain or async."""
-    return asyncio.run(load_function(f"{path}:{name}").ask(row(answer="b"), text))
+def outcome(path, name="score"):
+    return said(load_function(f"{path}:{name}"))
 
 
 # -- what it returns --------------------------------------------------------------------------------------------------
@@ -99,7 +100,7 @@ def test_gradients_that_it_switches_off_stay_on_for_the_training(write):
     """)
     score = load_function(f"{path}:score")
     assert torch.is_grad_enabled()
-    assert score(sample()) == Score(0.5) and torch.is_grad_enabled()
+    assert said(score) == Score(0.5) and torch.is_grad_enabled()
 
 
 def test_a_long_reason_is_cut():
@@ -176,7 +177,7 @@ def test_a_traceback_is_told_once_for_each_place(write, caplog):
             raise KeyError(response)
     """)
     term = load_function(f"{path}:score")
-    found = [term(sample(text)) for text in ("a", "b", "c", "a", "\x1b[2J")]
+    found = [said(term, text) for text in ("a", "b", "c", "a", "\x1b[2J")]
     assert all(isinstance(one, Failed) for one in found) and len(caplog.records) == 2
     assert {one.reason.rpartition(":")[2] for one in found} == {"4)", "5)"}, "each tells its line"
     assert "\x1b" not in caplog.text and "\x1b" not in str(found)
@@ -187,7 +188,7 @@ def test_a_flood_of_places_ends(write, caplog):
     path = write("        def score(row, response):\n" + lines)
     term = load_function(f"{path}:score")
     for i in range(30):
-        assert isinstance(term(sample(str(i))), Failed)
+        assert isinstance(said(term, str(i)), Failed)
     assert len(caplog.records) == function.MOST_TOLD + 1 and "are not shown" in caplog.records[-1].message
 
 
@@ -203,7 +204,7 @@ def test_an_interrupt_and_a_cancellation_go_on():
         async def wait(row, response):
             await asyncio.sleep(60)
 
-        task = asyncio.ensure_future(UserFunction(wait, path=runs.MODEL, digest="").ask(row(), ""))
+        task = asyncio.ensure_future(UserFunction(wait, path=runs.MODEL, digest="")(response("", row())))
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         task.cancel()
@@ -219,7 +220,7 @@ def test_an_async_call_has_a_limit(monkeypatch):
     async def score(row, response):
         await asyncio.sleep(60)
 
-    found = asyncio.run(UserFunction(score, path=runs.MODEL, digest="").ask(row(), ""))
+    found = said(UserFunction(score, path=runs.MODEL, digest=""))
     assert found == Failed("no outcome within 0.01 s; give its calls a shorter limit of their own")
 
 
@@ -357,7 +358,7 @@ def test_what_runs_is_the_file_as_it_is(write):
     one = load_function(f"{path}:score")
     write("def score(row, response): return 0.9\n")
     two = load_function(f"{path}:score")
-    assert (one(sample()), two(sample())) == (Score(0.1), Score(0.9)) and one.digest != two.digest
+    assert (said(one), said(two)) == (Score(0.1), Score(0.9)) and one.digest != two.digest
     write("def score(row, response): return 0.1\n", "moved.py")
     assert load_function(f"{path.parent / 'moved.py'}:score").digest == one.digest
 
@@ -384,22 +385,23 @@ def test_a_resume_compares_the_name_and_not_the_place():
 
 def built(path, name="score", rows=None, **more):
     settings = {"format": 0.0, "visual_focus": 0.0, "helpful": 0.0, "task_aware": 0.0, **more}
-    return build_rewards(RewardConfig(function=f"{path}:{name}", **settings), rows or [row(answer="b")])
+    return scorer_of(RewardConfig(function=f"{path}:{name}", **settings), rows or [row(answer="b")])
+
+
+def responses(count=24):
+    return list(map(as_value, runs.rollout().samples[:count]))
 
 
 def test_it_is_a_term_like_the_others(write):
     path = write("def score(row, response): return 0.25 if response else None\n")
-    terms, judging, weights = built(path, format=1.0, function_weight=3.0)
-    assert judging is None and weights == {"format": 1.0, "function": 3.0}
-    samples = list(runs.rollout().samples[:8])
-    score(samples, terms, weights, 0.1)
+    scorer = built(path, format=1.0, function_weight=3.0)
+    assert scorer.weights == {"format": 1.0, "function": 3.0}
+    samples = scored(scorer, responses(8))
     for one in samples:
         assert one.terms["function"] == 0.25
         assert one.reward == pytest.approx((one.terms["format"] + 3 * 0.25) / 4)
-    stats = reward_stats(samples)
-    assert all(by["function"] == {"mean": 0.25, "std": 0.0, "saturated": 1.0} for by in stats.values())
-    assert "function" not in build_rewards(RewardConfig(), [row(answer="b")])[0]
-    assert "function" not in built(write("syntax error", "b.py"), format=1.0, function_weight=0.0)[0], "not even loaded"
+    assert scorer_of(RewardConfig(), [row(answer="b")]).function is None
+    assert built(write("syntax error", "b.py"), format=1.0, function_weight=0.0).function is None, "not even loaded"
     with pytest.raises(UserError, match=r"every reward weight is 0; .* or name a --reward.function"):
         built(path, function_weight=0.0)
 
@@ -407,22 +409,18 @@ def test_it_is_a_term_like_the_others(write):
 @pytest.mark.parametrize("kind", ["def", "async def"])
 def test_it_scores_rows_of_its_tasks_alone(write, kind):
     path = write(f"{kind} score(row, response): return 1.0\n")
-    term = built(path, function_tasks=("general", "math"))[0]["function"]
-    assert term(sample(task="helpful")) == NotApplicable() and not term.handles(row("helpful"))
-    assert term.handles(row("general")) == (kind == "async def")
-    if kind == "def":
-        assert term(sample(task="general")) == Score(1.0)
+    term = built(path, function_tasks=("general", "math")).function
+    assert said(term, task="helpful") == NotApplicable() and said(term, task="general") == Score(1.0)
     with pytest.raises(UserError, match=r"--reward\.function-tasks names math, and the rows have general, helpful; n"):
         built(path, function_tasks=("math",), rows=[row(answer="b"), row("helpful")])
 
 
 def test_failures_count_against_the_budget(write):
     path = write("def score(row, response): raise KeyError(row.id)\n")
-    terms, _, weights = built(path)
-    samples = list(runs.rollout().samples[:8])
-    with pytest.raises(RewardBudgetError, match=r"8 of 8 responses .*function: KeyError: .*mine\.py:1"):
-        score(samples, terms, weights, 0.1)
+    samples = scored(built(path), responses(8))
     assert all(one.reward is None for one in samples)
+    with pytest.raises(RewardBudgetError, match=r"8 of 8 responses .*function: KeyError: .*mine\.py:1"):
+        check_budget([f"{one.id}: {one.failure}" for one in samples], 8, 0.1)
 
 
 ASYNC = """
@@ -443,22 +441,18 @@ ASYNC = """
 def test_async_calls_run_at_once_within_a_bound_and_in_no_order(write, monkeypatch):
     monkeypatch.setattr(function, "IN_FLIGHT", 3)
     path = write(ASYNC)
-    terms, judging, weights = built(path)
-    samples = list(runs.rollout().samples)
+    scorer, texts = built(path), [one.text for one in responses()]
     try:
-        verdicts = Verdicts(judging)
-        for start in range(0, len(samples), 8):
-            verdicts.ask(dict(enumerate(samples[start:start + 8], start)))
-        outcomes = verdicts.collect()
-        judging.verify()
-        assert judges_took(judging) == {}, "no server was asked"
+        parts = [scorer.submit(responses()[start:start + 8]) for start in range(0, len(texts), 8)]
+        outcomes = [found for part in parts for found in part.result(timeout=60)]
+        scorer.verify()
+        assert scorer.taken() == {}, "no server was asked"
     finally:
-        judging.close()
-    module = sys.modules[terms["function"].call.__module__]
-    assert module.most == 3 and len(module.seen) == len(samples)
-    assert module.seen != [one.text for one in samples], "they overtake each other"
-    score(samples, terms, weights, 0.0, None, outcomes)
-    assert [one.terms["function"] for one in samples] == [len(one.text) % 10 / 10 for one in samples]
+        scorer.close()
+    module = sys.modules[scorer.function.call.__module__]
+    assert module.most == 3 and len(module.seen) == len(texts)
+    assert module.seen != texts, "they overtake each other"
+    assert outcomes == [{"function": Score(len(text) % 10 / 10)} for text in texts]
 
 
 def test_a_plain_function_runs_in_the_trainers_thread(write):
@@ -473,7 +467,9 @@ def test_a_plain_function_runs_in_the_trainers_thread(write):
             return asyncio.run(inner())
     """)
     assert threading.current_thread() is threading.main_thread()
-    assert load_function(f"{path}:score")(sample()) == Score(0.5)
+    scorer = built(path, format=1.0)
+    found = scorer.submit([response("<think>a</think> b", row(answer="b"))]).result(timeout=60)
+    assert found == [{"format": Score(1.0), "function": Score(0.5)}]
 
 
 # -- in a run ---------------------------------------------------------------------------------------------------------

@@ -3,8 +3,7 @@
 import functools
 import json
 from dataclasses import replace
-from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 import runs
@@ -14,7 +13,6 @@ from cosmo_rl.cpgd.config import Config, EvalConfig
 from cosmo_rl.cpgd.rewards.task_aware import TaskAware
 from cosmo_rl.cpgd.run.evaluation import Answered, judged
 from cosmo_rl.cpgd.run.guard import Guard, GuardError, watched
-from cosmo_rl.cpgd.trainer import Trainer
 from cosmo_rl.data.prepare.mini import general_rows, safety_rows
 
 BENIGN = safety_rows("validation")[1]
@@ -130,39 +128,6 @@ def test_nothing_to_watch(caplog):
     watch = guard("warn")
     assert watch.look(0, []) == watch.look(4, []) == {}
     assert len(caplog.messages) == 1 and "no rows to watch" in caplog.messages[0]
-
-
-def test_without_rows_the_engine_gets_no_weights(monkeypatch):
-    def synced(*_):
-        raise AssertionError("the engine was synced")
-
-    trainer: Any = object.__new__(Trainer)
-    trainer.config = Config(eval=EvalConfig(every=1, guard="warn"))
-    trainer.guard, trainer.watched, trainer.step = Guard(trainer.config.eval), {}, 3
-    lines = []
-    trainer.engine = trainer.processor = None
-    trainer.metrics = SimpleNamespace(evaluated=lines.append)
-    monkeypatch.setattr(Trainer, "_sync", synced)
-    trainer._watch()
-    assert lines == [{"step": 3, "sampled": {}, "greedy": {}}]
-    trainer.watched = {"general": [GENERAL]}
-    with pytest.raises(AssertionError, match="the engine was synced"):
-        trainer._watch()
-
-
-def test_one_evaluation_serves_report_and_guard(monkeypatch):
-    """At a step, of the same rows: before the first update and after the last one."""
-    trainer: Any = object.__new__(Trainer)
-    trainer.engine = trainer.processor = trainer.config = None
-    asked = []
-    monkeypatch.setattr(Trainer, "_sync", lambda _: None)
-    monkeypatch.setattr("cosmo_rl.cpgd.trainer.evaluate",
-                        lambda engine, suite, *_: asked.append((trainer.step, suite)) or ([str(len(asked))], []))
-    monkeypatch.setattr("cosmo_rl.cpgd.trainer.not_compared", lambda sampled: [])
-    own, other = {"general": [GENERAL]}, {"general": [GENERAL]}
-    for trainer.step, suite in ((0, own), (0, own), (2, own), (2, other), (2, own), (4, own), (4, own)):
-        assert trainer._answers(suite) == ([str(len(asked))], [])
-    assert [step for step, _ in asked] == [0, 2, 2, 2, 4]
 
 
 @pytest.mark.parametrize(("options", "message"), [

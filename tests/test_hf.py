@@ -1,6 +1,7 @@
 """The hf engine against plain full forwards of transformers: positions, log-probs, noise, endings, fresh weights."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,10 +10,10 @@ from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from cosmo_rl.cpgd.batch import Request, request_seed
 from cosmo_rl.cpgd.config import RolloutConfig
-from cosmo_rl.cpgd.rollout.engine import form_batches
+from cosmo_rl.cpgd.rollout.engine import form_batches, generate
 from cosmo_rl.cpgd.rollout.hf import HFEngine, _Sampler, _uniforms
+from cosmo_rl.cpgd.rollout.values import Request, request_seed
 from cosmo_rl.data.collate import encode_prompt
 from cosmo_rl.data.schema import Row
 from cosmo_rl.model.load import Processor
@@ -61,7 +62,11 @@ def prompts(processor):
 
 @pytest.fixture(scope="module")
 def requests(prompts):
-    return [Request(p, k, request_seed(0, 2, 0, p.id, k)) for p in prompts for k in range(4)]
+    return [ask(p, k, request_seed(0, 2, 0, p.id, k)) for p in prompts for k in range(4)]
+
+
+def ask(prompt, k, seed):
+    return Request(row=SimpleNamespace(id=prompt.id), prompt=prompt, k=k, seed=seed)
 
 
 def tokens(responses):
@@ -86,7 +91,7 @@ def full_logprobs(model, processor, prompt, ids, temperature, one_axis=False):
 
 
 def test_logprobs_equal_a_full_forward(model, processor, requests):
-    responses = HFEngine(model, processor, ROLLOUT).generate(requests)
+    responses = generate(HFEngine(model, processor, ROLLOUT), requests)
     seen = 0.0
     for request, response in zip(requests, responses, strict=True):
         rows = np.arange(len(response.ids))
@@ -101,15 +106,15 @@ def test_images_reach_their_own_prompt(model, processor, prompts):
     engine = HFEngine(model, processor, ROLLOUT)
     wide = prompts[1]
     other = replace(wide, id="other", pixel_values=wide.pixel_values[::-1].copy())
-    pair = engine.generate([Request(wide, 0, 1), Request(other, 0, 1)])
-    alone = engine.generate([Request(other, 0, 1)])
+    pair = generate(engine, [ask(wide, 0, 1), ask(other, 0, 1)])
+    alone = generate(engine, [ask(other, 0, 1)])
     assert tokens(pair[1:]) == tokens(alone)
     assert tokens(pair[:1]) != tokens(alone)
 
 
 def test_greedy_takes_the_likeliest_token(model, processor, requests):
     for request, response in zip(
-        requests[::4], HFEngine(model, processor, ROLLOUT).generate(requests[::4], greedy=True), strict=True
+        requests[::4], generate(HFEngine(model, processor, ROLLOUT), requests[::4], greedy=True), strict=True
     ):
         exact = full_logprobs(model, processor, request.prompt, response.ids, 0.7)
         assert response.ids.tolist() == exact.argmax(-1).tolist()
@@ -118,37 +123,37 @@ def test_greedy_takes_the_likeliest_token(model, processor, requests):
 
 def test_a_request_gives_the_same_response_in_any_company(model, processor, requests):
     engine = HFEngine(model, processor, ROLLOUT)
-    together = tokens(engine.generate(requests))
+    together = tokens(generate(engine, requests))
     assert len({tuple(ids) for ids in together}) == len(requests), "samples of one prompt differ"
-    assert [tokens(engine.generate([r]))[0] for r in requests] == together
-    assert tokens(engine.generate(requests[::-1]))[::-1] == together
-    assert tokens(engine.generate(requests, batch_size=3)) == together
+    assert [tokens(generate(engine, [r]))[0] for r in requests] == together
+    assert tokens(generate(engine, requests[::-1]))[::-1] == together
+    assert tokens(generate(engine, requests, batch_size=3)) == together
 
 
 def test_ranks_with_whole_batches_give_the_same_bits(model, processor, requests):
     engine = HFEngine(model, processor, ROLLOUT)
-    single = engine.generate(requests, batch_size=5)
+    single = generate(engine, requests, batch_size=5)
     batches = form_batches([len(r.prompt.input_ids) for r in requests], 5)
     for rank in range(2):
         mine = [i for batch in batches[rank::2] for i in batch]
-        for i, response in zip(mine, engine.generate([requests[i] for i in mine], batch_size=5), strict=True):
+        for i, response in zip(mine, generate(engine, [requests[i] for i in mine], batch_size=5), strict=True):
             assert response.ids.tolist() == single[i].ids.tolist()
             assert response.logprobs.tobytes() == single[i].logprobs.tobytes()
 
 
 def test_stale_rope_deltas_are_neither_read_nor_written(model, processor, requests):
     engine = HFEngine(model, processor, ROLLOUT)
-    before = tokens(engine.generate(requests))
+    before = tokens(generate(engine, requests))
     stale = torch.full((len(requests), 1), 17)
     model.model.rope_deltas = stale
-    assert tokens(engine.generate(requests)) == before
+    assert tokens(generate(engine, requests)) == before
     assert model.model.rope_deltas is stale and (stale == 17).all()
 
 
 def test_the_tower_runs_once_per_distinct_image(model, processor, requests):
     patches = []
     model.model.visual.patch_embed.register_forward_hook(lambda module, args, out: patches.append(len(args[0])))
-    HFEngine(model, processor, ROLLOUT).generate(requests)
+    generate(HFEngine(model, processor, ROLLOUT), requests)
     assert sum(patches) == sum(len(r.prompt.pixel_values) for r in requests[::4] if r.prompt.pixel_values is not None)
 
 
@@ -156,7 +161,7 @@ def test_samples_follow_the_softmax(model, processor, prompts):
     """Chi-square of 8,000 first tokens over the bins that expect at least 5; suppressed tokens never come."""
     count = 8000
     engine = HFEngine(model, processor, replace(ROLLOUT, max_new_tokens=1, batch_size=count))
-    responses = engine.generate([Request(prompts[1], k, request_seed(0, 2, 0, "x", k)) for k in range(count)])
+    responses = generate(engine, [ask(prompts[1], k, request_seed(0, 2, 0, "x", k)) for k in range(count)])
     drawn = np.bincount([r.ids[0] for r in responses], minlength=processor.vocab_size)
     expected = count * full_logprobs(model, processor, prompts[1], responses[0].ids, 0.7)[0].exp().double().numpy()
     assert drawn[processor.suppressed_ids].sum() == 0
@@ -185,7 +190,7 @@ def test_a_rare_token_has_its_share():
 
 
 def test_noise_depends_on_the_seed_alone(prompts):
-    make = lambda seed: Request(prompts[0], 0, seed)
+    make = lambda seed: ask(prompts[0], 0, seed)
     both = _uniforms([make(3), make(2**63 - 1)], 5)
     assert torch.equal(both[1:], _uniforms([make(2**63 - 1)], 7)[:, :5])
     assert not torch.equal(both[0], both[1]) and both.dtype == torch.float64
@@ -195,7 +200,7 @@ def test_a_response_ends_with_its_first_eos(model, processor, requests):
     """Half of the vocabulary is eos, so that lengths differ within a batch; so is the padding, as in Qwen2.5-VL."""
     eos = (*processor.eos_ids, processor.pad_id, *range(0, 200, 2))
     plain, processor = processor, replace(processor, eos_ids=eos)
-    responses = HFEngine(model, processor, ROLLOUT).generate(requests)
+    responses = generate(HFEngine(model, processor, ROLLOUT), requests)
     assert len({len(r.ids) for r in responses}) > 2
     for request, response in zip(requests, responses, strict=True):
         assert response.finish_reason == ("stop" if response.ids[-1] in eos else "length")
@@ -203,23 +208,23 @@ def test_a_response_ends_with_its_first_eos(model, processor, requests):
         assert len(response.logprobs) == len(response.ids)
         exact = full_logprobs(model, processor, request.prompt, response.ids, 0.7)
         np.testing.assert_allclose(response.logprobs, exact[np.arange(len(response.ids)), response.ids], atol=1e-4)
-    unended = [r for r in HFEngine(model, plain, ROLLOUT).generate(requests) if r.ids[-1] != plain.eos_ids[0]]
+    unended = [r for r in generate(HFEngine(model, plain, ROLLOUT), requests) if r.ids[-1] != plain.eos_ids[0]]
     assert {(r.finish_reason, len(r.ids)) for r in unended} == {("length", 12)}
 
 
 def test_sync_replaces_every_weight(model, processor, requests):
     engine = HFEngine(model, processor, ROLLOUT)
-    before = engine.generate(requests)
+    before = generate(engine, requests)
     torch.manual_seed(1)
     policy = Qwen2_5_VLForConditionalGeneration(processor.config).eval()
     engine.sync(((name, p.detach()) for name, p in policy.named_parameters()), version=7)
-    after = engine.generate(requests)
+    after = generate(engine, requests)
     assert {r.version for r in before} == {0} and {r.version for r in after} == {7}
-    assert tokens(after) == tokens(HFEngine(policy, processor, ROLLOUT).generate(requests)) != tokens(before)
+    assert tokens(after) == tokens(generate(HFEngine(policy, processor, ROLLOUT), requests)) != tokens(before)
 
 
 @pytest.mark.parametrize("greedy", [False, True])
 def test_weights_that_give_nan_name_the_prompt(model, processor, requests, greedy):
     model.model.language_model.norm.weight.data.fill_(torch.nan)
     with pytest.raises(ValueError, match=r"prompt text: weights of version 0 give NaN"):
-        HFEngine(model, processor, ROLLOUT).generate(requests, greedy=greedy)
+        generate(HFEngine(model, processor, ROLLOUT), requests, greedy=greedy)

@@ -14,11 +14,10 @@ import pytest
 from fault_server import FaultServer, text_of
 from PIL import Image
 
-from cosmo_rl.cpgd.judges import endpoint as endpoint_module
-from cosmo_rl.cpgd.judges.endpoint import Endpoint, EndpointDown, EndpointError
-from cosmo_rl.cpgd.judges.endpoint_spec import parse_server
-from cosmo_rl.data.dataset import load_rows
+from cosmo_rl.cpgd.judges.client import Endpoint, EndpointDown, EndpointError
+from cosmo_rl.cpgd.judges.spec import parse_server
 from cosmo_rl.data.errors import UserError
+from cosmo_rl.data.index import load_rows
 from cosmo_rl.data.prepare.__main__ import main as prepare
 from cosmo_rl.data.prepare.jailbreak import asking
 from cosmo_rl.data.prepare.jailbreak.asking import Model, open_model, settle
@@ -68,7 +67,7 @@ def dying_after(server, calls):
 
 @pytest.fixture(autouse=True)
 def short_backoff(monkeypatch):
-    monkeypatch.setattr(endpoint_module, "BACKOFF_S", 0.01)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
 
 
 @pytest.fixture

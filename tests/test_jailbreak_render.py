@@ -132,6 +132,12 @@ def test_every_character_is_drawn_or_refused():
     assert layout("cafe\u0301 sau\u00adcer", 300, 200, largest=30, x_height=4).text == ("caf\u00e9 saucer",)
 
 
+def test_without_matplotlib_its_font_is_named(monkeypatch):
+    monkeypatch.setattr(render, "dejavu_sans", lambda: "")
+    with pytest.raises(Unfit, match=r"no LATIN SMALL LETTER E .*pip install matplotlib, which brings DejaVu"):
+        layout("caf\u00e9", 300, 200, largest=30, x_height=4)
+
+
 def test_users_font(tmp_path):
     path = render.dejavu_sans().replace("DejaVuSans.ttf", "DejaVuSerif.ttf")
     assert layout("cup", 300, 200, largest=30, x_height=4, font=path).font.getname()[0] == "DejaVu Serif"

@@ -13,10 +13,10 @@ import runs
 from fault_server import FaultServer
 
 from cosmo_rl.cpgd import collect, trainer
-from cosmo_rl.cpgd.collect import Verdicts, judges_took, sample_groups
+from cosmo_rl.cpgd.collect import Verdicts, as_value, judges_took, sample_groups
 from cosmo_rl.cpgd.config import RewardConfig
 from cosmo_rl.cpgd.rewards.base import Score
-from cosmo_rl.cpgd.rewards.judged import Judging, judged_terms, open_seats
+from cosmo_rl.cpgd.rewards.build import RowNeeds, build_scorer
 from cosmo_rl.cpgd.run.metrics import read_metrics
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.prepare.mini import general_rows, safety_rows
@@ -101,7 +101,7 @@ def test_the_judges_are_closed_when_a_run_fails(monkeypatch):
     closed = []
 
     class Failing:
-        judging = SimpleNamespace(close=lambda: closed.append(True))
+        scorer = SimpleNamespace(close=lambda: closed.append(True))
 
         def __init__(self, *args):
             pass
@@ -117,14 +117,14 @@ def test_the_judges_are_closed_when_a_run_fails(monkeypatch):
 def test_what_the_judges_took_is_told_by_endpoint_and_since_the_last_time():
     samples = [replace(s, row=replace(s.row, answer="x")) for s in runs.rollout().samples[:8]]
     with FaultServer(script=["500", "429"]) as server, FaultServer() as another:
-        seats = open_seats(RewardConfig(judges=(
-            f"safework_safety={server.url},judge", f"helpful={another.url},judge", f"general={server.url},judge")))
-        judging = Judging(seats, judged_terms(seats))
-        judging.submit(samples).result(timeout=60)
-        first = judges_took(judging)["judging"]
-        again = judges_took(judging)["judging"]
-        judging.close()
-        judging.close()
+        config = RewardConfig(judges=(
+            f"safework_safety={server.url},judge", f"helpful={another.url},judge", f"general={server.url},judge"))
+        scorer = build_scorer(config, RowNeeds(config))
+        scorer.submit(list(map(as_value, samples))).result(timeout=60)
+        first = judges_took(scorer)["judging"]
+        again = judges_took(scorer)["judging"]
+        scorer.close()
+        scorer.close()
     assert set(first) == {"safework_safety+general", "helpful"}
     counts = first["safework_safety+general"]
     assert counts["calls"] == counts["answered"] == server.calls - 2 and counts["retried"] == 2
@@ -159,7 +159,7 @@ def test_judging_begins_before_sampling_ends(monkeypatch):
     record, config = runs.rollout(), runs.config()
     order = []
 
-    class Judging:
+    class Scorer:
         def submit(self, samples):
             order.append("ask")
             done = runs.SimpleNamespace(result=lambda: [{"helpful": Score(1.0)} for _ in samples])
@@ -168,7 +168,7 @@ def test_judging_begins_before_sampling_ends(monkeypatch):
     generate = record.engine.generate
     monkeypatch.setattr(record.engine, "generate", lambda *a, **k: (order.append("sample"), generate(*a, **k))[1])
     monkeypatch.setattr(collect, "form_batches", lambda lengths, _: [list(range(8)), list(range(8, len(lengths)))])
-    verdicts = Verdicts(Judging())
+    verdicts = Verdicts(Scorer())
     samples = sample_groups(record.engine, record.rows, record.prompts, record.processor, config, step=0,
                             judge=verdicts.ask)
     assert order == ["sample", "ask", "sample", "ask"], order

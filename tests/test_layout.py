@@ -24,15 +24,15 @@ MAY_IMPORT = {
 }
 ATTACKS = ("data/prepare/jailbreak/", "data/prepare/augment")
 """Programs, and the one place below cpgd/ that may ask servers: by the client in cpgd/judges/."""
-# Inside cpgd: the part of a file (its top folder, or its own name) -> the parts it may import.
+# Inside cpgd: the part of a file (its top folder, or its own name) -> the parts it may import; run/ may import all.
 CPGD_LAYERS = {
     "config": {"judges"},  # what an entry of --reward.judges may say
-    "judges": {"judges", "config", "rollout", "rewards"},
-    "advantages": {"config"},
+    "advantages": set(),
     "objective": {"config"},
-    "batch": {"config"},
-    "rollout": {"config", "batch", "rollout"},
-    "rewards": {"config", "rollout", "batch", "judges", "rewards", "run"},  # run: check.py takes train.py's options
+    "update": {"config", "objective", "rollout"},  # of rollout the values
+    "judges": {"judges", "config", "rollout", "rewards"},
+    "rollout": {"config", "advantages", "update", "rewards", "rollout"},
+    "rewards": {"config", "rollout", "judges", "rewards", "run"},  # run: check.py takes train.py's options
 }
 OPTIONAL = {"vllm", "flash_attn", "liger_kernel", "wandb", "if_verifiable", "langdetect"}
 
@@ -68,8 +68,10 @@ def test_imports_follow_the_layers(path):
         assert rest, f"{where}: import modules, not the package"
         asks = "/".join(parts).startswith(ATTACKS) and rest[:2] == ["cpgd", "judges"]
         assert rest[0] in MAY_IMPORT[parts[0]] or asks, where
+        wing = parts[:2] == ("data", "prepare")
+        assert wing or not at_top or rest[:2] != ["data", "prepare"], f"{where}: not at the step's start"
         if parts[0] == rest[0] == "cpgd":
-            assert rest[1] != "trainer", f"{where}: the trainer is the top"
+            assert rest[1] != "trainer" or parts[1:] == ("run", "main"), f"{where}: the trainer is the top"
             assert rest[1] in CPGD_LAYERS.get(parts[1], {rest[1]}), where
 
 

@@ -14,7 +14,7 @@ from close import assert_no_worse
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from cosmo_rl.data.collate import Sequence, collate, encode_prompt
+from cosmo_rl.data.collate import TokenSequence, collate, encode_prompt
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.model.load import load_model, load_processor
 from cosmo_rl.model.policy import Policy
@@ -196,7 +196,7 @@ def test_published_weights_give_transformers_own_logprobs(published, tmp_path):
         ids = np.array([100, 200, 300, 151_657, 151_645])
         for i, shapes in enumerate(tiny_case.SHAPES):
             prompt = encode_prompt(tiny_case.row(i, shapes), processor, max_prompt_tokens=200, max_image_pixels=10**6)
-            batch = collate([Sequence(prompt, ids)], layout="packed", pad_id=processor.pad_id,
+            batch = collate([TokenSequence(prompt, ids)], layout="packed", pad_id=processor.pad_id,
                             dummy_image=processor.dummy_image())
             whole, types = (torch.from_numpy(np.concatenate(pair))[None] for pair in (
                 (prompt.input_ids, ids), (prompt.mm_token_type_ids, 0 * ids)))

@@ -1,5 +1,6 @@
 """Math answers: which are equal, how one is read, and that no expression stops the run or outlives it."""
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -37,9 +39,21 @@ CASES = [  # reference, answer part, value
 @pytest.fixture(scope="module")
 def workers():
     pool = Workers(2, cpu_s=1.0)
-    pool.compare([TWO] * 2)
     yield pool
     pool.close()
+
+
+def compare(pool, pairs):
+    """Outcomes of all, asked for at once."""
+    return [asked.result(timeout=60) for asked in [pool.compare(*one) for one in pairs]]
+
+
+def outcomes(rule, cases):
+    """Of (gold, answer) cases, asked for at once."""
+    async def ask():
+        return await asyncio.gather(*(rule(gold, answer) for gold, answer in cases))
+
+    return asyncio.run(ask())
 
 
 def gone(process_id, within_s=10.0):
@@ -56,10 +70,8 @@ def gone(process_id, within_s=10.0):
 
 
 def test_equal_answers_are_right_and_no_others(workers):
-    rule = MathRule(workers)
-    rule.prepare((gold, answer) for gold, answer, _ in CASES)
-    found = [(gold, answer, rule(gold, answer)) for gold, answer, _ in CASES]
-    assert found == [(gold, answer, Score(float(value))) for gold, answer, value in CASES]
+    found = outcomes(MathRule(workers), [(gold, answer) for gold, answer, _ in CASES])
+    assert list(zip(CASES, found, strict=True)) == [(case, Score(float(case[2]))) for case in CASES]
 
 
 @pytest.mark.parametrize(("gold", "reason"), [
@@ -77,13 +89,12 @@ def test_a_reference_of_no_use_is_told_before_the_run(workers, gold, reason):
 
 def test_a_reference_that_cannot_be_parsed_fails_and_is_no_zero(workers):
     rule = MathRule(workers)
-    for gold in ("2+", "Paris", None):
-        for answer in ("2", "", r"\boxed{2+}"):
-            assert isinstance(rule(gold, answer), Failed)
+    cases = [(gold, answer) for gold in ("2+", "Paris", None) for answer in ("2", "", r"\boxed{2+}")]
+    assert all(isinstance(found, Failed) for found in outcomes(rule, cases))
 
 
 def test_a_reference_that_takes_too_long_to_compare_is_told(workers, monkeypatch):
-    monkeypatch.setattr(workers, "compare", lambda pairs: [Score(0.0) for _ in pairs])
+    monkeypatch.setattr(workers, "compare", lambda gold, answer: SimpleNamespace(result=lambda: Score(0.0)))
     assert MathRule(workers).problem("7").startswith("`answer` '7': it is not equal to itself; write it as LaTeX")
 
 
@@ -99,15 +110,15 @@ def test_only_the_first_references_are_parsed(workers, monkeypatch):
 ], ids=lambda answer: answer[:20])
 def test_no_expression_stops_the_run(workers, answer):
     """Powers, factorials, deep nesting: more than 1 s of processor time, or too much recursion."""
-    assert MathRule(workers)("7", answer) == Score(0.0)
-    assert workers.compare([TWO, (TWO[0], "3")]) == [Score(1.0), Score(0.0)]
+    assert outcomes(MathRule(workers), [("7", answer)]) == [Score(0.0)]
+    assert compare(workers, [TWO, (TWO[0], "3")]) == [Score(1.0), Score(0.0)]
 
 
 def test_a_hanging_comparison_ends_its_worker_alone(workers):
-    workers.compare([TWO, TWO])
+    compare(workers, [TWO, TWO])
     before = {process.pid for process in workers._all}
-    assert workers.compare([TWO, (TWO[0], HANGS), TWO, TWO]) == [Score(1.0), Score(0.0), Score(1.0), Score(1.0)]
-    workers.compare([TWO, TWO])
+    assert compare(workers, [TWO, (TWO[0], HANGS), TWO, TWO]) == [Score(1.0), Score(0.0), Score(1.0), Score(1.0)]
+    compare(workers, [TWO, TWO])
     after = {process.pid for process in workers._all}
     assert len(before & after) == 1 and len(after) <= 2, (before, after)
     assert all(gone(process_id) for process_id in before - after)
@@ -115,13 +126,13 @@ def test_a_hanging_comparison_ends_its_worker_alone(workers):
 
 def test_a_hanging_reference_is_the_datas_fault():
     pool = Workers(1, cpu_s=0.02)  # a new worker's first LaTeX takes longer
-    failed = pool.compare([(r"\boxed{\frac{x^2+2x+1}{\sqrt{x}} + \int x dx}", "2")])[0]
+    failed = compare(pool, [(r"\boxed{\frac{x^2+2x+1}{\sqrt{x}} + \int x dx}", "2")])[0]
     assert isinstance(failed, Failed) and "takes too long to parse" in failed.reason
 
 
 def test_workers_are_limited_in_memory():
     pool = Workers(1, memory_bytes=300 << 20)
-    assert pool.compare([TWO]) == [Score(1.0)]
+    assert compare(pool, [TWO]) == [Score(1.0)]
     (process,) = pool._all
     limits = Path(f"/proc/{process.pid}/limits").read_text()
     assert [line.split()[3:5] for line in limits.splitlines() if line.startswith("Max address space")
@@ -136,78 +147,71 @@ def test_a_grown_worker_is_replaced():
         if not pool._idle:
             pool._idle.append(pool._free())
         pids |= {process.pid for process in pool._all}
-        assert pool.compare([TWO]) == [Score(1.0)] and not pool._all and not pool._idle
+        assert compare(pool, [TWO]) == [Score(1.0)] and not pool._all and not pool._idle
     assert len(pids) == 2 and all(map(gone, pids))
 
 
 def test_the_outcome_depends_on_no_worker_and_no_order(workers):
     pairs = [pair(gold, answer) for gold, answer, _ in CASES if gold]
-    here = workers.compare(pairs)
+    here = compare(workers, pairs)
     pool = Workers(1)
-    assert pool.compare(pairs[::-1])[::-1] == here
+    assert compare(pool, pairs[::-1])[::-1] == here
     (process,) = pool._all
     environment = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
     assert b"PYTHONHASHSEED=0" in environment and b"SYMPY_GROUND_TYPES=python" in environment
 
 
 def test_a_worker_that_died_while_idle_is_replaced(workers):
-    workers.compare([TWO, TWO])
+    compare(workers, [TWO, TWO])
     for process in list(workers._all):
         process.kill()
         process.wait()
-    assert workers.compare([TWO, TWO, TWO]) == [Score(1.0)] * 3
+    assert compare(workers, [TWO, TWO, TWO]) == [Score(1.0)] * 3
 
 
 def test_a_worker_killed_at_work_is_no_zero():
     pool = Workers(1, cpu_s=30.0)
-    pool.compare([TWO])
+    compare(pool, [TWO])
     (process,) = pool._all
     threading.Timer(0.5, process.kill).start()
-    failed, after = pool.compare([(TWO[0], HANGS), TWO])
+    failed, after = compare(pool, [(TWO[0], HANGS), TWO])
     assert isinstance(failed, Failed) and "ended with status -9" in failed.reason, "another process took the memory"
     assert after == Score(1.0)
 
 
 def test_a_machine_that_stands_still_is_no_zero():
     pool = Workers(1)
-    pool.compare([TWO])
+    compare(pool, [TWO])
     (process,) = pool._all
     os.kill(process.pid, signal.SIGSTOP)
     pool.wall_s = 0.5
-    failed = pool.compare([TWO])[0]
+    failed = compare(pool, [TWO])[0]
     assert isinstance(failed, Failed) and "not done within 0.5 s" in failed.reason and gone(process.pid)
 
 
-def test_an_interrupt_leaves_no_late_reply_behind(monkeypatch):
-    pool = Workers(2)
-    pool.compare([TWO, TWO])
-    busy = {process.pid for process in pool._all}
-
-    def interrupt(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(math_rule, "wait", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        pool.compare([TWO, TWO])
-    monkeypatch.undo()
-    assert all(map(gone, busy)) and pool.compare([(TWO[0], "3"), TWO]) == [Score(0.0), Score(1.0)]
-
-
-def test_prepare_compares_each_different_pair_once():
+def test_equal_cases_that_are_asked_for_at_once_are_compared_once():
     class Counted(Workers):
         asked: list = []  # noqa: RUF012
 
-        def compare(self, pairs):
-            self.asked += pairs
-            return [Score(float(gold == answer)) for gold, answer in pairs]
+        def compare(self, gold, answer):
+            self.asked.append((gold, answer))
+            return self._threads.submit(lambda: time.sleep(0.1) or Score(float(gold == answer)))
 
-    rule = MathRule(Counted(1))
-    rule.prepare([("1", "1"), ("1", "2"), ("1", "1"), ("Paris", "1"), (None, "1")])
-    assert [rule("1", "1"), rule("1", "2"), rule("1", " 1.")] == [Score(1.0), Score(0.0), Score(1.0)]
-    assert Counted.asked == [(r"\boxed{1}", r"\boxed{1}"), (r"\boxed{1}", r"\boxed{2}")]
-    rule.prepare([("3", "3")])
-    rule("1", "1")
-    assert Counted.asked[2:] == [(r"\boxed{3}", r"\boxed{3}"), (r"\boxed{1}", r"\boxed{1}")], "only the last rollout's"
+    rule = MathRule(Counted(2))
+    cases = [("1", "1"), ("1", "2"), ("1", " 1."), ("Paris", "1"), (None, "1"), ("1", "1")]
+    found = outcomes(rule, cases)
+    assert found[:3] == [Score(1.0), Score(0.0), Score(1.0)] and found[5] == Score(1.0)
+    assert Counted.asked == [(r"\boxed{1}", r"\boxed{1}"), (r"\boxed{1}", r"\boxed{2}")] and not rule._open
+
+
+def test_what_is_not_compared_yet_is_given_up_when_they_close():
+    pool = Workers(1, cpu_s=300.0)
+    asked = [pool.compare(TWO[0], HANGS), pool.compare(*TWO)]
+    while not pool._all:
+        time.sleep(0.01)
+    (process,) = pool._all
+    pool.close()
+    assert asked[1].cancelled() and gone(process.pid) and isinstance(asked[0].result(timeout=10), Failed)
 
 
 def test_the_number_of_workers_is_the_ranks_share(monkeypatch):
@@ -219,7 +223,7 @@ def test_the_number_of_workers_is_the_ranks_share(monkeypatch):
 
 def test_they_end_with_the_object():
     pool = Workers(2)
-    pool.compare([TWO, TWO])
+    compare(pool, [TWO, TWO])
     pids = [process.pid for process in pool._all]
     del pool
     assert len(pids) == 2 and all(map(gone, pids))
@@ -231,10 +235,10 @@ def test_they_end_with_their_process(end):
     code = f"""
         from cosmo_rl.cpgd.rewards.math_rule import Workers
         pool = Workers(1, cpu_s=300.0)
-        assert pool.compare([{TWO!r}])
+        assert pool.compare(*{TWO!r}).result()
         print(*(process.pid for process in pool._all), flush=True)
         if {end!r} == "kill at work":
-            pool.compare([({TWO[0]!r}, {HANGS!r})])
+            pool.compare({TWO[0]!r}, {HANGS!r}).result()
     """
     parent = subprocess.Popen([sys.executable, "-P", "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
     assert parent.stdout

@@ -57,23 +57,23 @@ def test_rewind_and_go_on_is_bitwise_the_uninterrupted_file(tmp_path):
     writer = MetricsWriter(whole, tensorboard=False)
     writer.rewind(0)
     for step in range(1, 6):
-        writer.line(line(step, drift=0.1 + 0.2 * step))
-        writer.samples([{"step": step, "text": "caf\u00e9 \u2028 <b>\n"}])
+        writer.append("metrics", line(step, drift=0.1 + 0.2 * step))
+        writer.append("samples", {"step": step, "text": "caf\u00e9 \u2028 <b>\n"})
 
     writer = MetricsWriter(cut, tensorboard=False)
     writer.rewind(0)
     for step in range(1, 5):
-        writer.line(line(step, drift=0.1 + 0.2 * step))
-        writer.samples([{"step": step, "text": "caf\u00e9 \u2028 <b>\n"}])
-    with writer.metrics_path.open("a") as file:
+        writer.append("metrics", line(step, drift=0.1 + 0.2 * step))
+        writer.append("samples", {"step": step, "text": "caf\u00e9 \u2028 <b>\n"})
+    with writer.path("metrics").open("a") as file:
         file.write('{"step": 5, "lo')  # killed while writing
-    assert [row["step"] for row in read_metrics(writer.metrics_path)] == [1, 2, 3, 4]
+    assert [row["step"] for row in read_metrics(writer.path("metrics"))] == [1, 2, 3, 4]
     writer = MetricsWriter(cut, tensorboard=False)
     writer.rewind(2)
-    assert [row["step"] for row in read_metrics(writer.samples_path)] == [1, 2]
+    assert [row["step"] for row in read_metrics(writer.path("samples"))] == [1, 2]
     for step in range(3, 6):
-        writer.line(line(step, drift=0.1 + 0.2 * step))
-        writer.samples([{"step": step, "text": "caf\u00e9 \u2028 <b>\n"}])
+        writer.append("metrics", line(step, drift=0.1 + 0.2 * step))
+        writer.append("samples", {"step": step, "text": "caf\u00e9 \u2028 <b>\n"})
     writer.sync()
     for name in ("metrics.jsonl", "samples.jsonl"):
         assert (cut / name).read_bytes() == (whole / name).read_bytes()
@@ -83,9 +83,9 @@ def test_rewind_and_go_on_is_bitwise_the_uninterrupted_file(tmp_path):
 def test_rewind_to_zero_starts_anew(tmp_path):
     writer = MetricsWriter(tmp_path, tensorboard=False)
     with pytest.raises(AssertionError, match="rewind"):
-        writer.line(line(1))
+        writer.append("metrics", line(1))
     writer.rewind(0)
-    writer.line(line(1))
+    writer.append("metrics", line(1))
     writer.rewind(0)
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 
@@ -93,8 +93,8 @@ def test_rewind_to_zero_starts_anew(tmp_path):
 def test_not_finite_is_null(tmp_path):
     writer = MetricsWriter(tmp_path, tensorboard=False)
     writer.rewind(0)
-    writer.line({"step": 1, "grad_norm": float("inf"), "rewards": {"a": [float("nan"), 1.5]}})
-    text = writer.metrics_path.read_text()
+    writer.append("metrics", {"step": 1, "grad_norm": float("inf"), "rewards": {"a": [float("nan"), 1.5]}})
+    text = writer.path("metrics").read_text()
     assert json.loads(text, parse_constant=pytest.fail) == {"step": 1, "grad_norm": None, "rewards": {"a": [None, 1.5]}}
 
 
@@ -147,8 +147,8 @@ def test_sync_brings_every_file_there_is_to_disk(tmp_path, monkeypatch):
     synced.clear()
     writer.sync()
     assert synced == ["metrics.jsonl", "samples.jsonl"]
-    writer.skipped({"step": 1})
-    writer.evaluated({"step": 1})
+    writer.append("nonfinite", {"step": 1})
+    writer.append("evals", {"step": 1})
     writer.sync()
     assert synced[2:] == ["metrics.jsonl", "samples.jsonl", "nonfinite.jsonl", "evals.jsonl"]
 
@@ -156,20 +156,21 @@ def test_sync_brings_every_file_there_is_to_disk(tmp_path, monkeypatch):
 def test_full_disk_names_the_file(tmp_path):
     writer = MetricsWriter(tmp_path, tensorboard=False)
     writer.rewind(0)
-    writer.metrics_path = type(tmp_path)("/dev/full")
-    with pytest.raises(ValueError, match=r"cannot write /dev/full: No space left on device; free space"):
-        writer.line(line(1))
+    writer.path("metrics").unlink()
+    writer.path("metrics").symlink_to("/dev/full")
+    with pytest.raises(ValueError, match=r"cannot write \S+metrics\.jsonl: No space left on device; free space"):
+        writer.append("metrics", line(1))
 
 
 def test_tensorboard_is_cut_back_too(tmp_path):
     writer = MetricsWriter(tmp_path, tensorboard=True)
     writer.rewind(0)
     for step in range(1, 5):
-        writer.line(line(step))
+        writer.append("metrics", line(step))
     writer.close()
     writer = MetricsWriter(tmp_path, tensorboard=True)
     writer.rewind(2)
-    writer.line(line(3, loss=7.0))
+    writer.append("metrics", line(3, loss=7.0))
     writer.close()
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
@@ -245,10 +246,10 @@ def test_reward_terms_are_whole_at_any_width(width, count):
 def test_warnings_have_a_file_that_is_cut_back_too(tmp_path):
     writer = MetricsWriter(tmp_path, tensorboard=False)
     writer.rewind(0)
-    writer.warned([])
-    assert not writer.warnings_path.exists()
-    writer.warned([{"step": 1, "warning": "a"}, {"step": 1, "warning": "b"}])
-    writer.warned([{"step": 3, "warning": "c"}])
+    writer.append("warnings")
+    assert not writer.path("warnings").exists()
+    writer.append("warnings", {"step": 1, "warning": "a"}, {"step": 1, "warning": "b"})
+    writer.append("warnings", {"step": 3, "warning": "c"})
     writer.rewind(2)
     assert read_metrics(tmp_path / "warnings.jsonl") == [{"step": 1, "warning": "a"}, {"step": 1, "warning": "b"}]
 

@@ -16,12 +16,12 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
 
 from cosmo_rl.model.parallel import (
-    all_gather,
     clip_grad_norm,
     close_distributed,
     init_distributed,
     rank,
     shard,
+    together,
     world,
 )
 from cosmo_rl.model.weights import full_state_dict, save_pretrained
@@ -58,6 +58,11 @@ def full_gradients(policy) -> dict[str, torch.Tensor]:
     return {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in found.items()}
 
 
+def of_all(value) -> list:
+    """By rank."""
+    return together(lambda: value)
+
+
 def run_all(device, folder) -> dict:
     """Every case on this rank's share of CASES; with one rank, on all shares."""
     results = {}
@@ -65,11 +70,11 @@ def run_all(device, folder) -> dict:
         mine = shares[rank()] if world() == 2 else [members for share in shares for members in share]
         policy = tiny_case.policy(freeze_vision=freeze_vision)
         shard(policy, device=device, dtype=torch.float32, freeze_vision=freeze_vision).train()
-        loss = sum(all_gather(run_case(policy, mine)))
+        loss = sum(of_all(run_case(policy, mine)))
         gradients = full_gradients(policy)
         norms = [clip_grad_norm(policy, limit) for limit in (1e9, MAX_NORM)]
         results[name] = {"loss": loss, "gradients": gradients, "norms": norms, "clipped": full_gradients(policy),
-                         "norms_of_ranks": all_gather(norms),
+                         "norms_of_ranks": of_all(norms),
                          "local": sum(p.to_local().numel() for p in policy.parameters() if isinstance(p, DTensor))}
 
     # A log-prob pass between backward and step must not leave old weights behind.

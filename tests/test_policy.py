@@ -8,8 +8,11 @@ import pytest
 import tiny_case
 import torch
 
-from cosmo_rl.data.collate import Sequence, plan_microbatches
+from cosmo_rl.data.collate import TokenSequence, plan_microbatches
+from cosmo_rl.kernels import launch
+from cosmo_rl.kernels.reference import dense_cpgd, dense_linear_kl, dense_linear_logprob
 from cosmo_rl.model.load import load_model
+from cosmo_rl.model.policy import LMHead, Update
 
 LAYOUTS = ("packed", "padded")
 ATOL = 1e-5
@@ -57,7 +60,7 @@ def test_documents_do_not_see_each_other(layout):
     batch = tiny_case.batch(sequences, layout)
     with torch.no_grad():
         before = policy(batch).logprobs
-        sequences[0] = Sequence(sequences[0].prompt, sequences[0].response_ids[::-1] + 1)
+        sequences[0] = TokenSequence(sequences[0].prompt, sequences[0].response_ids[::-1] + 1)
         after = policy(tiny_case.batch(sequences, layout)).logprobs
         others = batch.sequence_ids > 0
         torch.testing.assert_close(after[others], before[others], atol=1e-6, rtol=0)
@@ -171,3 +174,99 @@ def test_temperature():
         logits = hidden @ policy.model.lm_head.weight.T + policy.head.bias
     expected = (logits / 0.5).log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
     torch.testing.assert_close(stats.logprobs, expected, atol=ATOL, rtol=0)
+
+
+# -- the head against a dense softmax in float64, with suppressed tokens ---------------------------------------------
+
+N, V, D, TEMPERATURE = 12, 37, 16, 0.7
+SUPPRESSED = np.array([0, 5, 36])
+
+
+@pytest.fixture
+def case(backend, monkeypatch):
+    monkeypatch.setattr(launch, "use_triton", lambda given, device: backend == "triton")
+    hidden = torch.randn(N, D, requires_grad=True)
+    weight = torch.randn(V, D, requires_grad=True)
+    targets = torch.from_numpy(np.setdiff1d(np.arange(V), SUPPRESSED))[torch.randint(0, V - 3, (N,))]
+    return LMHead(V, SUPPRESSED, TEMPERATURE), hidden, weight, targets
+
+
+def dense(hidden, weight, targets):
+    """Log-probs over the allowed tokens alone: the suppressed ones are not in the vocabulary."""
+    allowed = torch.from_numpy(np.setdiff1d(np.arange(V), SUPPRESSED))
+    places = torch.searchsorted(allowed, targets)
+    return dense_linear_logprob(hidden.double(), weight.double()[allowed], places, TEMPERATURE)
+
+
+def inputs(old_logprobs, count=N, **exact):
+    batch: Any = None
+    return Update(batch=batch, members=[], old_logprobs=old_logprobs, advantages=torch.randn(count),
+                  token_weights=torch.rand(count), clip_eps_high=0.3, drift_coef=0.05, **exact)
+
+
+def test_suppressed_tokens_are_outside_the_vocabulary(case):
+    head, hidden, weight, targets = case
+    stats = head(hidden, weight, targets)
+    logprobs, entropy = dense(hidden, weight, targets)
+    torch.testing.assert_close(stats.logprobs.double(), logprobs, atol=2e-6, rtol=0)
+    torch.testing.assert_close(stats.entropy.double(), entropy, atol=2e-6, rtol=0)
+    banned = head(hidden[:3], weight, torch.from_numpy(SUPPRESSED)).logprobs
+    assert (banned < -1e29).all()
+
+    (stats.logprobs + 0.1 * stats.entropy).sum().backward()
+    got = hidden.grad, weight.grad
+    expected = torch.autograd.grad((logprobs + 0.1 * entropy).sum(), (hidden, weight))
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    assert (weight.grad[SUPPRESSED] == 0).all()
+
+
+def test_cpgd(case):
+    head, hidden, weight, targets = case
+    logprobs = dense(hidden, weight, targets)[0]
+    old = logprobs.detach() + 0.3 * torch.randn(N)
+    cpgd = inputs(old)
+    output = head(hidden, weight, targets, cpgd)
+    terms = dense_cpgd(logprobs, old, cpgd.advantages.double(), 0.2, 0.3, 0.05, 2.0)
+    expected = (cpgd.token_weights * terms).sum()
+    torch.testing.assert_close(output.loss.double(), expected, atol=1e-5, rtol=0)
+    for a, b in zip(torch.autograd.grad(output.loss, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight)),
+                    strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_exact_drift_replaces_the_sampled_one(case):
+    head, hidden, weight, targets = case
+    old_hidden, old_weight = hidden.detach() + 0.3 * torch.randn(N, D), weight.detach() + 0.1 * torch.randn(V, D)
+    old = dense(old_hidden, old_weight, targets)[0]
+    cpgd = inputs(old, old_hidden=old_hidden, old_weight=old_weight)
+    output = head(hidden, weight, targets, cpgd)
+
+    allowed = np.setdiff1d(np.arange(V), SUPPRESSED)
+    kl = dense_linear_kl(old_hidden.double(), old_weight.double()[allowed], hidden.double(), weight.double()[allowed],
+                         TEMPERATURE)
+    terms = dense_cpgd(dense(hidden, weight, targets)[0], old, cpgd.advantages.double(), 0.2, 0.3, 0.0, 2.0)
+    expected = (cpgd.token_weights * (terms + 0.05 * kl)).sum()
+    torch.testing.assert_close(output.drift.double(), kl.detach(), atol=1e-5, rtol=1e-5)
+    assert not output.drift.requires_grad
+    torch.testing.assert_close(output.loss.double(), expected, atol=1e-5, rtol=0)
+    for a, b in zip(torch.autograd.grad(output.loss, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight)),
+                    strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["logprobs", "cpgd", "exact"])
+def test_no_target_gives_zero_gradients(case, mode):
+    """A rank without work still sends gradients into the sum over ranks."""
+    head, hidden, weight, targets = case
+    exact = {"old_hidden": hidden[:0].detach(), "old_weight": weight.detach()} if mode == "exact" else {}
+    cpgd = None if mode == "logprobs" else inputs(torch.empty(0), 0, **exact)
+    output = head(hidden[:0], weight, targets[:0], cpgd)
+    loss = output.logprobs.sum() if mode == "logprobs" else output.loss
+    loss.backward()
+    assert loss == 0 and (hidden.grad == 0).all() and (weight.grad == 0).all()
+
+
+def test_owns_no_weight():
+    head = LMHead(V, SUPPRESSED, 1.0)
+    assert not list(head.parameters()) and not head.state_dict()

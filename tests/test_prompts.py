@@ -11,12 +11,12 @@ import pytest
 import runs
 
 from cosmo_rl.cpgd import trainer
+from cosmo_rl.cpgd.judges.judge import chat_judges
 from cosmo_rl.cpgd.rewards.format import split_thinking
-from cosmo_rl.cpgd.rewards.judges import judges
 from cosmo_rl.cpgd.run import dryrun
 from cosmo_rl.cpgd.run.card import card, write_card
+from cosmo_rl.cpgd.run.plan import row_size
 from cosmo_rl.cpgd.run.recipes import PRESETS, THINK, parse_command, parse_command_line, recipe
-from cosmo_rl.cpgd.run.sources import row_size
 from cosmo_rl.data import prompts
 from cosmo_rl.data.collate import chat_text, check_prompt, encode_prompt, with_system
 from cosmo_rl.data.errors import UserError
@@ -194,8 +194,8 @@ def test_judges_do_not_see_it():
     """They take the row's messages, and leave out even the system message that a row brings."""
     message: Any = {"role": "system", "content": "swordfish"}
     asked = row(messages=(message, *row().messages))
-    for judge in judges().values():
-        assert "swordfish" not in str(judge.build(judge.rules, asked, "an answer", "a thought"))
+    for judge in chat_judges().values():
+        assert "swordfish" not in str(judge.build(judge.rules, asked, "an answer"))
 
 
 # -- on a chat template -----------------------------------------------------------------------------------------------

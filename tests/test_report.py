@@ -170,7 +170,7 @@ def test_stage_without_before_and_without_rows(tmp_path):
 def test_json_comes_last(tmp_path, monkeypatch):
     """Its presence says that the stage is finished."""
     written = []
-    monkeypatch.setattr(report, "write_atomic", lambda path, text: written.append(path.name))
+    monkeypatch.setattr(report, "replace_file", lambda path, text: written.append(path.name))
     finish_report(tmp_path, Config(), seconds=1.0)
     assert written == ["report.html", "report.json"]
 

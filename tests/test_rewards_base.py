@@ -4,7 +4,6 @@ import math
 
 import pytest
 
-from cosmo_rl.cpgd.config import RewardConfig
 from cosmo_rl.cpgd.rewards.base import (
     Failed,
     NotApplicable,
@@ -12,10 +11,7 @@ from cosmo_rl.cpgd.rewards.base import (
     Score,
     check_budget,
     combine,
-    is_unsafe,
 )
-from cosmo_rl.cpgd.rewards.build import build_rewards
-from cosmo_rl.cpgd.rewards.visual_focus import Contrast
 from cosmo_rl.data.schema import Row
 
 WEIGHTS = {"format": 0.1, "visual_focus": 0.2, "helpful": 0.2, "task_aware": 1.0}
@@ -73,43 +69,4 @@ def test_the_budget_names_share_budget_and_reasons():
     ({"image": "unsafe"}, False),
 ])
 def test_a_row_is_unsafe_by_image_and_text_together(tags, unsafe):
-    assert is_unsafe(row("safety", tags=tags)) is unsafe
-
-
-def test_build_drops_terms_without_weight():
-    terms, _, weights = build_rewards(RewardConfig(helpful=0.0, visual_focus_mode="contrast"), [row(answer="red")])
-    assert list(terms) == list(weights) == ["format", "visual_focus", "task_aware"]
-    assert weights == {"format": 0.1, "visual_focus": 0.2, "task_aware": 1.0}
-    assert isinstance(terms["visual_focus"], Contrast) and terms["visual_focus"].needs_policy
-    assert not terms["format"].needs_policy and not terms["task_aware"].needs_policy
-
-
-def test_build_takes_every_task():
-    rows = [row(answer="red"), row("knowledge", answer="red"), row("value", answer="red"), row("math", answer="4 m"),
-            row("mcq", answer="red", options=("red", "blue")), row("helpful"), row("safety", tags={"combined": "safe"}),
-            row("ifeval", constraints=({"id": "punctuation:no_comma", "kwargs": {}},))]
-    rejected = []
-    build_rewards(RewardConfig(), rows, rejected)
-    build_rewards(RewardConfig(judges=("safework_value=http://127.0.0.1:9,m",)), [row("value")], rejected)
-    assert rejected == []
-    build_rewards(RewardConfig(), [row("value"), *rows, row("math", answer="4+")], rejected)
-    assert [index for index, _ in rejected] == [0, len(rows) + 1]
-
-
-@pytest.mark.parametrize(("config", "rows", "message"), [
-    (RewardConfig(), [row(answer="red"), row("value")], "row r1: .* no reward rule for task value without `answer`; "
-     "add it, name judge safework_value in --reward.judges, or set --reward.task-aware 0"),
-    (RewardConfig(), [row("knowledge")], "row r1: task knowledge is rewarded against `answer`, which is missing"),
-    (RewardConfig(), [row("math")], "row r1: task math is rewarded against `answer`, which is missing"),
-    (RewardConfig(), [row("math", answer="4"), row("math", answer="4+")], "row r1: `answer` '4[+]': math-verify"),
-    (RewardConfig(), [row("mcq", answer="C", options=("red", "blue"))], "row r1: `answer` 'C' does not name exactly"),
-    (RewardConfig(), [row("ifeval", constraints=({"id": "x"},))], "row r1: there is no constraint 'x'"),
-    (RewardConfig(), [row()], "row r1: task general is rewarded against `answer`, which is missing"),
-    (RewardConfig(refusal_value=1.5), [], r"--reward.refusal-value is 1.5; give a value in \[0, 1\]"),
-    (RewardConfig(format=0, visual_focus=0, helpful=0, task_aware=0), [], "every reward weight is 0"),
-])
-def test_build_refuses_what_could_never_be_scored(config, rows, message):
-    with pytest.raises(ValueError, match=message):
-        build_rewards(config, rows)
-    if rows:
-        assert "task_aware" not in build_rewards(RewardConfig(task_aware=0.0), rows)[0]
+    assert row("safety", tags=tags).is_unsafe is unsafe

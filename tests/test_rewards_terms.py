@@ -1,15 +1,13 @@
 """Format, Visual-Focus, Helpful and Task-Aware on strings: what each rewards, and what does not fool it."""
 
-import asyncio
 import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from scoring import PROMPT, outcome_of, response
 
-from cosmo_rl.cpgd.batch import Response, Sample
-from cosmo_rl.cpgd.rewards import judged
-from cosmo_rl.cpgd.rewards.base import Evidence, Failed, NotApplicable, Prepared, Score
+from cosmo_rl.cpgd.rewards.base import Evidence, Failed, NotApplicable, Score
 from cosmo_rl.cpgd.rewards.format import (
     Format,
     answer_of,
@@ -19,26 +17,23 @@ from cosmo_rl.cpgd.rewards.format import (
     readings,
     same_answer,
     split_thinking,
+    thinking_of,
     words,
 )
 from cosmo_rl.cpgd.rewards.helpful import Helpful
-from cosmo_rl.cpgd.rewards.task_aware import TaskAware, is_right, judge, seen_problem
-from cosmo_rl.cpgd.rewards.visual_focus import Contrast, Elements, blank_prompt, contrast
-from cosmo_rl.data.collate import EncodedPrompt
+from cosmo_rl.cpgd.rewards.task_aware import TaskAware, is_right, rules, seen_problem
+from cosmo_rl.cpgd.rewards.visual_focus import Elements, blank_prompt, contrast
 from cosmo_rl.data.prepare.mini import COMPLIANCE, REFUSAL
 from cosmo_rl.data.schema import Row
 
-PROMPT = EncodedPrompt("r1", np.arange(3), np.zeros((3, 3), np.int64), np.array([0, 1, 0]),
-                       np.ones((4, 6), np.float32), np.array([[1, 2, 2]]))
 ROW = Row(id="r1", task="general", domain="general", messages=({"role": "user", "content": "q"},),
           images=("a.png",), source="test", licence="Apache-2.0", key_elements=("knife", "taste"), answer="Red")
 UNSAFE = replace(ROW, task="safety", tags={"image": "unsafe", "text": "unsafe", "combined": "unsafe"})
 BENIGN = replace(ROW, task="safety", tags={"image": "unsafe", "text": "safe", "combined": "safe"}, answer=None)
 
 
-def score(term, text, row=ROW, evidence=None, ended="stop"):
-    response = Response(np.array([1]), np.array([0.0], np.float32), ended, 0)
-    outcome = term(Sample(row=row, prompt=PROMPT, group=0, k=0, response=response, text=text), evidence)
+def score(term, text, row=ROW, ended="stop"):
+    outcome = outcome_of(term, text, row, ended)
     return outcome.value if isinstance(outcome, Score) else outcome
 
 
@@ -196,16 +191,14 @@ def test_elements_says_nothing_without_image_or_elements(row):
     (-0.25, -1.0, 0.75), (-0.5, -3.0, 1.0), (-2.0, -0.5, 0.0), (-1.0, -1.0, 0.0),
 ])
 def test_contrast_is_the_clipped_gain_from_the_image(seen, blank, value):
-    assert contrast(Evidence(seen, blank)) == value
-    assert score(Contrast(), "<think> a </think> red", evidence=Evidence(seen, blank)) == value
-    assert score(Contrast(), "red", evidence=Evidence(seen, blank)) == 0
-    text_only = replace(ROW, images=())
-    assert score(Contrast(), "<think> a </think> red", text_only, Evidence(seen, blank)) == NotApplicable()
+    gain = lambda text, row=ROW: contrast(response(text, row), Evidence(seen, blank))
+    assert gain("<think> a </think> red") == Score(value) and gain("red") == Score(0.0)
+    assert gain("<think> a </think> red", replace(ROW, images=())) == NotApplicable()
 
 
 @pytest.mark.parametrize("evidence", [None, Evidence(float("nan"), -1.0)])
 def test_contrast_without_evidence_fails(evidence):
-    assert isinstance(score(Contrast(), "<think> a </think> red", evidence=evidence), Failed)
+    assert isinstance(contrast(response("<think> a </think> red", ROW), evidence), Failed)
 
 
 def test_the_blank_twin_differs_in_its_pixels_only():
@@ -237,12 +230,10 @@ def test_a_response_that_was_cut_earns_no_helpful():
 
 def test_nor_does_a_judge_see_it():
     class Kind:
-        async def judge(self, sample):
+        async def __call__(self, response):
             return Score(1.0)
 
-    term = judged.Helpful(Kind())  # pyright: ignore[reportArgumentType]
-    asked = lambda sample, evidence: asyncio.run(term.judge(sample))
-    ask = lambda row, ended: score(asked, THOUGHT + "Rinse", row, None, ended)
+    ask = lambda row, ended: score(Helpful(Kind()), THOUGHT + "Rinse", row, ended)
     assert [ask(BENIGN, "stop"), ask(BENIGN, "length"), ask(UNSAFE, "length")] == [1.0, 0.0, NotApplicable()]
 
 
@@ -303,25 +294,22 @@ def test_the_helpful_term_alone_judges_helpful_rows():
     assert score(TaskAware(1.0), "4", replace(ROW, task="helpful")) == NotApplicable()
 
 
-def test_math_answers_can_be_compared_ahead():
-    response = Response(np.array([1]), np.array([0.0], np.float32), "stop", 0)
-    samples = [Sample(replace(ROW, task=task, answer="4"), PROMPT, group=0, k=0, response=response, text=text)
-               for task, text in (("math", "<think> 5 </think> 4"), ("math", "5"), ("general", "4"))]
-    term, asked = TaskAware(1.0), []
-    compare = term.math._workers.compare
-    term.math._workers.compare = lambda pairs: asked.append(len(pairs)) or compare(pairs)
-    assert isinstance(term, Prepared)
-    term.prepare(samples)
-    assert [term(sample) for sample in samples] == [Score(1.0), Score(0.0), Score(1.0)] and asked == [2]
-
-
 def test_rules_for_a_while_end_their_workers():
     half = replace(ROW, task="math", answer="1/2")
-    with judge() as rules:
-        assert rules.outcome(half, r"\boxed{0.5}") == Score(1.0)
-        (process,) = rules.math._workers._all
-        assert process.poll() is None
-    assert process.poll() is not None
+    with rules() as right:
+        cases = [(half, r"\boxed{0.5}"), (ROW, "blue"), (half, "2")]
+        assert right.outcomes(cases) == [Score(1.0), Score(0.0), Score(0.0)]
+        processes = list(right.math.workers._all)
+        assert processes and all(process.poll() is None for process in processes)
+    assert all(process.poll() is not None for process in processes)
+
+
+@pytest.mark.parametrize(("text", "thinking"), [
+    ("<think> a secret </think> b", "a secret"), ("no thought", ""), ("<think> open", ""), ("a </think> b", "a"),
+    ("", ""),
+])
+def test_the_thinking_of_any_text(text, thinking):
+    assert thinking_of(text) == thinking
 
 
 @pytest.mark.parametrize(("text", "found"), [

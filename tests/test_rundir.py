@@ -1,4 +1,3 @@
-import errno
 import json
 import os
 import signal
@@ -14,9 +13,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from cosmo_rl.cpgd.config import Config, ObjectiveConfig
-from cosmo_rl.cpgd.run import rundir
 from cosmo_rl.cpgd.run.ending import LONGEST
-from cosmo_rl.cpgd.run.rundir import RunDir, write_atomic
+from cosmo_rl.cpgd.run.rundir import RunDir
+from cosmo_rl.data.disk import replace_file
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.model.parallel import together
 
@@ -145,7 +144,7 @@ def test_a_free_setting_does_not_carry_another_along(tmp_path):
 
 def test_finished_when_the_report_is_there(tmp_path):
     RunDir(tmp_path, 2, CONFIG).close()
-    write_atomic(tmp_path / "stage2" / "report.json", '{"steps": 100}')
+    replace_file(tmp_path / "stage2" / "report.json", '{"steps": 100}')
     run = RunDir(tmp_path, 2, replace(CONFIG, log=replace(CONFIG.log, samples=0)))
     assert run.finished
     run.close()
@@ -201,20 +200,6 @@ def test_lock_ends_with_its_process(tmp_path):
         holder.kill()
         holder.communicate()
     RunDir(tmp_path, 2, CONFIG, wait_s=0).close()
-
-
-def test_write_atomic_keeps_the_old_content_on_a_full_disk(tmp_path, monkeypatch):
-    path = tmp_path / "state.json"
-    write_atomic(path, "old")
-
-    def full(_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(rundir, "fsync", full)
-    with pytest.raises(ValueError, match=r"cannot write .*state\.json: No space left on device; free space"):
-        write_atomic(path, "new")
-    assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["state.json"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux only")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cosmo_rl.data.field_names import meant
+from cosmo_rl.data.foreign import meant
 from cosmo_rl.data.schema import FIELDS, IMAGE_FORMATS, TASKS, RowError, encoded, open_image, parse_row
 
 ROW = {"id": "a", "task": "general", "domain": "general", "prompt": "what is it?", "source": "mine", "licence": "CC0"}

@@ -12,14 +12,12 @@ import pytest
 import runs
 from fault_server import FaultServer
 
-from cosmo_rl.cpgd import collect, selection, trainer
 from cosmo_rl.cpgd.advantages import group_advantages
-from cosmo_rl.cpgd.batch import Sample, request_seed
-from cosmo_rl.cpgd.collect import sample_groups, score, split_updates
 from cosmo_rl.cpgd.config import Config, DataConfig, ObjectiveConfig, RolloutConfig
-from cosmo_rl.cpgd.rewards.base import Failed, RewardBudgetError, Score
+from cosmo_rl.cpgd.rollout import collect, selection
+from cosmo_rl.cpgd.rollout.selection import has_signal, pass_rates, select
+from cosmo_rl.cpgd.rollout.values import Sample
 from cosmo_rl.cpgd.run.metrics import read_metrics
-from cosmo_rl.cpgd.selection import has_signal, pass_rates, select
 from cosmo_rl.data.prepare.mini import general_rows, safety_rows
 from cosmo_rl.data.sampler import PromptSampler
 from cosmo_rl.model.parallel import rank
@@ -27,23 +25,20 @@ from cosmo_rl.model.parallel import rank
 FLAT, FAILED, LIVE = (0.5, 0.5), (None, 0.5), (0.0, 1.0)
 
 
-def sample(number, group, k, reward, terms=None):
-    row: Any = runs.SimpleNamespace(id=str(number), domain="ab"[number % 2])
-    response: Any = runs.SimpleNamespace(ids=[0])
-    return Sample(row=row, prompt=row, group=group, k=k, response=response, text="", reward=reward, terms=terms or {})
+def sample(number, reward, terms=None):
+    response: Any = runs.SimpleNamespace(row=runs.SimpleNamespace(id=str(number), domain="ab"[number % 2]))
+    return Sample(response=response, reward=reward, terms=terms or {})
 
 
 class Rows:
     """Even row numbers are of domain a, odd ones of b; `rewards` by number, FLAT where it is silent."""
 
     def __init__(self, rewards):
-        self.rewards, self.asked, self.earlier, self.last = rewards, [], [], {0: 6, 1: 7}
+        self.rewards, self.asked, self.last = rewards, [], {0: 6, 1: 7}
 
-    def attempt(self, numbers, earlier):
+    def attempt(self, numbers):
         self.asked.append(numbers)
-        self.earlier.append(len(earlier))
-        return [sample(n, group, k, reward) for group, n in enumerate(numbers)
-                for k, reward in enumerate(self.rewards.get(n, FLAT))]
+        return [tuple(sample(n, reward) for reward in self.rewards.get(n, FLAT)) for n in numbers]
 
     def replace(self, numbers):
         """The next even or odd number."""
@@ -54,39 +49,33 @@ class Rows:
         return out
 
 
-def chosen(found):
-    groups = [int(s.row.id) for s in found.samples if s.k == 0]
-    assert [(s.group, s.k) for s in found.samples] == [(g, k) for g in range(len(groups)) for k in (0, 1)]
-    assert [int(s.row.id) for s in found.samples[1::2]] == groups, "whole groups"
-    return groups
+def chosen(groups):
+    assert all(len({s.row.id for s in group}) == 1 and len(group) == 2 for group in groups), "whole groups"
+    return [int(group[0].row.id) for group in groups]
 
 
 def test_a_place_goes_to_the_next_prompt_of_its_domain():
     rows = Rows({1: LIVE, 9: LIVE, 10: LIVE, 14: LIVE, 12: FAILED})
-    found = select([0, 1, 2, 3, 4], rows.attempt, rows.replace, 2)
+    groups, first, refill = select([0, 1, 2, 3, 4], rows.attempt, rows.replace, 2)
     assert rows.asked == [[0, 1, 2, 3, 4], [8, 10, 9, 12], [14, 16]]
-    assert rows.earlier == [0, 10, 18]
-    assert chosen(found) == [14, 1, 10, 9, 4], "place 4 found none in two rounds and keeps its first group"
-    assert found.counts == {"refill": {"rounds": 2, "dropped": {"a": 5, "b": 1}, "left": {"a": 1}}}
-    assert [int(s.row.id) for s in found.first if s.k == 0] == [0, 1, 2, 3, 4]
-    assert len(found.sampled) == 22 and len({id(s) for s in found.sampled}) == 22
-    assert {id(s) for s in found.samples} < {id(s) for s in found.sampled}
+    assert chosen(groups) == [14, 1, 10, 9, 4], "place 4 found none in two rounds and keeps its first group"
+    assert refill == {"rounds": 2, "dropped": {"a": 5, "b": 1}, "left": {"a": 1}}
+    assert chosen(first) == [0, 1, 2, 3, 4]
 
 
 def test_rounds_end_when_every_place_has_a_signal():
     rows = Rows({0: LIVE, 1: LIVE, 8: LIVE})
-    found = select([0, 1, 2], rows.attempt, rows.replace, 9)
-    assert rows.asked == [[0, 1, 2], [8]] and chosen(found) == [0, 1, 8]
-    assert found.counts == {"refill": {"rounds": 1, "dropped": {"a": 1}, "left": {}}}
+    groups, _, refill = select([0, 1, 2], rows.attempt, rows.replace, 9)
+    assert rows.asked == [[0, 1, 2], [8]] and chosen(groups) == [0, 1, 8]
+    assert refill == {"rounds": 1, "dropped": {"a": 1}, "left": {}}
     rows = Rows({0: LIVE, 1: LIVE})
-    assert select([0, 1], rows.attempt, rows.replace, 9).counts["refill"]["rounds"] == 0 and len(rows.asked) == 1
+    assert select([0, 1], rows.attempt, rows.replace, 9)[2]["rounds"] == 0 and len(rows.asked) == 1
 
 
 def test_switched_off_nothing_is_dropped_or_counted():
     rows = Rows({0: LIVE, 2: FAILED})
-    found = select([0, 1, 2], rows.attempt, rows.replace, 0)
-    assert rows.asked == [[0, 1, 2]] and chosen(found) == [0, 1, 2] and found.counts == {}
-    assert found.samples == found.first == found.sampled
+    groups, first, refill = select([0, 1, 2], rows.attempt, rows.replace, 0)
+    assert rows.asked == [[0, 1, 2]] and chosen(groups) == [0, 1, 2] and refill == {} and groups == first
 
 
 def test_what_is_trained_on_keeps_the_shares_and_the_updates():
@@ -96,10 +85,9 @@ def test_what_is_trained_on_keeps_the_shares_and_the_updates():
     sampler, trained = PromptSampler(domains, {"a": 0.7, "b": 0.3}, 1), []
     for _ in range(40):
         rewards = {n: LIVE if rng.random() < (0.9 if n % 2 else 0.3) else FLAT for n in range(40)}
-        found = select(sampler.take(9), Rows(rewards).attempt, sampler.replace, 3)
-        trained += [s.row.domain for s in found.samples if s.k == 0]
-        parts = split_updates(found.samples, 9, 4)
-        assert [count for _, count in parts] == [3, 2, 2, 2], "every update has its prompts, with a signal or not"
+        found, _, _ = select(sampler.take(9), Rows(rewards).attempt, sampler.replace, 3)
+        assert len(found) == 9, "every update has its prompts, with a signal or not"
+        trained += [group[0].row.domain for group in found]
     counts = np.cumsum([domain == "a" for domain in trained])
     assert np.abs(counts - 0.7 * np.arange(1, 361)).max() < 1 + 1e-9
 
@@ -111,57 +99,19 @@ def test_a_signal_is_what_the_advantages_take_for_one():
     for group in groups:
         rewards = [np.nan if r is None else r for r in group]
         expected = bool(group_advantages(rewards, [0] * len(group)).any())
-        assert has_signal([sample(0, 0, k, r) for k, r in enumerate(group)]) is expected, group
+        assert has_signal(tuple(sample(0, r) for r in group)) is expected, group
 
 
 def test_pass_rates_by_hand():
     task = lambda value: {"task_aware": value, "format": 0.1}
-    samples = [
-        sample(7, 0, 0, 0.2, task(1.0)), sample(7, 0, 1, 0.2, task(0.5)),
-        sample(4, 1, 0, None, task(1.0)), sample(4, 1, 1, 0.3, task(0.0)),  # another term failed
-        sample(5, 2, 0, 0.25, {"format": 1.0}), sample(5, 2, 1, 0.5, {"format": 1.0}),
-        sample(6, 3, 0, None), sample(6, 3, 1, None),
-        sample(7, 4, 0, 0.2, task(0.0)), sample(7, 4, 1, 0.2, task(0.0)),  # drawn twice: the last one
+    groups = [
+        (sample(7, 0.2, task(1.0)), sample(7, 0.2, task(0.5))),
+        (sample(4, None, task(1.0)), sample(4, 0.3, task(0.0))),  # another term failed
+        (sample(5, 0.25, {"format": 1.0}), sample(5, 0.5, {"format": 1.0})),
+        (sample(6, None), sample(6, None)),
+        (sample(7, 0.2, task(0.0)), sample(7, 0.2, task(0.0))),  # drawn twice: the last one
     ]
-    assert pass_rates([7, 4, 5, 6, 7], samples) == {7: 0.0, 4: 0.5, 5: 0.375}
-
-
-def test_seeds_go_on_counting_in_later_rounds(monkeypatch):
-    """A prompt that comes again in a round of the same step, as it may in a small domain, meets other noise."""
-    record, config = runs.rollout(), runs.config()
-    asked = []
-    monkeypatch.setattr(collect, "generate", lambda engine, requests, size, finished: asked.extend(requests) or
-                        [s.response for s in record.samples[:len(requests)]])
-    earlier, prompt = [], record.prompts[0]
-    for _ in range(3):
-        rows, prompts = [record.rows[0], record.rows[1]], [prompt, record.prompts[1]]
-        earlier += sample_groups(record.engine, rows, prompts, record.processor, config, step=5, earlier=earlier)
-    mine = [r.seed for r in asked if r.prompt is prompt]
-    assert mine == [request_seed(config.seed, 2, 5, prompt.id, k) for k in range(12)]
-    assert len({r.seed for r in asked}) == 24
-
-
-class First:
-    """A reward that fails for the first response of each group."""
-
-    needs_policy = False
-
-    def __call__(self, sample, evidence=None):
-        return Failed("no judge") if sample.k == 0 else Score(0.5)
-
-
-def test_one_failure_budget_for_all_rounds():
-    """A round of two prompts must not stop a run whose rollout is within the budget; nor may a bad one pass."""
-    samples = [replace(s, terms={}) for s in runs.rollout().samples]
-    earlier, fresh = samples[:16], samples[16:]
-    for s in earlier:
-        s.reward = 0.5
-    score(fresh, {"a": First()}, {"a": 1.0}, 0.1, earlier=earlier)
-    assert [s.reward for s in fresh] == [None, 0.5, 0.5, 0.5] * 2
-    with pytest.raises(RewardBudgetError, match=r"2 of 24 responses"):
-        score(fresh, {"a": First()}, {"a": 1.0}, 0.08, earlier=earlier)
-    with pytest.raises(RewardBudgetError, match=r"2 of 8 responses"):
-        score(fresh, {"a": First()}, {"a": 1.0}, 0.1)
+    assert pass_rates([7, 4, 5, 6, 7], groups) == {7: 0.0, 4: 0.5, 5: 0.375}
 
 
 @pytest.mark.parametrize(("options", "message"), [
@@ -193,14 +143,14 @@ def quick(rows, run_dir, *options):
 
 def _note_rows(path):
     """Each rank writes down the rows of every rollout."""
-    real = trainer.Trainer._encoded
+    real = collect.Collector._attempt
 
-    def noted(self, numbers):
+    def noted(self, version, clock, sampled, numbers):
         with open(f"{path}-{rank()}", "a") as file:
-            file.write(json.dumps({"step": self.step, "rows": [self.rows[i].id for i in numbers]}) + "\n")
-        return real(self, numbers)
+            file.write(json.dumps({"step": version, "rows": [self.rows[i].id for i in numbers]}) + "\n")
+        return real(self, version, clock, sampled, numbers)
 
-    trainer.Trainer._encoded = noted
+    collect.Collector._attempt = noted
 
 
 def _note_and_kill(path, lines, metrics):
@@ -293,9 +243,17 @@ def test_dynamic_sampling_in_a_run_of_one_and_two_ranks(tmp_path):
 
 
 def _no_signal_in_odd_places(path):
-    """A group's first verdict stands, it may move to an odd place; rank 0 writes down the seeds."""
-    verdicts, real = {}, collect.request_seed
-    selection.has_signal = lambda group: verdicts.setdefault(id(group[0]), group[0].group % 2 == 0)
+    """Of each round every second group has a signal, and keeps it; rank 0 writes down the seeds."""
+    verdicts, real, attempt = {}, collect.request_seed, collect.Collector._attempt
+    selection.has_signal = lambda group: verdicts[id(group)]
+
+    def told(*args):
+        groups = attempt(*args)
+        verdicts.update((id(group), i % 2 == 0) for i, group in enumerate(groups))
+        verdicts[len(verdicts)] = groups  # held, or another could have the id
+        return groups
+
+    collect.Collector._attempt = told
 
     def noted(*key):
         if rank() == 0:

@@ -11,7 +11,6 @@ import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import runs
@@ -20,14 +19,10 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from cosmo_rl.cpgd import trainer, update
-from cosmo_rl.cpgd.config import EvalConfig
 from cosmo_rl.cpgd.rollout.hf import HFEngine
-from cosmo_rl.cpgd.run.guard import Guard
 from cosmo_rl.cpgd.run.metrics import MetricsWriter, read_metrics
-from cosmo_rl.cpgd.run.watch import Watch
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.prepare.mini import general_rows, safety_rows
-from cosmo_rl.data.sampler import PromptSampler
 from cosmo_rl.model.parallel import rank
 
 
@@ -106,10 +101,10 @@ MOMENTS = [
     ("cosmo_rl.cpgd.rollout.hf:HFEngine._generate_batch", 2, True, [2]),  # in a rollout
     ("cosmo_rl.cpgd.update:clip_grad_norm", 3, True, [2]),  # in an update, line 3 already written
     ("cosmo_rl.cpgd.run.checkpoint:_write_shards", 4, True, [2]),  # while a checkpoint is written
-    ("cosmo_rl.cpgd.run.checkpoint:write_atomic", 4, False, [2, 4]),  # it is there, `latest` does not name it yet
+    ("cosmo_rl.cpgd.run.checkpoint:replace_file", 4, False, [2, 4]),  # it is there, `latest` does not name it yet
     ("cosmo_rl.data.sampler:PromptSampler.take", 6, False, [4, 6]),  # between two rollouts
     ("cosmo_rl.cpgd.trainer:save_pretrained", 8, False, [6, 8]),  # after the last step
-    ("cosmo_rl.cpgd.trainer:write_measured", 8, False, [6, 8]),  # hf/ is there, the report is not
+    ("cosmo_rl.cpgd.run.measure:write_measured", 8, False, [6, 8]),  # hf/ is there, the report is not
 ]
 
 
@@ -293,9 +288,9 @@ def test_canary_stops_a_run(folder, data):
 
 FAULTS = {
     # name: (class and method, the rank that fails, the error)
-    "an image that one host lacks": (trainer.Trainer, "_encode", 1, UserError("row x: its image is gone; restore it")),
+    "an image that one host lacks": (trainer, "encode_prompt", 1, UserError("row x: its image is gone; restore it")),
     "logits": (HFEngine, "_generate_batch", 1, UserError("prompt x: weights give NaN; lower the learning rate")),
-    "the main rank's disk": (MetricsWriter, "_append", 0, OSError(errno.ENOSPC, "No space left on device", "metrics")),
+    "the main rank's disk": (MetricsWriter, "append", 0, OSError(errno.ENOSPC, "No space left on device", "metrics")),
 }
 
 
@@ -366,42 +361,3 @@ def test_embedded_data(folder):
     report = json.loads((folder / "embedded" / "stage2" / "report.json").read_text())
     assert report["before"].keys() == report["after_greedy"].keys() and len(report["before"]) == 9
     assert len(runs.lines_of(folder / "embedded")) == 2
-
-
-@pytest.mark.parametrize(("changes", "named"), [
-    ({"iteration": None}, "iteration"), ({"sampler": [], "fingerprint": 3}, "sampler, fingerprint"),
-    ({"guard": "warn"}, "guard"), ({"watch": [1]}, "watch"),
-    ({"trained_s": "1"}, "trained_s"), ({"model_fingerprint": {}}, "model_fingerprint"),
-])
-def test_a_state_of_another_shape_is_named(tmp_path, monkeypatch, changes, named):
-    """It is checked before anything of it is taken; here on a stand-in that has no more than is looked at."""
-    state = {"step": 1, "iteration": 1, "skipped_in_row": 0, "trained_s": 0.5, "sampler": {}, "guard": None,
-             "fingerprint": "a", "model_fingerprint": "b"}
-    monkeypatch.setattr(trainer, "fingerprint", lambda rows: "another")
-    monkeypatch.setattr(trainer, "model_fingerprint", lambda start: "b")
-    run = SimpleNamespace(run_dir=SimpleNamespace(checkpoints=tmp_path), policy=None, optimizer=None, rows=[], start="")
-    monkeypatch.setattr(trainer, "load_latest", lambda *_: state)
-    with pytest.raises(UserError, match=r"^the data changed"):  # the shape is right
-        trainer.Trainer._resume(run)  # type: ignore[arg-type]
-    monkeypatch.setattr(trainer, "load_latest", lambda *_: state | changes)
-    with pytest.raises(UserError, match=rf"^state\.json of the checkpoint in {tmp_path} is without {named} as this"):
-        trainer.Trainer._resume(run)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(("changes", "named"), [
-    ({"sampler": {}}, "sampler"), ({"sampler": {"cursor": {"a": None}, "epoch": {"a": 0}}}, "sampler"),
-    ({"guard": {}}, "guard"), ({"watch": {}}, "watch"), ({"watch": 5}, "watch"), ({"watch": {"on": 5}}, "watch")])
-def test_parts_of_a_state_of_another_shape_are_named(tmp_path, monkeypatch, changes, named):
-    """As by another version: they are looked into where they are taken."""
-    parts = {"sampler": PromptSampler(["a"], {"a": 1.0}, 0), "guard": Guard(EvalConfig()), "watch": Watch()}
-    state = {"step": 1, "iteration": 1, "skipped_in_row": 0, "trained_s": 0.5, "fingerprint": "a",
-             "model_fingerprint": "b", **{name: part.state_dict() for name, part in parts.items()}}
-    monkeypatch.setattr(trainer, "fingerprint", lambda rows: "a")
-    monkeypatch.setattr(trainer, "model_fingerprint", lambda start: "b")
-    run = SimpleNamespace(run_dir=SimpleNamespace(checkpoints=tmp_path), policy=None, optimizer=None, rows=[], start="",
-                          function_digest="", config=SimpleNamespace(steps=2), **parts)
-    monkeypatch.setattr(trainer, "load_latest", lambda *_: state)
-    trainer.Trainer._resume(run)  # type: ignore[arg-type]
-    monkeypatch.setattr(trainer, "load_latest", lambda *_: state | changes)
-    with pytest.raises(UserError, match=rf"^state\.json of the checkpoint in {tmp_path} is without {named} as this"):
-        trainer.Trainer._resume(run)  # type: ignore[arg-type]

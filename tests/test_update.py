@@ -6,8 +6,10 @@
 
 import functools
 import math
+import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import runs
 import torch
@@ -20,13 +22,18 @@ from cosmo_rl.cpgd.run.metrics import read_metrics
 from cosmo_rl.cpgd.update import (
     CanaryError,
     check_canary,
+    chosen_ids,
     fill_old_logprobs,
     learning_rate,
     optimizer_step,
     rl_loss,
-    rl_micros,
+    sft_loss,
+    sft_updates,
+    split_updates,
 )
-from cosmo_rl.model.parallel import all_gather, init_distributed, rank, shard
+from cosmo_rl.data.prepare.mini import safety_rows
+from cosmo_rl.model.parallel import init_distributed, rank, shard, together
+from cosmo_rl.model.policy import Policy
 from cosmo_rl.model.weights import full_state_dict
 
 CPU = torch.device("cpu")
@@ -52,39 +59,39 @@ def settings(aggregation, layout, max_tokens, name="cpgd"):
     return replace(base, batch=replace(base.batch, layout=layout, max_tokens=max_tokens))
 
 
-def micros_of(config):
-    record = runs.rollout()
-    return rl_micros(record.samples, len(record.prompts), config, record.processor, CPU)
+def updates_of(config, device="cpu"):
+    (part,) = split_updates(runs.rollout().rollout, 1)
+    return part.updates(runs.build(config, device))
 
 
-def gradients_of(policy, config, micros, old_micros):
-    """(loss, gradients, log-ratio spread) of this rank's micro-batches; the old log-probs are known before."""
+def gradients_of(policy, config, updates, old_logprobs):
+    """(loss, gradients, log-ratio spread) of this rank's updates; the old log-probs are known before."""
     policy.zero_grad(set_to_none=True)
     loss = 0.0
-    loss_fn = rl_loss(config)
+    loss_fn = rl_loss(config.objective)
     ratios = []
-    for micro, old in zip(micros, old_micros, strict=True):
-        micro.old_logprobs = old
-        part, _, logprobs = loss_fn(policy, micro)
-        part.backward()
-        loss += part.item()
-        ratios.append(logprobs - old)
+    for one, old in zip(updates, old_logprobs, strict=True):
+        one.old_logprobs = old
+        output = loss_fn(policy, one)
+        output.loss.backward()
+        loss += output.loss.item()
+        ratios.append(output.logprobs - old)
     found = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
     return loss, {n: (g.full_tensor() if isinstance(g, DTensor) else g).clone() for n, g in found.items()}, ratios
 
 
-def old_logprobs(policy, config, micros):
-    fill_old_logprobs(policy, micros, config, None)
-    return [micro.old_logprobs for micro in micros]
+def old_logprobs(policy, updates):
+    fill_old_logprobs(policy, updates, None)
+    return [one.old_logprobs for one in updates]
 
 
 def on_ranks(monkeypatch, config, number, count):
     """What rank `number` of `count` gets, without such ranks."""
     monkeypatch.setattr(update, "rank", lambda: number)
     monkeypatch.setattr(update, "world", lambda: count)
-    micros = micros_of(config)
+    updates = updates_of(config)
     monkeypatch.undo()
-    return micros
+    return updates
 
 
 @pytest.fixture(scope="module")
@@ -93,11 +100,11 @@ def expected():
     found = {}
     for aggregation in AGGREGATIONS:
         config = settings(aggregation, "padded", ONE_MICRO)
-        policy, micros = runs.policy(), micros_of(config)
-        assert len(micros) == 1
-        old = old_logprobs(policy, config, micros)
+        policy, updates = runs.policy(), updates_of(config)
+        assert len(updates) == 1
+        old = old_logprobs(policy, updates)
         moved(policy)
-        found[aggregation] = gradients_of(policy, config, micros, old)
+        found[aggregation] = gradients_of(policy, config, updates, old)
     return found
 
 
@@ -128,12 +135,12 @@ def test_packing_and_ranks_change_nothing(monkeypatch, expected, aggregation, la
     shares = [on_ranks(monkeypatch, config, number, ranks) for number in range(ranks)]
     assert len({len(share) for share in shares}) == 1, "the same number of micro-batches on each rank"
     assert (len(shares[0]) > 3) == (max_tokens == MANY_MICROS)
-    micros = [micro for share in shares for micro in share]
-    assert sorted(i for micro in micros for i in micro.members) == list(range(24))
+    updates = [one for share in shares for one in share]
+    assert sorted(i for one in updates for i in one.members) == list(range(24))
     policy = runs.policy()
-    old = old_logprobs(policy, config, micros)
+    old = old_logprobs(policy, updates)
     moved(policy)
-    close(gradients_of(policy, config, micros, old), expected[aggregation])
+    close(gradients_of(policy, config, updates, old), expected[aggregation])
 
 
 def _two_ranks(path):
@@ -145,12 +152,12 @@ def _two_ranks(path):
             config = settings(aggregation, layout, max_tokens)
             policy = shard(runs.policy(gradient_checkpointing=layout == "packed"), device=CPU, dtype=torch.float32,
                            freeze_vision=False).train()
-            micros = micros_of(config)
-            old = old_logprobs(policy, config, micros)
+            updates = updates_of(config)
+            old = old_logprobs(policy, updates)
             policy.reshard()
             moved(policy)
-            loss, gradients, _ = gradients_of(policy, config, micros, old)
-            results[f"{aggregation}-{layout}"] = (sum(all_gather(loss)), gradients)
+            loss, gradients, _ = gradients_of(policy, config, updates, old)
+            results[f"{aggregation}-{layout}"] = (sum(together(lambda loss=loss: loss)), gradients)
     if rank() == 0:
         torch.save(results, path)
 
@@ -163,11 +170,29 @@ def test_two_real_ranks(tmp_path, expected):
         close(got, expected[name.split("-")[0]])
 
 
+def test_the_parts_of_a_rollout_are_whole_groups_in_order():
+    """Prompt 1 lost all its responses, prompt 2 one; an emptied group is no prompt of its part."""
+    record = runs.rollout().rollout
+    groups = [list(group) for group in record.groups]
+    for g, k in ((1, 0), (1, 1), (1, 2), (1, 3), (2, 0)):
+        groups[g][k] = replace(groups[g][k], reward=None, failure="no judge")
+    failed = replace(record, groups=tuple(map(tuple, groups)),
+                     advantages=tuple(np.arange(4) + 10.0 * g for g in range(6)))
+    parts = split_updates(failed, 4)  # 2, 2, 1 and 1 prompts
+    assert [part.groups for part in parts] == [[0] * 4, [2] * 3 + [3] * 4, [4] * 4, [5] * 4]
+    assert [part.num_prompts for part in parts] == [1, 2, 1, 1]
+    assert parts[1].advantages == [21, 22, 23, 30, 31, 32, 33]
+    assert parts[1].samples == [*groups[2][1:], *groups[3]]
+    assert [len(part.samples) for part in split_updates(failed, 1)] == [19]
+    groups[0] = [replace(s, reward=None) for s in groups[0]]
+    none_left = replace(failed, groups=tuple(map(tuple, groups)))
+    assert [part.groups for part in split_updates(none_left, 4)] == [[2] * 3 + [3] * 4, [4] * 4, [5] * 4]
+
+
 def test_batches_wait_on_the_host():
-    record, config = runs.rollout(), settings("group", "padded", MANY_MICROS)
-    for micro in rl_micros(record.samples, len(record.prompts), config, record.processor, torch.device("meta")):
-        assert micro.batch.pixel_values.device == CPU
-        assert micro.token_weights.is_meta and micro.advantages.is_meta
+    for one in updates_of(settings("group", "padded", MANY_MICROS), "meta"):
+        assert one.batch.pixel_values.device == CPU
+        assert one.token_weights.is_meta and one.advantages.is_meta
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
@@ -175,60 +200,59 @@ def test_batches_wait_on_the_host():
 def test_ratio_is_exactly_one_at_unchanged_weights(layout, name):
     """Old log-probs come by the same code path as training: bitwise equal, for the fused and the unfused loss."""
     config = settings("group", layout, MANY_MICROS, name)
-    policy, micros = runs.policy(gradient_checkpointing=True).train(), micros_of(config)
-    fill_old_logprobs(policy, micros, config, None)
-    loss_fn = rl_loss(config)
-    for micro in micros:
-        loss, sums, logprobs = loss_fn(policy, micro)
-        assert torch.equal(logprobs, micro.old_logprobs) and loss.requires_grad
-        drift, clipped = sums[update.SUMS.index("drift")], sums[update.SUMS.index("clipped")]
-        assert drift == 0 and clipped == 0
+    policy, updates = runs.policy(gradient_checkpointing=True).train(), updates_of(config)
+    fill_old_logprobs(policy, updates, None)
+    loss_fn = rl_loss(config.objective)
+    for one in updates:
+        output = loss_fn(policy, one)
+        assert torch.equal(output.logprobs, one.old_logprobs) and output.loss.requires_grad
+        assert (output.drift == 0).all() and not output.clipped.any()
 
 
 def test_canary_names_the_samples():
     record, config = runs.rollout(), settings("group", "padded", MANY_MICROS)
-    policy, micros = runs.policy(), micros_of(config)
-    honest = old_logprobs(policy, config, micros)
-    check_canary(record.samples, micros, honest, 1e-4)  # engine and trainer agree to 1e-4 nats
+    policy, updates = runs.policy(), updates_of(config)
+    honest = old_logprobs(policy, updates)
+    check_canary(record.samples, updates, honest, 1e-4)  # engine and trainer agree to 1e-4 nats
 
     with torch.no_grad():
         policy.model.model.language_model.layers[0].mlp.down_proj.weight[3] += 2
-    spoiled = old_logprobs(policy, config, micros)
+    spoiled = old_logprobs(policy, updates)
     complaint = r"disagree on \d+ responses.*--rollout\.canary-limit 0\.05\): \S+#\d, "
     with pytest.raises(CanaryError, match=complaint) as caught:
-        check_canary(record.samples, micros, spoiled, 0.05)
+        check_canary(record.samples, updates, spoiled, 0.05)
     assert any(sample.id in str(caught.value) for sample in record.samples)
 
     # Only the response that is off is named, and NaN is off.
-    place = micros[1].members[0]
+    place = updates[1].members[0]
     honest[1] = honest[1].clone()
     honest[1][0] = float("nan")
     with pytest.raises(CanaryError, match=rf"disagree on 1 responses.*{record.samples[place].id};"):
-        check_canary(record.samples, micros, honest, 0.05)
+        check_canary(record.samples, updates, honest, 0.05)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_moves_nothing(bad):
     config = settings("group", "padded", ONE_MICRO)
-    policy, micros = runs.policy(), micros_of(config)
+    policy, updates = runs.policy(), updates_of(config)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
-    loss_fn = rl_loss(config)
-    good = optimizer_step(policy, optimizer, micros, loss_fn, 1e-3, 1.0)
+    loss_fn = rl_loss(config.objective)
+    good = optimizer_step(policy, optimizer, updates, loss_fn, 1e-3, 1.0)
     assert good.finite and good.response_tokens == sum(len(s.response.ids) for s in runs.rollout().samples)
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
     state = [{key: value.clone() for key, value in optimizer.state[p].items()} for p in policy.parameters()]
 
-    def poisoned(policy, micro):
-        loss, sums, logprobs = loss_fn(policy, micro)
-        return loss + 0.0 * policy.model.lm_head.weight[0, 0] * bad, sums, logprobs
+    def poisoned(policy, one):
+        output = loss_fn(policy, one)
+        return output._replace(loss=output.loss + 0.0 * policy.model.lm_head.weight[0, 0] * bad)
 
-    result = optimizer_step(policy, optimizer, micros, poisoned, 1e-3, 1.0)
+    result = optimizer_step(policy, optimizer, updates, poisoned, 1e-3, 1.0)
     assert not result.finite
     assert all(torch.equal(p, before[name]) for name, p in policy.named_parameters())
     for parameter, old in zip(policy.parameters(), state, strict=True):
         assert old and all(torch.equal(optimizer.state[parameter][key], value) for key, value in old.items())
     assert all(p.grad is None for p in policy.parameters()), "the next step starts from nothing"
-    after = optimizer_step(policy, optimizer, micros, loss_fn, 1e-3, 1.0)
+    after = optimizer_step(policy, optimizer, updates, loss_fn, 1e-3, 1.0)
     assert after.finite and not all(torch.equal(p, before[name]) for name, p in policy.named_parameters())
 
 
@@ -258,17 +282,17 @@ VARIANTS = {
 def _record(path):
     """Keep the samples of the iteration, and the weights and the result of both updates."""
     kept = {"steps": []}
-    real_fill, real_step = trainer.fill_advantages, trainer.optimizer_step
+    real_split, real_step = trainer.split_updates, trainer.optimizer_step
 
-    def fill(samples, config):
-        real_fill(samples, config)
+    def split(rollout, count):
         kept["samples"] = [
-            {"group": s.group, "id": s.id, "prompt": s.prompt.input_ids.tolist(),
-             "types": s.prompt.mm_token_type_ids.tolist(),
-             "pixels": None if s.prompt.pixel_values is None else torch.from_numpy(s.prompt.pixel_values),
-             "grid": None if s.prompt.image_grid_thw is None else torch.from_numpy(s.prompt.image_grid_thw),
-             "ids": s.response.ids.tolist(), "reward": s.reward, "terms": s.terms, "text": s.text}
-            for s in samples]
+            {"group": number, "id": s.id, "prompt": prompt.input_ids.tolist(),
+             "types": prompt.mm_token_type_ids.tolist(),
+             "pixels": None if prompt.pixel_values is None else torch.from_numpy(prompt.pixel_values),
+             "grid": None if prompt.image_grid_thw is None else torch.from_numpy(prompt.image_grid_thw),
+             "ids": s.response.ids.tolist(), "reward": s.reward, "terms": s.terms, "text": s.response.text}
+            for number, group in enumerate(rollout.groups) for s in group for prompt in [s.response.request.prompt]]
+        return real_split(rollout, count)
 
     def step(policy, *args):
         weights = {name: tensor.clone() for name, tensor in full_state_dict(policy)}
@@ -278,7 +302,7 @@ def _record(path):
         torch.save(kept, path)
         return result
 
-    trainer.fill_advantages, trainer.optimizer_step = fill, step
+    trainer.split_updates, trainer.optimizer_step = split, step
 
 
 @pytest.fixture(scope="module")
@@ -442,3 +466,73 @@ def test_contrast_from_scratch(recorded):
         assert sample["terms"]["visual_focus"] == pytest.approx(min(max(seen - blank, 0.0), 1.0), abs=1e-4)
         values.append(sample["terms"]["visual_focus"])
     assert len(values) > 8 and any(0 < value < 1 for value in values), values
+
+
+# -- stage 0 -----------------------------------------------------------------------------------------------------------
+
+CHOSEN = ["<think> saw swallow </think> sorry i can not help with that", "<think> bell </think> sure here is how", "no"]
+
+
+@pytest.fixture
+def rows():
+    made = [replace(row, chosen=text) for row, text in zip(safety_rows("validation")[:3], CHOSEN, strict=True)]
+    return [*made[:2], replace(runs.text_only(made[2]), chosen=CHOSEN[2])]
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_sft_loss_from_scratch(rows, layout):
+    processor, config = runs.policy_processor(), runs.config()
+    build = runs.build(replace(config, batch=replace(config.batch, layout=layout, max_tokens=60)))
+    prompts = list(map(runs.encode, rows))
+    updates = sft_updates(list(zip(rows, prompts, strict=True)), replace(build, aggregation="token"))
+    assert len(updates) > 1
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(runs.MODEL).eval()
+    policy = Policy(model, suppressed_ids=processor.suppressed_ids, temperature=1.0)
+    got = sum(sft_loss(policy, one).loss.item() for one in updates)
+
+    total, count = 0.0, 0
+    for row, prompt in zip(rows, prompts, strict=True):
+        tokenizer = processor.tokenizer
+        ids = [*tokenizer(row.chosen, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        images = {} if prompt.pixel_values is None else {
+            "pixel_values": torch.from_numpy(prompt.pixel_values),
+            "image_grid_thw": torch.from_numpy(prompt.image_grid_thw)}
+        types = torch.tensor([[*prompt.mm_token_type_ids, *[0] * len(ids)]])
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([[*prompt.input_ids, *ids]]), use_cache=False,
+                           mm_token_type_ids=types, **images).logits
+        logits = logits[0, len(prompt.input_ids) - 1:-1]
+        logits[:, torch.from_numpy(processor.suppressed_ids)] = -torch.inf
+        total += torch.nn.functional.cross_entropy(logits.double(), torch.tensor(ids), reduction="sum").item()
+        count += len(ids)
+    assert got == pytest.approx(total / count, rel=1e-5) and got > 0.01
+
+
+def test_rows_without_a_response(rows):
+    processor = runs.policy_processor()
+    end = processor.tokenizer.eos_token_id
+    assert chosen_ids(rows[0], processor).tolist() == [*processor.tokenizer(CHOSEN[0])["input_ids"], end]
+    with pytest.raises(ValueError, match=rf"row {rows[1].id}: stage 0 imitates `chosen`, which is missing; add it"):
+        chosen_ids(replace(rows[1], chosen=None), processor)
+
+
+@pytest.mark.parametrize("token", ["<|image_pad|>", "<|im_end|>"])
+def test_special_tokens_are_not_imitated(rows, token):
+    row = replace(rows[0], chosen=f"look {token} here")
+    with pytest.raises(ValueError, match=f"row {row.id}: `chosen` holds the special token {re.escape(token)}; remove"):
+        chosen_ids(row, runs.policy_processor())
+
+
+def test_a_small_stage_0(tmp_path, rows):
+    """Imitates three rows: the loss falls; two ranks do the same as one."""
+    path = runs.write_rows(tmp_path / "rows.jsonl", rows)
+    args = ["--stage", 0, "--model.path", runs.MODEL, *runs.from_file(path), "--steps", 6, "--optim.sft-batch", 3,
+            "--optim.warmup-steps", 0, "--log.tensorboard", "False"]
+    both = [runs.start([*args, "--run-dir", tmp_path / str(ranks)], tmp_path, ranks=ranks) for ranks in (1, 2)]
+    for running in both:
+        running.wait().check()
+    one, two = (runs.lines_of(tmp_path / str(ranks), stage=0) for ranks in (1, 2))
+    assert len(one) == 6 and one[-1]["loss"] < 0.5 * one[0]["loss"]
+    assert two[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=1e-5)
+    assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-3)
+    assert (tmp_path / "1" / "stage0" / "hf" / "model.safetensors").exists()

@@ -13,19 +13,19 @@ import subprocess
 import sys
 from dataclasses import replace
 
-import httpx
+import httpx2
 import numpy as np
 import pytest
 import runs
 import torch
+from scoring import response
 from vllm_server import START_S, VllmServer, save_head
 
-from cosmo_rl.cpgd.batch import Response, Sample
-from cosmo_rl.cpgd.judges.endpoint import Endpoint, EndpointDown, EndpointError, Rejected
+from cosmo_rl.cpgd.judges.client import Endpoint, EndpointDown, EndpointError, Rejected
+from cosmo_rl.cpgd.judges.judge import JudgeClient, ScalarJudge, chat_judges
 from cosmo_rl.cpgd.rewards import build
 from cosmo_rl.cpgd.rewards.base import Failed, Score
-from cosmo_rl.cpgd.rewards.judged import Asked, Seat, VisualFocus, judge_all
-from cosmo_rl.cpgd.rewards.judges import ScalarJudge, judges
+from cosmo_rl.cpgd.rewards.judge_terms import Grounded, JudgeTerm
 from cosmo_rl.cpgd.run.metrics import read_metrics
 from cosmo_rl.data.collate import encode_prompt
 from cosmo_rl.data.prepare.mini import general_rows, safety_rows
@@ -100,19 +100,14 @@ def held_to(labels):
     return {"structured_outputs": {"choice": list(labels)}}
 
 
-def sample_of(row):
-    response = Response(np.array([1]), np.array([0.0], np.float32), "stop", 0)
-    return Sample(row=row, prompt=None, group=0, k=0, response=response, text=f"<think>{THINKING}</think>{ANSWER}")
-
-
 def outcomes_of(judge, server, **options):
     """What the judge's term makes of ROWS, and the endpoint's counts."""
 
     async def action(endpoint):
-        seat = Seat(judge, endpoint)
-        term = VisualFocus(seat) if judge.name == "visual_focus" else Asked(seat)
+        client = JudgeClient(judge, endpoint)
+        term = Grounded(client) if judge.name == "visual_focus" else JudgeTerm(client)
         rows = ROWS[:1] if judge.name == "visual_focus" else ROWS
-        return [found["term"] for found in await judge_all([sample_of(row) for row in rows], {"term": term})]
+        return await asyncio.gather(*(term(response(f"<think>{THINKING}</think>{ANSWER}", row)) for row in rows))
 
     return use(server, action, **options)
 
@@ -180,7 +175,7 @@ def test_no_more_calls_are_in_flight_than_allowed(chat):
     async def action(endpoint):
         calls = asyncio.gather(*(ask(f"egg {i}", max_tokens=32)(endpoint) for i in range(64)))
         loads = []
-        async with httpx.AsyncClient(timeout=60.0) as http:
+        async with httpx2.AsyncClient(timeout=60.0) as http:
             while not calls.done():
                 loads.append((await http.get(f"{chat.url}/load")).json()["server_load"])
                 await asyncio.sleep(0.01)
@@ -193,25 +188,25 @@ def test_no_more_calls_are_in_flight_than_allowed(chat):
 
 # -- judges -----------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", judges())
+@pytest.mark.parametrize("name", chat_judges())
 def test_nonsense_is_a_failure_and_never_a_score(chat, name):
-    judge = judges()[name]
+    judge = chat_judges()[name]
     outcomes, counts = outcomes_of(judge, chat)
     assert all(isinstance(found, Failed) and found.reason.startswith(f"{name}: ") for found in outcomes), outcomes
     assert counts == {"calls": len(outcomes), "answered": len(outcomes)}, "the server took every request"
 
 
-@pytest.mark.parametrize("name", judges())
+@pytest.mark.parametrize("name", chat_judges())
 def test_a_judge_held_to_its_labels_gives_scores(chat, name):
-    judge = replace(judges()[name], max_tokens=64)  # to the tiny tokenizer a label is many tokens
+    judge = replace(chat_judges()[name], max_tokens=64)  # to the tiny tokenizer a label is many tokens
     outcomes, _ = outcomes_of(judge, chat, extra_body=held_to(SAID[name]))
     assert all(isinstance(found, Score) for found in outcomes), outcomes
 
 
-@pytest.mark.parametrize("name", [name for name, judge in judges().items() if judge.top_logprobs])
+@pytest.mark.parametrize("name", [name for name, judge in chat_judges().items() if judge.top_logprobs])
 def test_probability_of_the_good_label(chat, name):
-    judge = replace(judges()[name], max_tokens=64)
-    messages = judge.build(judge.rules, SEEN, ANSWER, THINKING)
+    judge = replace(chat_judges()[name], max_tokens=64)
+    messages = judge.build(judge.rules, SEEN, ANSWER)
     reply, _ = use(chat, lambda endpoint: endpoint.chat(
         messages, max_tokens=judge.max_tokens, top_logprobs=judge.top_logprobs), extra_body=held_to(SAID[name]))
     good, bad = (sum(float(np.exp(logprob)) for token, logprob in reply.top if label.startswith(token))
@@ -241,7 +236,7 @@ def test_scalar_head(servers):
 
 
 def test_a_judge_at_the_wrong_kind_of_server_fails(chat, pooling):
-    for judge, server in ((ScalarJudge(), chat), (judges()["helpful"], pooling)):
+    for judge, server in ((ScalarJudge(), chat), (chat_judges()["helpful"], pooling)):
         outcomes, _ = outcomes_of(judge, server)
         assert all(isinstance(found, Failed) and "HTTP 404" in found.reason for found in outcomes), outcomes
 
@@ -262,14 +257,14 @@ def test_the_check_fails_judges_that_judge_nothing(chat, pooling):
 
 def hold_general_to_marks():
     """In the run's own process: what the command line has no option for."""
-    opened = build.open_seats
+    opened = build.open_judges
 
-    def open_seats(config):
-        seats = opened(config)
-        seats["general"].endpoint.extra_body |= held_to(SAID["general"])
-        return seats
+    def open_judges(config, **options):
+        clients = opened(config, **options)
+        clients["general"].endpoint.extra_body |= held_to(SAID["general"])
+        return clients
 
-    build.open_seats = open_seats
+    build.open_judges = open_judges
 
 
 def test_a_judged_run(tmp_path, chat, pooling):

@@ -17,7 +17,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from cosmo_rl.model import weights
+from cosmo_rl.data.errors import UserError
 from cosmo_rl.model.load import load_model, load_processor
 from cosmo_rl.model.policy import Policy
 from cosmo_rl.model.weights import full_state_dict, load_into, save_pretrained
@@ -167,21 +167,21 @@ def test_a_save_replaces_the_folder_or_leaves_it(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(weights.os, "fsync", full_disk)
-        with pytest.raises(OSError, match=r"No space left.*--run-dir.*hf"):
+        patch.setattr(os, "fsync", full_disk)
+        with pytest.raises(UserError, match=r"hf: the model cannot be saved \(.*No space left.*\); free space or give"):
             save_pretrained(second, tiny_case.processor(), folder)
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
     assert_equal_weights(load_model(folder), first)
 
     folder.rename(tmp_path / ".hf.old")  # killed between the two renames, and again before the next folder is whole
     with monkeypatch.context() as patch:
-        patch.setattr(weights.os, "fsync", full_disk)
-        with pytest.raises(OSError, match="No space left"):
+        patch.setattr(os, "fsync", full_disk)
+        with pytest.raises(UserError, match="No space left"):
             save_pretrained(second, tiny_case.processor(), folder)
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
     assert_equal_weights(load_model(folder), first)
 
-    (tmp_path / ".hf.new").mkdir()  # what a killed save leaves
+    (tmp_path / ".hf.tmp").mkdir()  # what a killed save leaves
     save_pretrained(second, tiny_case.processor(), folder)
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
     assert_equal_weights(load_model(folder), second)

@@ -1,15 +1,12 @@
 """Which rewards of a run rest on word rules, by its settings and tasks."""
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
 from cosmo_rl.cpgd.config import DataConfig
-from cosmo_rl.cpgd.rewards.build import build_rewards
 from cosmo_rl.cpgd.rewards.word_rules import by_words
 from cosmo_rl.cpgd.run.recipes import recipe
-from cosmo_rl.data.prepare.mini import general_rows, safety_rows
 
 SAFETY, JAILBREAK, HELPFUL = "Task-Aware of safety rows", "Task-Aware of jailbreak rows", (
     "Helpful of all rows that are not unsafe")
@@ -36,13 +33,3 @@ def test_only_free_text_is_meant():
     tasks = ("safety", "general")
     assert by_words(recipe("tiny", 2), tasks) == [] and by_words(recipe("7b", 0), tasks) == []
     assert by_words(replace(recipe("tiny", 2), data=DataConfig(path=("rows.jsonl",))), tasks) == [SAFETY, HELPFUL]
-
-
-def test_the_rule_knows_the_tasks_that_no_judge_takes():
-    rows = [*safety_rows("validation")[:2], general_rows("validation")[0]]
-    reward = recipe("7b", 2).reward
-    terms: Any = build_rewards(reward, rows)[0]
-    assert terms["task_aware"].asked == {"safety", "general"}
-    terms, judging, _ = build_rewards(replace(reward, judges=("safework_safety" + AT,)), rows)
-    assert terms["task_aware"].asked == {"general"} and judging
-    judging.close()

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cosmo_rl.data.collate import EncodedPrompt, MicroBatch, Sequence, collate, encode_prompt
+from cosmo_rl.data.collate import EncodedPrompt, MicroBatch, TokenSequence, collate, encode_prompt
 from cosmo_rl.data.schema import Row
 from cosmo_rl.model.load import Processor, load_model, load_processor
-from cosmo_rl.model.policy import CPGDInputs, Policy
+from cosmo_rl.model.policy import Policy, Update
 from cosmo_rl.model.tiny import INIT_RANGE, build_tiny
 
 TEXTS = ["what is this?", "a red circle", "sorry i can not help with that", "sure here is how", "user\n", "assistant\n"]
@@ -62,19 +62,19 @@ def prompts() -> tuple[EncodedPrompt, ...]:
                  for i, shapes in enumerate(SHAPES))
 
 
-def sequences(group_size: int = 2) -> list[Sequence]:
+def sequences(group_size: int = 2) -> list[TokenSequence]:
     """`group_size` responses of 1 to 9 tokens to each of `prompts()`."""
     rng = np.random.default_rng(0)
     allowed = np.setdiff1d(np.arange(processor().vocab_size), processor().suppressed_ids)
-    return [Sequence(prompt, rng.choice(allowed, rng.integers(1, 10)))
+    return [TokenSequence(prompt, rng.choice(allowed, rng.integers(1, 10)))
             for prompt in prompts() for _ in range(group_size)]
 
 
-def batch(chosen: list[Sequence], layout: str) -> MicroBatch:
+def batch(chosen: list[TokenSequence], layout: str) -> MicroBatch:
     return collate(chosen, layout=layout, pad_id=processor().pad_id, dummy_image=processor().dummy_image())
 
 
-def cpgd_inputs(micro: MicroBatch, chosen: list[int], total_tokens: int) -> CPGDInputs:
+def cpgd_inputs(micro: MicroBatch, chosen: list[int], total_tokens: int) -> Update:
     """Made-up but fixed advantages and old log-probs of the sequences `chosen`, by position in `sequences()`."""
     old, advantages = [], []
     for number in chosen:
@@ -83,11 +83,11 @@ def cpgd_inputs(micro: MicroBatch, chosen: list[int], total_tokens: int) -> CPGD
         old.append(-6 + rng.standard_normal(length))
         advantages.append(np.full(length, rng.standard_normal()))
     empty = np.empty(0)
-    return CPGDInputs(
+    return Update(
+        batch=micro, members=chosen,
         old_logprobs=torch.from_numpy(np.concatenate([empty, *old])).float(),
         advantages=torch.from_numpy(np.concatenate([empty, *advantages])).float(),
         token_weights=torch.full((len(micro.targets),), 1 / total_tokens),
-        clip_eps_low=0.2, clip_eps_high=0.2, drift_coef=0.01, drift_clip=2.0,
     )
 
 

@@ -12,7 +12,7 @@ import subprocess
 import time
 from pathlib import Path
 
-import httpx
+import httpx2
 import torch
 from conftest import ROOT
 from runs import free_port
@@ -59,8 +59,8 @@ class VllmServer:
         """Until it is healthy; raises AssertionError with the end of its log."""
         deadline = time.monotonic() + START_S
         while True:
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{self.url}/health", timeout=5.0).status_code == 200:
+            with contextlib.suppress(httpx2.TransportError):
+                if httpx2.get(f"{self.url}/health", timeout=5.0).status_code == 200:
                     return
             assert self.process is not None and self.process.poll() is None, f"the server ended:\n{self.last_words()}"
             assert time.monotonic() < deadline, f"no server within {START_S:g} s:\n{self.last_words()}"

@@ -9,12 +9,11 @@ or Failed, and the response leaves its group. A failure is counted and never bec
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 from cosmo_rl.data.errors import UserError
-from cosmo_rl.data.schema import Row
 
-from ..batch import Sample
+from ..rollout.values import Response
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +46,7 @@ Outcome = Score | NotApplicable | Failed
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What the policy adds for a reward with `needs_policy`: mean log-prob of the answer's tokens, in nats."""
+    """What the policy adds for Visual-Focus `contrast`: mean log-prob of the answer's tokens, in nats."""
 
     seen: float
     """Given the row's image."""
@@ -55,29 +54,15 @@ class Evidence:
     """Given a blank image of the same size; see `visual_focus.blank_prompt`."""
 
 
-class RewardFn(Protocol):
-    """One reward term; pure, so that a resumed run gives the same values."""
+class Term(Protocol):
+    """One term of the reward, by rule, by a judge or by the user's function.
 
-    needs_policy: bool
-    """The trainer must compute `Evidence` first."""
+    The same response has the same outcome, whatever else is scored at the time: a resumed run gives the same values.
+    """
 
-    def __call__(self, sample: Sample, evidence: Evidence | None = None) -> Outcome:
-        """The term's outcome for one response; `sample.row` and `sample.text` are set."""
+    async def __call__(self, response: Response, /) -> Outcome:
+        """The term's outcome for one response."""
         ...
-
-
-@runtime_checkable
-class Prepared(Protocol):
-    """A reward term that is faster over many samples at once."""
-
-    def prepare(self, samples: Sequence[Sample]) -> None:
-        """Work ahead for calls with these samples; outcomes are the same without."""
-        ...
-
-
-def is_unsafe(row: Row) -> bool:
-    """Whether the row as a whole (image and text together) asks for harm; a row without tags does not."""
-    return row.tags is not None and row.tags.get("combined") == "unsafe"
 
 
 def combine(

@@ -25,11 +25,11 @@ from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.schema import Row
 
 from ..config import RewardConfig
-from ..judges.endpoint import EndpointError
+from ..judges.client import EndpointError
+from ..judges.judge import JudgeClient, ScalarJudge, open_judges
+from ..judges.verdict import Unparsable
 from ..run.recipes import parse_command_line
-from .judged import Seat, judged_terms, open_seats
-from .judges import ScalarJudge
-from .verdicts import Unparsable
+from .build import RowNeeds
 
 PROBES, LEAST_AGREEMENT = 5, 3
 PROG = "check"
@@ -41,14 +41,14 @@ class Probe:
 
     row: Row
     response: str
+    """An answer, or a thinking."""
     labels: tuple[str, ...]
     """Verdicts that agree."""
     worse: str = ""
     """A response that a scalar head must put lower."""
-    thinking: str = ""
 
 
-async def check(seat: Seat) -> tuple[list[float], list[str]]:
+async def check(client: JudgeClient) -> tuple[list[float], list[str]]:
     """Ask the probes one after the other.
 
     Returns:
@@ -56,15 +56,15 @@ async def check(seat: Seat) -> tuple[list[float], list[str]]:
     Raises:
         EndpointError: the server cannot be reached, or serves another model.
     """
-    await seat.endpoint.verify()
+    await client.endpoint.verify()
     seconds, problems = [], []
-    for number, probe in enumerate(probes(seat.judge.name)):
+    for number, probe in enumerate(probes(client.judge.name)):
         started, verdict = time.perf_counter(), None
         try:
-            verdict = await seat.verdict(probe.row, probe.response, probe.thinking)
+            verdict = await client.verdict(probe.row, probe.response)
             seconds.append(time.perf_counter() - started)
-            if isinstance(seat.judge, ScalarJudge):
-                worse = await seat.verdict(probe.row, probe.worse)
+            if isinstance(client.judge, ScalarJudge):
+                worse = await client.verdict(probe.row, probe.worse)
                 if not (verdict.probability or 0.0) > (worse.probability or 0.0):
                     problems.append(f"probe {number}: {verdict.probability} for the better response, "
                                     f"{worse.probability} for the worse one")
@@ -77,14 +77,14 @@ async def check(seat: Seat) -> tuple[list[float], list[str]]:
     return seconds, problems
 
 
-async def check_all(seats: Sequence[Seat], console: Console) -> bool:
+async def check_all(clients: Sequence[JudgeClient], console: Console) -> bool:
     """Check every judge and print the table; whether all of them will do."""
     table = Table("judge", "model", "endpoint", "result", "median latency", "agreement")
     notes, good = [], True
-    for seat in seats:
-        name, endpoint = seat.judge.name, seat.endpoint
+    for client in clients:
+        name, endpoint = client.judge.name, client.endpoint
         try:
-            seconds, problems = await check(seat)
+            seconds, problems = await check(client)
         except EndpointError as error:
             seconds, problems = [], [str(error)] * PROBES
         agreed = PROBES - len(problems)
@@ -105,16 +105,16 @@ def main(reward: RewardConfig) -> int:
     console = Console()
     complaint = "no judge is named; give --reward.judges NAME=URL,MODEL" + (
         " (train.py --dry-run tries --reward.function)" if reward.function else "")
-    seats: dict[str, Seat] = {}
+    clients: dict[str, JudgeClient] = {}
     try:
-        seats = open_seats(replace(reward, judge_cache=""))
-        judged_terms(seats, safety=reward.safety)
+        clients = open_judges(replace(reward, judge_cache=""), patience_s=30.0)
+        RowNeeds(reward)
     except UserError as error:
-        seats, complaint = {}, str(error)
-    if not seats:
+        clients, complaint = {}, str(error)
+    if not clients:
         console.print(f"{PROG}: {complaint}", markup=False, highlight=False)
         return 1
-    return 0 if asyncio.run(check_all(list(seats.values()), console)) else 1
+    return 0 if asyncio.run(check_all(list(clients.values()), console)) else 1
 
 
 # -- probes -----------------------------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ def probes(judge: str) -> list[Probe]:
                         "Let me look at the picture closely. I have looked, and now I can answer.": "no",
                         "A blue square stands beside a green tree, so the shape is blue.": "no",
                         "Most shapes in such questions are red, so red is a good guess.": "no"}
-            return [_probe(_COLOUR, "", label, thinking=thought, picture=True) for thought, label in thoughts.items()]
+            return [_probe(_COLOUR, thought, label, picture=True) for thought, label in thoughts.items()]
         case "scalar":
             return [_probe(_EGG, _BOIL, worse=_NO), _probe("What is 3 times 4?", "12.", worse="Bananas are yellow."),
                     _probe(_PURSE, _BACK, worse="I don't care."),
@@ -186,13 +186,13 @@ def probes(judge: str) -> list[Probe]:
     raise UserError(f"there are no probes for judge {judge!r}")
 
 
-def _probe(question: str, response: str, *labels: str, unsafe: bool = False, worse: str = "", thinking: str = "",
-           picture: bool = False, answer: str | None = None) -> Probe:
+def _probe(question: str, response: str, *labels: str, unsafe: bool = False, worse: str = "", picture: bool = False,
+           answer: str | None = None) -> Probe:
     content = [*([{"type": "image"}] if picture else []), {"type": "text", "text": question}]
     row = Row(id="probe", task="safety", domain="probe", messages=({"role": "user", "content": content},),
               images=(_circle(),) if picture else (), answer=answer, source="cosmo-rl", licence="Apache-2.0",
               tags={"combined": "unsafe" if unsafe else "safe"})
-    return Probe(row, response, labels, worse, thinking)
+    return Probe(row, response, labels, worse)
 
 
 def _circle() -> Image.Image:

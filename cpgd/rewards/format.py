@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from ..batch import Sample
-from .base import Evidence, Outcome, Score
+from ..rollout.values import Response
+from .base import Outcome, Score
 
 OPEN, CLOSE = "<think>", "</think>"
 _BOX = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
@@ -44,10 +44,8 @@ _DEPTH = 12
 class Format:
     """1 for exactly one non-empty <think>...</think> at the start and a non-empty answer after it, else 0."""
 
-    needs_policy = False
-
-    def __call__(self, sample: Sample, evidence: Evidence | None = None) -> Outcome:
-        return Score(float(split_thinking(sample.text) is not None))
+    async def __call__(self, response: Response) -> Outcome:
+        return Score(float(split_thinking(response.text) is not None))
 
 
 def split_thinking(text: str) -> tuple[str, str] | None:
@@ -68,6 +66,11 @@ def answer_of(text: str) -> str:
     if OPEN in answer or (not closed and OPEN in head):
         return ""
     return answer.strip()
+
+
+def thinking_of(text: str) -> str:
+    """What stands before the last </think>, without its tag; "" when nothing is thought."""
+    return text.rpartition(CLOSE)[0].strip().removeprefix(OPEN).strip()
 
 
 def boxes(text: str) -> list[str]:

@@ -7,8 +7,8 @@
 
 `response` is all of the text, thinking included (`row` is a `cosmo_rl.data.schema.Row`). The same arguments must give
 the same value, or a resumed run differs. A plain function is called in the trainer's own thread, one response after the
-other, without a limit of time. An `async def` one is called while sampling goes on, as judges are, for IN_FLIGHT
-responses of each rank at once and LIMIT_S seconds each; it must not block the event loop.
+other as each batch is sampled, without a limit of time. An `async def` one is called while sampling goes on, as judges
+are, for IN_FLIGHT responses of each rank at once and LIMIT_S seconds each; it must not block the event loop.
 
 FILE may import the modules beside it, by their plain names; an installed package of the same name comes first. A run
 that is resumed with another content of FILE, or of those modules, goes on (they were mended, say) and tells it.
@@ -21,7 +21,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
@@ -32,8 +32,8 @@ from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.schema import Row
 from cosmo_rl.data.terminal import printable, shortened
 
-from ..batch import Sample
-from .base import Evidence, Failed, NotApplicable, Outcome, RewardFn, Score
+from ..rollout.values import Response
+from .base import Failed, NotApplicable, Outcome, Score
 
 logger = logging.getLogger(__name__)
 OPTION = "--reward.function"
@@ -49,9 +49,7 @@ _REASON, _TRACE = 300, 6000
 
 
 class UserFunction:
-    """The reward term of a user's function; a `RewardFn`, and for an async one the `JudgedFn` too."""
-
-    needs_policy = False
+    """The term of a user's function. A plain one blocks: `Scorer.submit` calls `now` in its caller's thread."""
 
     def __init__(self, call: Callable[..., Any], *, path: Path, digest: str, tasks: Collection[str] = ()) -> None:
         """
@@ -70,24 +68,17 @@ class UserFunction:
         """Whether the row's task is one of its tasks."""
         return not self.tasks or row.task in self.tasks
 
-    def __call__(self, sample: Sample, evidence: Evidence | None = None) -> Outcome:
-        if not self.scores(sample.row):
-            return NotApplicable()
-        assert not self.waits, "an async function is asked through `judge`"
-        return self._outcome(attempt(lambda: self.call(sample.row, sample.text)))
+    async def __call__(self, response: Response) -> Outcome:
+        return await self.ask(response.row, response.text)
 
-    def handles(self, row: Row) -> bool:
-        """It is async, and the row is one of its own."""
-        return self.waits and self.scores(row)
-
-    async def judge(self, sample: Sample) -> Outcome:
-        """The outcome for one response, of an async function."""
-        return await self.ask(sample.row, sample.text)
+    def now(self, row: Row, response: str) -> Outcome:
+        """The outcome for one response, of a plain function."""
+        return self._outcome(attempt(lambda: self.call(row, response))) if self.scores(row) else NotApplicable()
 
     async def ask(self, row: Row, response: str) -> Outcome:
         """The outcome for one response, of a plain function or an async one."""
-        if not self.waits:
-            return self._outcome(attempt(lambda: self.call(row, response)))
+        if not self.waits or not self.scores(row):
+            return self.now(row, response)
 
         async def guarded() -> object:
             try:
@@ -194,12 +185,6 @@ def load_function(option: str, tasks: Collection[str] = ()) -> UserFunction:
     call = getattr(module, name)
     _check_call(call, where)
     return UserFunction(call, path=path, digest=digest.hexdigest(), tasks=tasks)
-
-
-def function_digest(rewards: Mapping[str, RewardFn]) -> str:
-    """16 hex digits over the content of the user's function among a run's terms; "" without one."""
-    function = rewards.get("function")
-    return function.digest if isinstance(function, UserFunction) else ""
 
 
 def _check_call(call: object, where: str) -> None:

@@ -13,11 +13,11 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache, lru_cache
 from typing import Any
 
 from cosmo_rl.data.errors import MissingPackage, UserError
+from cosmo_rl.data.foreign import nearest
 
 from .ifeval_checks import OURS, language, says, tokens
 
@@ -69,9 +69,9 @@ def check(constraints: Sequence[Mapping[str, Any]]) -> list[Checker]:
 def _checker(written: str) -> Checker:
     known, (name, kwargs, as_published) = _registry(), _parts(written)
     if name not in known:
-        near = get_close_matches(name[:100], known, n=1)
+        near = nearest(name, known)
         raise UserError(f"there is no constraint {name[:100]!r}; "
-                        + (f"did you mean {near[0]}?" if near else f"use one of {', '.join(sorted(known))}"))
+                        + (f"did you mean {near}?" if near else f"use one of {', '.join(sorted(known))}"))
     theirs = known[name](name)
     wanted = theirs.get_instruction_args_keys()
     if set(kwargs) != set(wanted):

@@ -5,6 +5,7 @@ each comparison has a limit of processor time and of memory, in a worker that is
 are started as new programs, never forked: the trainer has CUDA and threads.
 """
 
+import asyncio
 import json
 import os
 import re
@@ -13,8 +14,9 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from multiprocessing.connection import wait
 
 from .base import Failed, Outcome, Score
@@ -56,12 +58,17 @@ class MathRule:
     """
 
     def __init__(self, workers: "Workers | None" = None) -> None:
-        self._workers = workers or Workers()
-        self._prepared: dict[tuple[str, str], Outcome] = {}
+        """
+        Args:
+            workers: None: of its own.
+        """
+        self.workers = workers or Workers()
+        self._open: dict[tuple[str, str], Future[Outcome]] = {}
         self._checked: dict[str, str] = {}
 
-    def __call__(self, gold: str | None, answer: str) -> Outcome:
-        """
+    async def __call__(self, gold: str | None, answer: str) -> Outcome:
+        """Outcomes asked for at once come from all workers, equal cases from one comparison.
+
         Args:
             gold: reference answer of the row.
             answer: the response's answer part.
@@ -71,13 +78,11 @@ class MathRule:
             return Failed(problem)
         assert gold
         read = pair(gold, answer)
-        return self._prepared[read] if read in self._prepared else self._workers.compare([read])[0]
-
-    def prepare(self, cases: Iterable[tuple[str | None, str]]) -> None:
-        """Compare (gold, answer) cases at once, in all workers; their outcomes are kept until the next call."""
-        wanted = list(dict.fromkeys(pair(gold, answer) for gold, answer in cases
-                                    if gold and not gold_problem(gold)))
-        self._prepared = dict(zip(wanted, self._workers.compare(wanted), strict=True))
+        asked = self._open.get(read)
+        if asked is None:
+            asked = self._open[read] = self.workers.compare(*read)
+            asked.add_done_callback(lambda _: self._open.pop(read, None))
+        return await asyncio.wrap_future(asked)
 
     def problem(self, gold: str | None) -> str:
         """Why a reference is of no use, as far as it shows quickly, and the mend; "" if it is good.
@@ -87,7 +92,7 @@ class MathRule:
         """
         problem = gold_problem(gold)
         if not problem and gold and gold not in self._checked and len(self._checked) < CHECKED_GOLDS:
-            itself = self._workers.compare([pair(gold, gold)])[0]
+            itself = self.workers.compare(*pair(gold, gold)).result()
             if itself != Score(1.0):
                 why = itself.reason if isinstance(itself, Failed) else f"it is not equal to itself; {_MEND}"
                 problem = f"`answer` {gold[:80]!r}: {why}"
@@ -95,27 +100,11 @@ class MathRule:
         return problem or self._checked.get(gold or "", "")
 
 
-@dataclass(eq=False)
-class _Worker:
-    process: subprocess.Popen[bytes]
-    index: int = 0
-    """Of the pair that it compares."""
-    deadline: float = 0.0
-    """time.monotonic() at which it is given up."""
-    said: bytes = field(default=b"")
-    """Its reply so far."""
-
-    @property
-    def replies(self) -> int:
-        assert self.process.stdout
-        return self.process.stdout.fileno()
-
-
 class Workers:
-    """Processes that compare answers, for one thread; started when first needed, ended with this object or its process.
+    """Processes that compare answers; started when first needed, ended with this object or its process.
 
     A comparison starts from a cleared cache and a fixed seed, with sets in one order, so that the outcome depends
-    neither on the worker nor on what it did before.
+    neither on the worker nor on what it did before. Each worker has a thread that waits for it.
     """
 
     def __init__(self, number: int | None = None, *, cpu_s: float = CPU_S, wall_s: float = WALL_S,
@@ -129,100 +118,79 @@ class Workers:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             number = min(max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1), MAX_WORKERS)
         self.number, self.cpu_s, self.wall_s, self.memory_bytes = number, cpu_s, wall_s, memory_bytes
-        self._idle: list[_Worker] = []
+        self._threads = ThreadPoolExecutor(number, "math")
+        self._idle: list[subprocess.Popen[bytes]] = []
         self._all: set[subprocess.Popen[bytes]] = set()
-        self.close = weakref.finalize(self, _end, self._all, os.getpid())
-        """Ends the processes; the end of this object or of the interpreter does it too."""
+        self._finalize = weakref.finalize(self, _kill, self._all, os.getpid())
 
-    def compare(self, pairs: Sequence[tuple[str, str]]) -> list[Outcome]:
-        """Outcome of each (gold, answer), both as `math_verify.parse` takes them."""
-        outcomes: dict[int, Outcome] = {}
-        open_, busy = list(enumerate(pairs))[::-1], set[_Worker]()
-        try:
-            while open_ or busy:
-                while open_ and len(busy) < self.number:
-                    index, pair = open_.pop()
-                    worker = self._free()
-                    worker.index, worker.deadline, worker.said = index, time.monotonic() + self.wall_s, b""
-                    busy.add(worker)
-                    _send(worker.process, pair)
-                first = min(worker.deadline for worker in busy)
-                ready = wait([worker.replies for worker in busy], max(first - time.monotonic(), 0))
-                for worker in list(busy):
-                    outcome = self._hear(worker, worker.replies in ready)
-                    if outcome:
-                        outcomes[worker.index] = outcome
-                        busy.remove(worker)
-        finally:
-            for worker in busy:  # after an interrupt; its late reply must not be taken for the next one's
+    def compare(self, gold: str, answer: str) -> "Future[Outcome]":
+        """The outcome of one comparison, to come; both as `math_verify.parse` takes them. Of any thread."""
+        return self._threads.submit(self._compare, gold, answer)
+
+    def close(self) -> None:
+        """End the processes, the comparisons that are not done included; the end of the interpreter does it too."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._finalize()
+
+    def _compare(self, gold: str, answer: str) -> Outcome:
+        worker = self._free()
+        assert worker.stdin and worker.stdout
+        deadline, said = time.monotonic() + self.wall_s, b""
+        with suppress(BrokenPipeError):  # it has died, which its reply, an end of file, will tell
+            worker.stdin.write(json.dumps((gold, answer)).encode() + b"\n")
+            worker.stdin.flush()
+        while said[-1:] not in (b"g", b"0", b"1"):
+            if not wait([worker.stdout.fileno()], max(deadline - time.monotonic(), 0)):
                 self._end(worker)
-        return [outcomes[i] for i in range(len(pairs))]
-
-    def _hear(self, worker: _Worker, ready: bool) -> Outcome | None:
-        """The outcome, once there is one; the worker is then idle or ended."""
-        if not ready:
-            if time.monotonic() < worker.deadline:
-                return None
-            self._end(worker)
-            return Failed(f"math-verify was not done within {self.wall_s:g} s, {self.cpu_s:g} s of processor time not "
-                          "yet used; give the machine fewer processes")
-        news = os.read(worker.replies, 64)
-        worker.said += news
-        if not news:
-            status = worker.process.wait()
-            self._end(worker)
-            if status not in _OWN_FAULT:
-                return Failed(f"a worker of math-verify ended with status {status}; see its message, or free memory")
-            return Score(0.0) if b"p" in worker.said else Failed(f"`answer` takes too long to parse; {_MEND}")
-        if worker.said[-1:] not in b"g01":
-            return None
-        if b"x" in worker.said:
+                return Failed(f"math-verify was not done within {self.wall_s:g} s, {self.cpu_s:g} s of processor time "
+                              "not yet used; give the machine fewer processes")
+            news = os.read(worker.stdout.fileno(), 64)
+            said += news
+            if not news:
+                status = worker.wait()
+                self._end(worker)
+                if status not in _OWN_FAULT:
+                    return Failed(f"a worker of math-verify ended with status {status}; see its message, or free "
+                                  "memory")
+                return Score(0.0) if b"p" in said else Failed(f"`answer` takes too long to parse; {_MEND}")
+        if b"x" in said:
             self._end(worker)
         else:
             self._idle.append(worker)
-        said = worker.said[-1:]
-        return Failed(f"math-verify cannot parse `answer`; {_MEND}") if said == b"g" else Score(float(said == b"1"))
+        if said[-1:] == b"g":
+            return Failed(f"math-verify cannot parse `answer`; {_MEND}")
+        return Score(float(said[-1:] == b"1"))
 
-    def _free(self) -> _Worker:
+    def _free(self) -> subprocess.Popen[bytes]:
         """An idle worker that lives, or a new one."""
         while self._idle:
             worker = self._idle.pop()
-            if worker.process.poll() is None:
+            if worker.poll() is None:
                 return worker
             self._end(worker)
         # Python orders sets of strings by a random seed of each process, and sympy its terms by them.
         environment = {**os.environ, "PYTHONHASHSEED": "0", "SYMPY_GROUND_TYPES": "python"}
-        process = subprocess.Popen(
+        worker = subprocess.Popen(
             [sys.executable, "-P", "-m", "cosmo_rl.cpgd.rewards.math_worker", str(os.getpid()), str(self.cpu_s),
              str(self.memory_bytes)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment,
             start_new_session=True)  # else Ctrl-C would reach it
-        self._all.add(process)
-        return _Worker(process)
+        self._all.add(worker)
+        return worker
 
-    def _end(self, worker: _Worker) -> None:
-        self._all.discard(worker.process)
-        _end([worker.process], os.getpid())
-
-
-def _send(process: subprocess.Popen[bytes], pair: tuple[str, str]) -> None:
-    assert process.stdin
-    try:
-        process.stdin.write(json.dumps(pair).encode() + b"\n")
-        process.stdin.flush()
-    except BrokenPipeError:
-        pass  # it has died, which its reply, an end of file, will tell
+    def _end(self, worker: subprocess.Popen[bytes]) -> None:
+        self._all.discard(worker)
+        _kill([worker], os.getpid())
+        assert worker.stdin and worker.stdout
+        worker.stdout.close()
+        with suppress(BrokenPipeError):  # an unsent request
+            worker.stdin.close()
 
 
-def _end(processes: Iterable[subprocess.Popen[bytes]], owner: int) -> None:
+def _kill(processes: Iterable[subprocess.Popen[bytes]], owner: int) -> None:
+    """The threads that wait for them then hear of their ends."""
     if os.getpid() != owner:  # a forked child of the trainer
         return
     for process in list(processes):
         process.kill()
         process.wait()
-        for pipe in (process.stdin, process.stdout):
-            try:
-                if pipe:
-                    pipe.close()
-            except BrokenPipeError:
-                pass  # an unsent request

@@ -5,10 +5,9 @@
 A request is a line of JSON, [gold, answer]. The reply: g (the gold answer cannot be parsed), or p (it can) followed by
 1 (equal) or 0; before the last byte an x from a worker that has grown and must be replaced. No reply within CPU_SECONDS
 of processor time: the kernel ends the process (SIGPROF), inside a C call too, where a Python signal handler, as
-math-verify's own time-out has, would wait. Nothing of ours is imported, above all not torch.
+math-verify's own time-out has, would wait. Nothing heavy is imported, above all not torch.
 """
 
-import ctypes
 import json
 import logging
 import os
@@ -17,6 +16,8 @@ import signal
 import sys
 from collections.abc import Callable
 from typing import Any
+
+from ..run.process import die_with
 
 RELATIVE = 1e-5
 """Numbers that differ by more are not equal, however small they are."""
@@ -86,11 +87,7 @@ def _apart(left: Any, right: Any) -> bool:
 
 def main(parent: int, cpu_s: float, memory_bytes: int) -> None:
     """Answer requests until stdin ends or the parent dies."""
-    if sys.platform == "linux":  # elsewhere the end of stdin must do, once the comparison in progress is over
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:  # it died before the kernel knew
-            return
+    die_with(parent)  # elsewhere than on Linux the end of stdin must do, once the comparison in progress is over
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     logging.disable()

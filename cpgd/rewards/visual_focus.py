@@ -2,6 +2,7 @@
 
     elements = recall * precision of the key elements that the thinking names
     contrast = clip(mean log p(answer | image) - mean log p(answer | blank image), 0, 1)
+or a judge says whether the thinking is grounded in the image: `judge_terms.Grounded`
 """
 
 from collections.abc import Iterable
@@ -11,7 +12,7 @@ import numpy as np
 
 from cosmo_rl.data.collate import EncodedPrompt
 
-from ..batch import Sample
+from ..rollout.values import Response
 from .base import Evidence, Failed, NotApplicable, Outcome, Score
 from .format import split_thinking, words
 
@@ -20,10 +21,8 @@ class Elements:
     """recall * precision of the row's key elements in the thinking, as whole words; 0 without a thinking.
 
     Precision is against the key elements of all rows, so listing every element earns nothing. It cannot tell a true
-    element that the row does not list from a false one: where key elements are incomplete, `Contrast` fits better.
+    element that the row does not list from a false one: where key elements are incomplete, `contrast` fits better.
     """
-
-    needs_policy = False
 
     def __init__(self, vocabulary: Iterable[str]) -> None:
         """
@@ -33,11 +32,11 @@ class Elements:
         self.vocabulary = {_key(element) for element in vocabulary}
         self.longest = max(map(len, self.vocabulary), default=0)
 
-    def __call__(self, sample: Sample, evidence: Evidence | None = None) -> Outcome:
-        wanted = {_key(element) for element in sample.row.key_elements}
-        if not sample.row.images or not wanted:
+    async def __call__(self, response: Response) -> Outcome:
+        wanted = {_key(element) for element in response.row.key_elements}
+        if not response.row.images or not wanted:
             return NotApplicable()
-        parts = split_thinking(sample.text)
+        parts = split_thinking(response.text)
         named = self._named(words(parts[0])) if parts else set()
         hits = len(named & wanted)
         return Score(hits / len(wanted) * hits / len(named) if hits else 0.0)
@@ -55,24 +54,18 @@ class Elements:
         return named
 
 
-class Contrast:
-    """How much likelier the image makes the answer, nats per token cut to [0, 1]; 0 without a well-formed answer."""
+def contrast(response: Response, evidence: Evidence | None) -> Outcome:
+    """How much likelier the image makes the answer, nats per token cut to [0, 1]; 0 without a well-formed answer.
 
-    needs_policy = True
-
-    def __call__(self, sample: Sample, evidence: Evidence | None = None) -> Outcome:
-        if not sample.row.images:
-            return NotApplicable()
-        if split_thinking(sample.text) is None:
-            return Score(0.0)
-        if evidence is None or not np.isfinite([evidence.seen, evidence.blank]).all():
-            return Failed(f"contrast needs finite log-probs of the answer, and got {evidence}; compute them first")
-        return Score(contrast(evidence))
-
-
-def contrast(evidence: Evidence) -> float:
-    """clip(seen - blank, 0, 1), nats per answer token."""
-    return min(max(evidence.seen - evidence.blank, 0.0), 1.0)
+    No `Term`: it waits for the policy. Failed without finite evidence.
+    """
+    if not response.row.images:
+        return NotApplicable()
+    if split_thinking(response.text) is None:
+        return Score(0.0)
+    if evidence is None or not np.isfinite([evidence.seen, evidence.blank]).all():
+        return Failed(f"contrast needs finite log-probs of the answer, and got {evidence}; compute them first")
+    return Score(min(max(evidence.seen - evidence.blank, 0.0), 1.0))
 
 
 def blank_prompt(prompt: EncodedPrompt) -> EncodedPrompt:

@@ -7,7 +7,7 @@ other words, and a policy that is paid by them finds what they miss. So a run on
 from collections.abc import Collection
 
 from ..config import Config
-from .judged import SAFETY_JUDGES
+from .build import SAFETY_JUDGES
 
 CAUTION = ("they cannot judge free text: what is said in other words is missed, and a policy finds what is missed; "
            "name judges with --reward.judges")
@@ -29,7 +29,7 @@ def by_words(config: Config, tasks: Collection[str]) -> list[str]:
     reward = config.reward
     if not (config.stage and on_free_text(config)):
         return []
-    named = {place.judge for place in reward.places()}
+    named = {entry.judge for entry in reward.judge_entries()}
     judged = reward.safety == "hybrid" or (reward.safety == "judge" and not named.isdisjoint(SAFETY_JUDGES))
     safety = [task for task in ("safety", "jailbreak") if task in tasks]
     found = []

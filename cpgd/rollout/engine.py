@@ -3,18 +3,21 @@
 The hf engine (`hf.py`) is always there. An engine keeps nothing computed from older weights past a `sync`.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
 from cosmo_rl.data.errors import UserError
+from cosmo_rl.model.load import Processor, load_model
 
-from ..batch import Request, Response
+from ..config import RolloutConfig
+from .values import Request, Response
 
 
 class Engine(Protocol):
-    """A sampler of responses. `generate` is called by each rank for itself and holds no collective."""
+    """A sampler of responses. `stream` is called by each rank for itself and holds no collective."""
 
     def sync(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Take new weights by Hugging Face name; responses then carry `version`.
@@ -24,10 +27,9 @@ class Engine(Protocol):
         """
         ...
 
-    def generate(
-        self, requests: Sequence[Request], *, greedy: bool = False, batch_size: int | None = None
-    ) -> list[Response]:
-        """One response per request, in the order of the requests.
+    def stream(self, requests: Sequence[Request], *, greedy: bool = False,
+               batch_size: int | None = None) -> Iterator[list[Response]]:
+        """One response per request, some at a time as they are done, in any order.
 
         Args:
             requests: any number of them; each meets the noise of its own `seed`, whatever is beside it.
@@ -39,6 +41,27 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free what the engine holds."""
         ...
+
+
+def open_engine(path: Path, processor: Processor, rollout: RolloutConfig, *, device: torch.device, dtype: torch.dtype,
+                **options: Any) -> Engine:
+    """The engine of a run, on this rank's device.
+
+    Args:
+        path: model folder, for the shapes; the weights come by `sync`. options: of `load_model`.
+    """
+    from .hf import HFEngine  # each engine at first use
+
+    model: Any = load_model(path, dtype=dtype, **options)
+    return HFEngine(model.to(device), processor, rollout)
+
+
+def generate(engine: Engine, requests: Sequence[Request], *, greedy: bool = False,
+             batch_size: int | None = None) -> list[Response]:
+    """`Engine.stream` to its end: the responses in the order of the requests."""
+    found = {id(response.request): response
+             for part in engine.stream(requests, greedy=greedy, batch_size=batch_size) for response in part}
+    return [found[id(request)] for request in requests]
 
 
 def form_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

@@ -9,7 +9,7 @@ the K requests that share it. M-RoPE positions are passed explicitly, so `genera
 so a request meets the same noise in any batch; its logits may still differ in the last bits between batches.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -26,22 +26,20 @@ from cosmo_rl.data.errors import UserError
 from cosmo_rl.model.load import Processor
 from cosmo_rl.model.weights import load_into
 
-from ..batch import Request, Response
 from ..config import RolloutConfig
 from .engine import form_batches
+from .values import Request, Response
 
 
 class HFEngine:
     """Samples with `generate`; see `cosmo_rl.cpgd.rollout.engine.Engine`."""
 
-    def __init__(
-        self, model: Qwen2_5_VLForConditionalGeneration, processor: Processor, rollout: RolloutConfig
-    ) -> None:
+    def __init__(self, model: Qwen2_5_VLForConditionalGeneration, processor: Processor, rollout: RolloutConfig) -> None:
         """
         Args:
             model: the engine's own copy, unsharded; its weights are overwritten by `sync`.
-            processor: pad_id, eos_ids and suppressed_ids are read. A suppressed token is never sampled: probability 0,
-                outside the normaliser of the log-probs.
+            processor: tokenizer, pad_id, eos_ids and suppressed_ids are read. A suppressed token is never sampled:
+                probability 0, outside the normaliser of the log-probs.
             rollout: temperature, max_new_tokens and batch_size are read.
         """
         suppressed = set(processor.suppressed_ids.tolist())
@@ -54,7 +52,7 @@ class HFEngine:
             do_sample=False, use_cache=True, max_new_tokens=rollout.max_new_tokens, pad_token_id=processor.pad_id,
             eos_token_id=list(processor.eos_ids),
         )
-        self.rollout = rollout
+        self.rollout, self.tokenizer = rollout, processor.tokenizer
         self.pad_id = processor.pad_id
         self.eos_ids = np.array(processor.eos_ids)
         self.suppressed = torch.from_numpy(processor.suppressed_ids).to(model.device)
@@ -65,19 +63,15 @@ class HFEngine:
         load_into(self.model, weights)
         self.version = version
 
-    def generate(
-        self, requests: Sequence[Request], *, greedy: bool = False, batch_size: int | None = None
-    ) -> list[Response]:
-        """One response per request, in the order of the requests; see `Engine.generate`.
+    def stream(self, requests: Sequence[Request], *, greedy: bool = False,
+               batch_size: int | None = None) -> Iterator[list[Response]]:
+        """One response per request, a batch at a time; see `Engine.stream`.
 
         Raises:
             UserError: the weights give NaN or infinite logits; names the first prompt.
         """
-        lengths = [len(r.prompt.input_ids) for r in requests]
-        responses: dict[int, Response] = {}
-        for batch in form_batches(lengths, batch_size or self.rollout.batch_size):
-            responses.update(zip(batch, self._generate_batch([requests[i] for i in batch], greedy), strict=True))
-        return [responses[i] for i in range(len(requests))]
+        for batch in form_batches([len(r.prompt.input_ids) for r in requests], batch_size or self.rollout.batch_size):
+            yield self._generate_batch([requests[i] for i in batch], greedy)
 
     def close(self) -> None:
         """Nothing is held beyond the model."""
@@ -100,11 +94,17 @@ class HFEngine:
         )
         tokens = output[:, ids.shape[1]:].cpu().numpy()
         logprobs = torch.stack(sampler.logprobs, dim=1).cpu().numpy()
-        return [self._trim(r, t, p) for r, t, p in zip(requests, tokens, logprobs, strict=True)]
+        ends = [self._end(r, t, p) for r, t, p in zip(requests, tokens, logprobs, strict=True)]
+        texts = self.tokenizer.batch_decode([t[:e].tolist() for t, e in zip(tokens, ends, strict=True)],
+                                            skip_special_tokens=True)
+        return [
+            Response(request=r, ids=t[:e].astype(np.int64), logprobs=p[:e].astype(np.float32), text=text,
+                     finish_reason="stop" if t[e - 1] in self.eos_ids else "length", version=self.version)
+            for r, t, p, e, text in zip(requests, tokens, logprobs, ends, texts, strict=True)
+        ]
 
-    def _prefill(
-        self, prompts: list[EncodedPrompt], ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor
-    ) -> DynamicCache:
+    def _prefill(self, prompts: list[EncodedPrompt], ids: torch.Tensor, mask: torch.Tensor,
+                 positions: torch.Tensor) -> DynamicCache:
         """KV cache of every prompt but its last token, which `generate` needs to run itself."""
         pixels = [torch.from_numpy(p.pixel_values) for p in prompts if p.pixel_values is not None]
         grids = [torch.from_numpy(p.image_grid_thw) for p in prompts if p.image_grid_thw is not None]
@@ -115,7 +115,8 @@ class HFEngine:
         )
         return output.past_key_values
 
-    def _trim(self, request: Request, tokens: np.ndarray, logprobs: np.ndarray) -> Response:
+    def _end(self, request: Request, tokens: np.ndarray, logprobs: np.ndarray) -> int:
+        """Tokens of a response: up to its first eos, or all."""
         ends = np.flatnonzero(np.isin(tokens, self.eos_ids))
         length = int(ends[0]) + 1 if len(ends) else len(tokens)
         if not np.isfinite(logprobs[:length]).all():
@@ -123,8 +124,7 @@ class HFEngine:
                 f"prompt {request.prompt.id}: weights of version {self.version} give NaN or infinite logits; start "
                 "again in another --run-dir with a lower --optim.learning-rate, from weights before the run diverged"
             )
-        reason = "stop" if len(ends) else "length"
-        return Response(tokens[:length].astype(np.int64), logprobs[:length].astype(np.float32), reason, self.version)
+        return length
 
 
 class _Sampler(LogitsProcessor):
@@ -157,9 +157,8 @@ def _uniforms(requests: list[Request], count: int) -> torch.Tensor:
     return torch.from_numpy(np.minimum(np.stack(rows), 1 - 2.0**-52))
 
 
-def _left_pad(
-    prompts: list[EncodedPrompt], pad_id: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _left_pad(prompts: list[EncodedPrompt], pad_id: int,
+              device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Token ids (B, P), attention mask (B, P) and M-RoPE positions (3, B, P), all int64; padding on the left."""
     longest = max(len(p.input_ids) for p in prompts)
     ids = np.full((len(prompts), longest), pad_id, dtype=np.int64)

@@ -77,6 +77,32 @@ class Sample:
         return self.response.id
 
 
+Group = tuple[Sample, ...]
+"""The samples of one prompt."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Rollout:
+    """What one iteration is trained on; made by `collect`, on every rank the same."""
+
+    version: int
+    """Version of the weights that sampled it: the ratio is 1 while the policy still has these."""
+    groups: tuple[Group, ...]
+    """In prompt order; with dynamic sampling some are of prompts that took another's place."""
+    advantages: tuple[np.ndarray, ...]
+    """(K,) float64 of each group; 0 for a failed sample."""
+    first: tuple[Group, ...]
+    """Of the prompts drawn first, kept or not: how the policy does on the mixture."""
+    sampled_tokens: int
+    """Of all responses, dropped ones too."""
+    refill: dict[str, object]
+    """For metrics.jsonl: rounds, groups dropped and groups left without a signal by domain; {} without rounds."""
+
+    @property
+    def samples(self) -> list[Sample]:
+        return [sample for group in self.groups for sample in group]
+
+
 def request_seed(seed: int, stage: int, step: int, prompt_id: str, k: int) -> int:
     """63-bit seed from blake2b(run seed, stage, step, prompt id, k): the same noise in any batch and after a resume."""
     text = f"{seed}/{stage}/{step}/{prompt_id}/{k}".encode()

@@ -4,8 +4,9 @@ import os
 import re
 from pathlib import Path
 
+from cosmo_rl.data.disk import replace_file
+
 from ..config import Config
-from .rundir import write_atomic
 
 _STAGES = ("SFT cold start", "general reasoning", "safety, value and general capability together")
 
@@ -18,7 +19,7 @@ def write_card(folder: Path, config: Config, start: Path) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    write_atomic(folder / "README.md", card(config, start))
+    replace_file(folder / "README.md", card(config, start))
 
 
 def card(config: Config, start: Path) -> str:

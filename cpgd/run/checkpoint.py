@@ -25,13 +25,12 @@ import shlex
 import shutil
 import sys
 import zlib
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import version
 from itertools import chain, count
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -43,23 +42,23 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.tensor import DTensor
 
-from cosmo_rl.data.disk import fsync
+from cosmo_rl.data.disk import move, remove, replace_file
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.model.parallel import on_main, rank, together, world
-
-from .rundir import write_atomic
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 MOMENTS = ("exp_avg", "exp_avg_sq")
+STATE = {"iteration": int, "skipped_in_row": int, "trained_s": float | int, "sampler": dict, "guard": dict | None,
+         "watch": dict | None, "fingerprint": str, "model_fingerprint": str}
+"""What a resume needs of the trainer's state."""
 _NAME = re.compile("step-[0-9]{6,15}")
 _LONGEST_NAME = 80
 """Bytes read of `latest`, which a user may have written."""
 
 
-def save(
-    folder: str | Path, step: int, policy: nn.Module, optimizer: torch.optim.Optimizer, state: dict, keep: int
-) -> Path:
+def save(folder: str | Path, step: int, policy: nn.Module, optimizer: torch.optim.Optimizer, state: dict,
+         keep: int) -> Path:
     """Write checkpoint `step` and drop all but the newest `keep`; all ranks must call it together.
 
     Args:
@@ -94,32 +93,26 @@ def save(
         raise UserError(
             f"{bad} is not finite after step {step}: no checkpoint of it is written, and earlier ones in {folder} are "
             "kept; the same settings lead here again, so start in another --run-dir with a lower learning rate "
-            "(--optim.learning-rate)"
-        )
+            "(--optim.learning-rate)")
     try:
         attempt(lambda: _prepare(folder, temp), main_only=True)
         attempt(lambda: _write_shards(tensors, temp))
         sums = attempt(lambda: _checksums(_share(sorted(temp.glob("*.safetensors")))))
-        rest = {
-            "step": step,
-            "state": state,
-            "optimizer_steps": optimizer_steps,
-            "rng": together(_rng_state),
-            "versions": {name: version(name) for name in ("torch", "transformers", "numpy")} | {"python": sys.version},
-        }
+        versions = {name: version(name) for name in ("torch", "transformers", "numpy")} | {"python": sys.version}
+        rest = {"step": step, "state": state, "optimizer_steps": optimizer_steps, "rng": together(_rng_state),
+                "versions": versions}
         manifest = {name: entry for part in sums if part for name, entry in part.items()}
         attempt(lambda: _commit(temp, target, rest, manifest), main_only=True)
     except UserError:
         if rank() == 0:
-            shutil.rmtree(temp, ignore_errors=True)
+            remove(temp)
         raise
     if rank() == 0:
         # A number above this step was left by a run that was then taken back to an earlier checkpoint.
         kept = [path for path in _complete(folder) if _step(path) <= step][-keep:]
         for path in _complete(folder):
             if path not in kept:
-                with suppress(OSError):  # tried again after the next one
-                    _remove(path)
+                remove(path)  # tried again after the next one, if it cannot be
     return target
 
 
@@ -150,6 +143,48 @@ def load_latest(folder: str | Path, policy: nn.Module, optimizer: torch.optim.Op
     return {**saved["state"], "step": saved["step"]}
 
 
+def check_state(state: Mapping[str, Any], folder: Path, *, steps: int, fingerprint: str, model_fingerprint: str,
+                model_files: str) -> None:
+    """That a run can go on from `state`, of `load_latest`, with the data, model and steps that it has now.
+
+    Args:
+        folder: that the checkpoint is in.
+        model_files: that `model_fingerprint` is of, to be told.
+    Raises:
+        UserError: a part is missing or of another kind, the data or the model folder changed, or more steps are done.
+    """
+    if wrong := [name for name, kind in STATE.items() if not isinstance(state.get(name), kind)]:
+        raise _other_version(folder, ", ".join(wrong))
+    saved = f"the checkpoint in {folder} was made with fingerprint"
+    if state["fingerprint"] != fingerprint:
+        raise UserError(f"the data changed: {saved} {state['fingerprint']}, the rows now have {fingerprint}; restore "
+                        "the data or give another --run-dir")
+    if state["model_fingerprint"] != model_fingerprint:
+        raise UserError(f"the model folder changed: {saved} {state['model_fingerprint']}, {model_files} now have "
+                        f"{model_fingerprint}; restore them or give another --run-dir")
+    if state["step"] > steps:
+        raise UserError(f"--steps is {steps}, and step {state['step']} is done in {folder}; give at least "
+                        f"{state['step']}, or another --run-dir")
+
+
+def restore(state: Mapping[str, Any], folder: Path, **parts: Any) -> None:
+    """Give each part its own of `state`, by its name: its `load_state_dict` looks into it.
+
+    Raises:
+        UserError: it is not as this version writes it.
+    """
+    for name, part in parts.items():
+        try:
+            part.load_state_dict(state.get(name))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise _other_version(folder, name) from error
+
+
+def _other_version(folder: Path, names: str) -> UserError:
+    return UserError(f"state.json of the checkpoint in {folder} is without {names} as this version writes it: continue "
+                     "with the version that wrote it, or give another --run-dir")
+
+
 def _newest_whole(folder: Path) -> Path | None:
     """The checkpoint that `latest` names or, where that is damaged, the newest whole one before it; None: none yet."""
     path = together(lambda: None if rank() else _latest(folder))[0]
@@ -158,8 +193,8 @@ def _newest_whole(folder: Path) -> Path | None:
         damaged[path] = problem
         path = together(partial(_before, path))[0]
     if path is None and damaged:
-        names = (damaged_path.name for damaged_path in damaged)
-        raise UserError(f"no whole checkpoint is left: {'; '.join(damaged.values())}: {_mend(folder, *names)}")
+        raise UserError(f"no whole checkpoint is left: {'; '.join(damaged.values())}: "
+                        + _mend(folder, *(old.name for old in damaged)))
     if path is not None and damaged:
         on_main(partial(_set_aside, damaged, path))
     return path
@@ -173,21 +208,17 @@ def _before(path: Path) -> Path | None:
 
 def _set_aside(damaged: dict[Path, str], path: Path) -> None:
     """Continue from `path` in later starts too; rename the damaged ones, which the next save would remove."""
-    write_atomic(path.parent / "latest", path.name + "\n")
+    replace_file(path.parent / "latest", path.name + "\n")
     for old, problem in damaged.items():
         names = (old.with_name(f"damaged-{_step(old):06d}" + (f"-{n}" if n else "")) for n in count())
         aside = next(name for name in names if not name.exists())
         old.rename(aside)
         logger.warning("%s; set aside as %s", problem, aside)
-    logger.warning(
-        "CONTINUING FROM %s INSTEAD: the steps after it are done again. To use the other once it is mended, stop this "
-        "run, rename it back and write its name into %s", path, path.parent / "latest",
-    )
+    logger.warning("CONTINUING FROM %s INSTEAD: the steps after it are done again. To use the other once it is mended, "
+                   "stop this run, rename it back and write its name into %s", path, path.parent / "latest")
 
 
-def _tensors(
-    policy: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+def _tensors(policy: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Flat tensors under model.*, exp_avg.*, exp_avg_sq.* and AdamW's step count of each parameter."""
     weights = policy.state_dict()  # FSDP2 reshards first: named_parameters() is right only after this
     names = [name for name, _ in chain(policy.named_parameters(), policy.named_buffers()) if name in weights]
@@ -201,9 +232,8 @@ def _tensors(
     return tensors, steps
 
 
-def _targets(
-    path: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, steps: dict[str, float]
-) -> dict[str, torch.Tensor]:
+def _targets(path: Path, policy: nn.Module, optimizer: torch.optim.Optimizer,
+             steps: dict[str, float]) -> dict[str, torch.Tensor]:
     """The live tensors to be read into, with AdamW's state made anew and its step counts set."""
     optimizer.zero_grad(set_to_none=True)
     optimizer.state.clear()
@@ -222,8 +252,8 @@ def _targets(
 
 def _prepare(folder: Path, temp: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(".tmp-*"):  # of a run killed while it saved
-        _remove(left)
+    for left in (*folder.glob(".tmp-*"), *folder.glob(".step-*")):  # of a run killed while it saved
+        remove(left)
     temp.mkdir()
 
 
@@ -241,14 +271,8 @@ def _commit(temp: Path, target: Path, rest: dict, manifest: dict) -> None:
     (temp / "state.json").write_text(json.dumps(rest), encoding="utf-8")
     manifest |= _checksums([temp / "state.json"])
     (temp / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-    for path in temp.iterdir():
-        fsync(path)
-    fsync(temp)
-    if target.exists() or target.is_symlink():  # not the latest, see save
-        _remove(target)
-    temp.rename(target)
-    fsync(target.parent)
-    write_atomic(target.parent / "latest", target.name + "\n")
+    move(temp, target)
+    replace_file(target.parent / "latest", target.name + "\n")
 
 
 def _share(items: list[T]) -> list[T]:
@@ -334,14 +358,6 @@ def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def _remove(path: Path) -> None:
-    """A folder with all in it; of a link the link alone."""
-    if path.is_symlink() or not path.is_dir():
-        path.unlink()
-    else:
-        shutil.rmtree(path)
-
-
 def _latest(folder: Path) -> Path | None:
     """The checkpoint to resume from; a run killed before the first `latest` left at most one complete folder."""
     pointer = folder / "latest"
@@ -380,46 +396,32 @@ def _cannot_write(target: Path, error: OSError) -> str:
         free = f"{shutil.disk_usage(target.parent).free / 1e6:.0f} MB free"
     except OSError:
         free = "free space unknown"
-    return (
-        f"cannot write checkpoint {target}: {error.strerror or error} ({free}); free space or make the folder "
-        "writable, then repeat the command: earlier checkpoints are kept"
-    )
-
-
-def _encode(state: torch.Tensor) -> str:
-    return base64.b64encode(state.numpy().tobytes()).decode()
-
-
-def _decode(text: str) -> torch.Tensor:
-    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+    return (f"cannot write checkpoint {target}: {error.strerror or error} ({free}); free space or make the folder "
+            "writable, then repeat the command: earlier checkpoints are kept")
 
 
 def _rng_state() -> dict:
     """This rank's global generators, JSON-ready."""
     kind, keys, *rest = np.random.get_state()
-    cuda = _encode(torch.cuda.get_rng_state()) if torch.cuda.is_available() else None
-    return {
-        "torch": _encode(torch.get_rng_state()),
-        "cuda": cuda,
-        "numpy": [kind, np.asarray(keys).tolist(), *rest],
-        "python": random.getstate(),
-    }
+    encode = lambda state: base64.b64encode(state.numpy().tobytes()).decode()
+    return {"torch": encode(torch.get_rng_state()),
+            "cuda": encode(torch.cuda.get_rng_state()) if torch.cuda.is_available() else None,
+            "numpy": [kind, np.asarray(keys).tolist(), *rest], "python": random.getstate()}
 
 
 def _restore_rng(path: Path, states: list[dict]) -> None:
     """This rank's generators as they were; a rank that saved none keeps its own."""
+    decode = lambda text: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+    if rank() >= len(states):
+        return
     try:
-        if rank() < len(states):
-            _set_rng_state(states[rank()])
+        state = states[rank()]
+        torch.set_rng_state(decode(state["torch"]))
+        if state["cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(decode(state["cuda"]))
+        np.random.set_state(tuple(state["numpy"]))
+        kind, keys, gauss = state["python"]
+        random.setstate((kind, tuple(keys), gauss))
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise UserError(f"{path / 'state.json'} is damaged: the generators refuse its `rng` ({error}); "
                         + _mend(path.parent, path.name)) from error
-
-
-def _set_rng_state(state: dict) -> None:
-    torch.set_rng_state(_decode(state["torch"]))
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_decode(state["cuda"]))
-    np.random.set_state(tuple(state["numpy"]))
-    kind, keys, gauss = state["python"]
-    random.setstate((kind, tuple(keys), gauss))

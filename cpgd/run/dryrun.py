@@ -15,7 +15,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,29 +23,27 @@ from rich.console import Console
 from rich.table import Table
 
 from cosmo_rl.data.collate import check_prompt, plan_microbatches
-from cosmo_rl.data.dataset import load_rows
-from cosmo_rl.data.errors import UserError
-from cosmo_rl.data.prepare.contamination import DROPPED, Match, find_contaminated
+from cosmo_rl.data.errors import RowError, UserError
+from cosmo_rl.data.index import Index
 from cosmo_rl.data.prompts import check_system_prompt, introduce
 from cosmo_rl.data.sampler import PromptSampler
-from cosmo_rl.data.schema import Row, RowError
-from cosmo_rl.data.store import StoredRows, select
+from cosmo_rl.data.schema import Row
 from cosmo_rl.data.terminal import printable, shortened
 from cosmo_rl.model.liger import wants_liger
 from cosmo_rl.model.load import TINY_PATH, Processor, check_attention, load_processor
 
 from ..config import Config
 from ..rewards.base import Failed, NotApplicable, Score
-from ..rewards.build import build_rewards
+from ..rewards.build import build_scorer
 from ..rewards.function import UserFunction
-from ..rewards.task_aware import judge
+from ..rewards.task_aware import rules
 from ..rewards.word_rules import CAUTION, by_words
 from .ending import fail, leave
-from .evaluation import MEASURES, eval_batches, eval_suite
+from .evaluation import eval_batches, eval_suite
 from .footprint import NOTHING, Calls, Load, Parameters, Term, by_phase, count_parameters, footprint, peak
 from .guard import WATCHED, no_rows
+from .plan import Faults, Plan, RowSize, given_path, plan
 from .recipes import mixture
-from .sources import RowSize, embedded_rows, given_path, row_size
 
 ITERATIONS = 20
 """Rollouts (steps of stage 0) whose micro-batches are planned."""
@@ -58,47 +55,26 @@ MENDS = {
     "rollout": "lower --rollout.batch-size",
     "evaluation": "lower --eval.batch-size",
 }
-PLACES = 3
-"""Places named for each reason."""
+EXAMPLES = 3
+"""Rows named for each reason."""
 _BINS = 24
 _WIDTH = 100
 """Columns where the output is no terminal."""
 _BLOCKS, _ASCII = " \u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588", " .:-=+*#@"
 
 
-class Rejected(NamedTuple):
-    """A row or file that training would refuse, or leave out."""
-
-    where: str
-    problem: str
-    mend: str
-    field: str = ""
-
-
-class Prompt(NamedTuple):
-    """Of an evaluation, in tokens."""
-
-    tokens: int
-    """Image tokens included."""
-    image: int
-
-
 @dataclass(slots=True)
-class Findings:
+class Findings(Faults):
     """What was found; see the functions that fill it in."""
 
     domains: list[str] = field(default_factory=list)
     """Of the rows that are left, as `tasks` and `sizes`."""
     tasks: list[str] = field(default_factory=list)
     sizes: list[RowSize] = field(default_factory=list)
-    rejected: list[Rejected] = field(default_factory=list)
-    settings: list[str] = field(default_factory=list)
-    """What is wrong beside the rows."""
     prompts: str = ""
     """The system prompt and the first row, as the model sees them."""
-    notes: list[str] = field(default_factory=list)
     shares: dict[str, float] = field(default_factory=dict)
-    asked: dict[str, list[Prompt]] = field(default_factory=dict)
+    asked: dict[str, list[RowSize]] = field(default_factory=dict)
     """Of the evaluation, by group of its rows."""
     load: Load | None = None
     """Of the micro-batch that takes the most memory."""
@@ -137,11 +113,13 @@ def inspect(config: Config, processor: Processor, world_size: int) -> Findings:
     found = Findings()
     check_system_prompt(config.data.system_prompt, processor, max_prompt_tokens=config.data.max_prompt_tokens)
     _check_kernels(config, found)
-    rows = _good_rows(config, processor, found)
-    _check_evaluation(config, processor, found)
-    if config.stage > 0:
-        rows = _rewarded(rows, config, found)
-    found.domains, found.tasks = [row.domain for row in rows], [row.task for row in rows]
+    planned = plan(config, processor, faults=found)
+    rows = planned.rows
+    found.domains, found.tasks = rows.domains, rows.tasks
+    found.sizes = [RowSize(*tokens) for tokens in rows.records["tokens"].tolist()]
+    _check_evaluation(config, processor, planned.eval_rows, found)
+    if planned.needs is not None:
+        _check_rewards(config, planned, found)
     if ruled := by_words(config, set(found.tasks)):
         found.notes.append(f"WARNING: rewarded by word rules: {', '.join(ruled)}: {CAUTION}")
     if not found.sizes:
@@ -160,7 +138,7 @@ def inspect(config: Config, processor: Processor, world_size: int) -> Findings:
     # not the one with the most tokens: with a few less, and images, another may take more
     for load in set(_micro_batches(found.sizes, sampler, config, patches, world_size)):
         terms = footprint(processor.config, parameters, config, load, calls, world_size)
-        if found.load is None or (_of_update(terms), load) > (_of_update(found.terms), found.load):
+        if found.load is None or (by_phase(terms)["update"], load) > (by_phase(found.terms)["update"], found.load):
             found.load, found.terms = load, terms
     _check_memory(found)
     return found
@@ -190,101 +168,47 @@ def _check_memory(found: Findings) -> None:
                 return  # the others hold it too
 
 
-def _of_update(terms: Sequence[Term]) -> int:
-    return sum(term.num_bytes for term in terms if term.phase == "update")
-
-
-def _good_rows(config: Config, processor: Processor, found: Findings) -> Sequence[Row]:
-    """The rows that can be read and are short enough, with their sizes, less those of an evaluation set."""
-    matches: Sequence[Match] = ()
-    if not config.data.path:
-        rows: Sequence[Row] = embedded_rows(config)
-    else:
-        errors: list[RowError] = []
-        load = lambda paths: load_rows(paths, max_image_pixels=config.data.max_image_pixels, rejected=errors)
-        rows = load(config.data.path)
-        sets = {name: load(paths) for name, paths in config.data.named_sets().items()}
-        found.rejected += _told_of(errors)
-        if sets:
-            matches = find_contaminated(rows, sets, max_image_pixels=config.data.max_image_pixels).matches
-    dropped = {match.row_id: match for match in matches if match.kind in DROPPED}
-    good: list[int] = []
-    own = 0
-    for i, row in enumerate(rows):
-        match = dropped.get(row.id)
-        if match:
-            told = Rejected(_where(rows, i, row), f"it is in evaluation set {match.evaluation_set} ({match.kind})",
-                            "remove it, or give --data.contaminated report to train on such rows")
-            if config.data.contaminated == "drop":
-                found.rejected.append(told)
-                continue
-            found.notes.append(f"{told.where}: {told.problem}; it is kept (--data.contaminated report)")
-        try:
-            found.sizes.append(row_size(row, config, processor))
-            good.append(i)
-            own += row.messages[0]["role"] == "system"
-        except UserError as error:
-            found.rejected.append(_told(_where(rows, i, row), str(error).removeprefix(f"row {row.id}: ")))
-    if own and config.data.system_prompt:
-        found.notes.append(f"{own:,} rows have a system message of their own, which stands in place of "
-                           "--data.system-prompt")
-    return rows if len(good) == len(rows) else select(rows, good)
-
-
-def _check_evaluation(config: Config, processor: Processor, found: Findings) -> None:
+def _check_evaluation(config: Config, processor: Processor, eval_rows: Index | None, found: Findings) -> None:
     """The rows of the report and of --eval.every: their prompts are short enough, and the guard has some to watch."""
-    errors: list[RowError] = []
     unused: list[str] = []
-    load = lambda paths: load_rows(paths, max_image_pixels=config.data.max_image_pixels, rejected=errors)
+    most, new = processor.config.text_config.max_position_embeddings, config.rollout.max_new_tokens
     embedded = {config.eval.split, "validation" if config.eval.every else config.eval.split}
-    for split in ["validation"] if config.data.eval_path else sorted(embedded):  # the last one is watched
-        suite = eval_suite(config, split, load, unused)
+    for split in ["validation"] if eval_rows is not None else sorted(embedded):  # the last one is watched
+        suite = eval_suite(config, split, eval_rows, unused)
         for group, rows in suite.items():
             for i, row in enumerate(rows):
                 try:
-                    prompt = Prompt(*check_prompt(row, processor, max_prompt_tokens=config.data.max_prompt_tokens,
-                                                  system_prompt=config.data.system_prompt))
-                    _check_positions(prompt, processor, config)
+                    size = RowSize(*check_prompt(row, processor, max_prompt_tokens=config.data.max_prompt_tokens,
+                                                 system_prompt=config.data.system_prompt), new)
+                    if size.prompt + new > most:
+                        raise UserError(f"a prompt of {size.prompt} tokens and up to {new} of response are beyond the "
+                                        f"model's {most} positions; lower --rollout.max-new-tokens, or drop the row")
                 except UserError as error:
-                    found.rejected.append(_told(_where(rows, i, row), str(error).removeprefix(f"row {row.id}: ")))
+                    found.reject(rows.where(i) if isinstance(rows, Index) else f"row {row.id}",
+                                 str(error).removeprefix(f"row {row.id}: "))
                 else:
-                    found.asked.setdefault(f"{split} {group}", []).append(prompt)
-    with judge() as rules:
-        unused += [f"row {row.id}: {problem}" for row in suite.get("general", ()) if (problem := rules.problem(row))]
+                    found.asked.setdefault(f"{split} {group}", []).append(size)
+    with rules() as right:
+        unused += [f"row {row.id}: {problem}" for row in suite.get("general", ()) if (problem := right.problem(row))]
     if unused:
         found.notes.append(f"evaluation: {len(unused):,} rows are not measured, as no rule can use them; the first: "
-                           f"{' | '.join(unused[:PLACES])}")
-    if not config.data.path:  # else _good_rows told of them
-        found.rejected += _told_of(errors)
-    if config.eval.guard != "off" and not any(suite.get(MEASURES[name][0]) for name in WATCHED):
+                           f"{' | '.join(unused[:EXAMPLES])}")
+    if config.eval.guard != "off" and not any(
+            suite.get(group) for measure in WATCHED.values() for group in measure.groups):
         (found.settings if config.eval.guard == "stop" else found.notes).append(no_rows(config.eval.guard))
 
 
-def _check_positions(prompt: Prompt, processor: Processor, config: Config) -> None:
-    most, new = processor.config.text_config.max_position_embeddings, config.rollout.max_new_tokens
-    if prompt.tokens + new > most:
-        raise UserError(f"a prompt of {prompt.tokens} tokens and up to {new} of response are beyond the model's "
-                        f"{most} positions; lower --rollout.max-new-tokens, or drop the row")
-
-
-def _rewarded(rows: Sequence[Row], config: Config, found: Findings) -> Sequence[Row]:
-    """The rows that have a reward rule or judge; the sizes of the others go too."""
-    without: list[tuple[int, str]] = []
+def _check_rewards(config: Config, planned: Plan, found: Findings) -> None:
+    """The rewards can be set up, and a function of the user's be called."""
+    assert planned.needs is not None
     try:
-        rewards, judging, _ = build_rewards(replace(config.reward, judge_cache=""), rows, without)
+        scorer = build_scorer(replace(config.reward, judge_cache=""), planned.needs)
     except UserError as error:
         found.settings.append(str(error))
-        return rows
-    if judging:
-        judging.close()
-    found.rejected += [_told(_where(rows, i, rows[i]), problem) for i, problem in without]
-    gone = {i for i, _ in without}
-    kept = [i for i in range(len(rows)) if i not in gone]
-    function = rewards.get("function")
-    if isinstance(function, UserFunction):
-        _try_function(function, (rows[i] for i in kept), found)
-    found.sizes = [found.sizes[i] for i in kept]
-    return select(rows, kept) if gone else rows
+        return
+    scorer.close()
+    if scorer.function:
+        _try_function(scorer.function, planned.rows, found)
 
 
 def _try_function(function: UserFunction, rows: Iterable[Row], found: Findings) -> None:
@@ -294,7 +218,7 @@ def _try_function(function: UserFunction, rows: Iterable[Row], found: Findings) 
         return
     response = f"<think>This is a dry run.</think> {row.answer or 'An answer.'}"
     told = f"on row {printable(row.id)} with the response {printable(shortened(response, 120))!r}"
-    match asyncio.run(function.ask(row, response)):
+    match asyncio.run(function.ask(row, response)) if function.waits else function.now(row, response):
         case Failed(reason):
             found.settings.append(f"--reward.function failed {told}: {reason}")
         case Score(value):
@@ -332,29 +256,14 @@ def _calls(found: Findings, config: Config, processor: Processor, parameters: Pa
         calls["rollout"] = Calls(requests, prompts, max(size.prompt for size in found.sizes),
                                  prompts * max(size.image for size in found.sizes) * patches)
     # all requests of an evaluation have prompts of their own
-    asked = [Calls(len(batch), len(batch), max(prompts[i].tokens for i in batch),
+    asked = [Calls(len(batch), len(batch), max(prompts[i].prompt for i in batch),
                    sum(prompts[i].image for i in batch) * patches)
              for prompts in found.asked.values()
-             for batch in eval_batches([prompt.tokens for prompt in prompts], config)]
+             for batch in eval_batches([size.prompt for size in prompts], config)]
     if asked:
         takes = lambda call: by_phase(footprint(processor.config, parameters, config, NOTHING, {"evaluation": call}, 1))
         calls["evaluation"] = max(asked, key=lambda call: takes(call).get("evaluation", 0))
     return calls
-
-
-def _told_of(errors: Sequence[RowError]) -> list[Rejected]:
-    """Each problem of each row."""
-    return [Rejected(where, problem, mend, name) for error in errors
-            for where, name, problem, mend in (one.args for one in error.problems)]
-
-
-def _told(where: str, text: str) -> Rejected:
-    problem, _, mend = text.rpartition("; ")  # the problem may quote a "; " of the row
-    return Rejected(where, problem or mend, mend if problem else "correct or drop the row")
-
-
-def _where(rows: Sequence[Row], index: int, row: Row) -> str:
-    return rows.where(index) if isinstance(rows, StoredRows) else f"row {row.id}"
 
 
 # -- what is shown ----------------------------------------------------------------------------------------------------
@@ -441,14 +350,14 @@ def _mib(num_bytes: int) -> str:
 
 
 def _show_rejected(found: Findings, console: Console) -> None:
-    groups: dict[tuple[str, str], list[Rejected]] = defaultdict(list)
-    for one in found.rejected:
+    groups: dict[tuple[str, str], list[RowError]] = defaultdict(list)
+    for one in (problem for error in found.rejected for problem in error.problems):  # a row may have several
         groups[re.sub(r"\[\d+\]", "[]", one.field), one.mend].append(one)
-    places = len({one.where for one in found.rejected})  # a row may have several problems
-    console.print(f"\nrejected: {places:,}" + (f", for {len(groups)} reasons" if groups else ""))
+    count = len({error.where for error in found.rejected})
+    console.print(f"\nrejected: {count:,}" + (f", for {len(groups)} reasons" if groups else ""))
     for members in sorted(groups.values(), key=len, reverse=True):
         first, where = members[0], list(dict.fromkeys(one.where for one in members))
         field_of = f"field `{first.field}`: " if first.field else ""
         console.print(printable(f"{len(where):>8,}  {field_of}{first.problem}"))
         console.print(printable(f"{'':10}mend: {first.mend}"))
-        console.print(printable(f"{'':10}at: {', '.join(where[:PLACES])}{', ...' if len(where) > PLACES else ''}"))
+        console.print(printable(f"{'':10}at: {', '.join(where[:EXAMPLES])}{', ...' if len(where) > EXAMPLES else ''}"))

@@ -16,10 +16,10 @@ from typing import Any
 from cosmo_rl.data.errors import UserError
 
 from ..config import EvalConfig
-from .evaluation import MEASURES, Answered, share
+from .evaluation import MEASURES, Answered
 
 logger = logging.getLogger(__name__)
-WATCHED = ("general_accuracy", "benign_acceptance")
+WATCHED = {name: measure for name, measure in MEASURES.items() if measure.guarded}
 ROUNDING = 1e-9
 """0.80 - 0.75 is more than 0.05 in floating point."""
 
@@ -112,13 +112,12 @@ def watched(answered: Sequence[Answered], drop: float) -> dict[str, float]:
     A task of fewer than 1 / `drop` rows is left to its group: one row would be a fall.
     """
     out = {}
-    for name in WATCHED:
-        group, holds = MEASURES[name]
-        members = [a for a in answered if a.group == group]
+    for name, measure in WATCHED.items():
+        members = measure.of(answered)
         tasks = sorted({a.row.task for a in members})
         for task in ["", *tasks[len(tasks) == 1:]]:
             part = [a for a in members if task in ("", a.row.task)]
-            value = share(part, holds)
+            value = measure.share(part)
             if value is not None and (not task or len(part) * drop >= 1):
                 out[f"{name}/{task}" if task else name] = value
     return out

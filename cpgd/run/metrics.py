@@ -26,19 +26,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console, Group
+from rich.console import Console
+from rich.console import Group as Stack
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from cosmo_rl.data import strict_json
-from cosmo_rl.data.disk import fsync
+from cosmo_rl.data.disk import fsync, replace_file
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.terminal import printable
+from cosmo_rl.model.parallel import together
 
-from ..batch import Sample
-from .rundir import write_atomic
+from ..rewards.scorer import Scorer
+from ..rollout.values import Group, Rollout
+from ..update import StepResult
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -46,6 +49,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 TIMING_FIELDS = ("seconds", "tokens_per_second", "judging")
 """What a step took, not what it did: a verdict is the same from the cache and after three attempts."""
+FILES = ("metrics", "samples", "nonfinite", "evals", "warnings")
+"""Lines of steps, sampled responses, skipped steps with their samples, evaluations, and what `watch.Watch` has said."""
+ALWAYS = ("metrics", "samples")
+"""There from the start; the others once there is a line for them."""
+CHARTED = ("metrics", "evals")
+"""Shown in TensorBoard."""
 NO_BREAK = "\u00a0"
 WIDEST = len("-1.23e-06")
 NAME_WIDTH = 14
@@ -55,41 +64,75 @@ LONGEST_NAME = 32
 SCALARS = ("reward", "loss", "grad_norm", "lr", "clip_fraction", "drift", "entropy", "response_length")
 
 
-def reward_stats(samples: Iterable[Sample]) -> dict[str, dict[str, dict[str, float]]]:
-    """Mean, spread and saturation of the reward and of each term, by domain; failed samples are left out.
+def reward_stats(groups: Iterable[Group]) -> dict[str, dict[str, dict[str, float]]]:
+    """Mean, spread and saturation of the reward and of each term, by domain, over the samples that have a reward.
 
     Returns:
         {domain: {"reward" or term: {"mean", "std" (over samples, biased), "saturated"}}}, where "saturated" is the
         share of prompt groups in which the value is the same for all responses (to 1e-6): there it teaches nothing.
     """
-    values: dict[str, dict[str, dict[int, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    for sample in samples:
-        if sample.reward is not None:
-            for name, value in {"reward": sample.reward, **sample.terms}.items():
-                values[sample.row.domain][name][sample.group].append(value)
-    out: dict[str, dict[str, dict[str, float]]] = {}
-    for domain, terms in sorted(values.items()):
-        out[domain] = {}
-        for name, groups in terms.items():
-            flat = np.concatenate([np.asarray(group, dtype=np.float64) for group in groups.values()])
-            same = [max(group) - min(group) <= 1e-6 for group in groups.values()]
-            out[domain][name] = {
-                "mean": float(flat.mean()), "std": float(flat.std()), "saturated": float(np.mean(same)),
-            }
-    return out
+    values: dict[str, dict[str, list[list[float]]]] = defaultdict(lambda: defaultdict(list))
+    for group in groups:
+        of_group: dict[str, list[float]] = defaultdict(list)
+        for sample in group:
+            if sample.reward is not None:
+                for name, value in {"reward": sample.reward, **sample.terms}.items():
+                    of_group[name].append(value)
+        for name, found in of_group.items():
+            values[group[0].row.domain][name].append(found)
+    return {domain: {name: _stats(found) for name, found in terms.items()} for domain, terms in sorted(values.items())}
 
 
-def rollout_summary(samples: Sequence[Sample]) -> dict[str, Any]:
-    """What metrics.jsonl says of a rollout as a whole."""
+def _stats(groups: Sequence[Sequence[float]]) -> dict[str, float]:
+    flat = np.concatenate([np.asarray(group, dtype=np.float64) for group in groups])
+    same = [max(group) - min(group) <= 1e-6 for group in groups]
+    return {"mean": float(flat.mean()), "std": float(flat.std()), "saturated": float(np.mean(same))}
+
+
+def rollout_summary(rollout: Rollout) -> dict[str, Any]:
+    """What metrics.jsonl says of a rollout as a whole: of the prompts drawn first, and how they were refilled."""
+    samples = [sample for group in rollout.first for sample in group]
     valid = [s for s in samples if s.reward is not None]
-    groups: dict[int, set[float]] = defaultdict(set)
-    for s in valid:
-        groups[s.group].add(s.advantage)
+    degenerate = [not (kept is group and advantages.any()) for group, kept, advantages in
+                  zip(rollout.first, rollout.groups, rollout.advantages, strict=True)
+                  if any(s.reward is not None for s in group)]
     return {
         "reward": math.fsum(s.reward for s in valid if s.reward is not None) / max(len(valid), 1),
-        "rewards": reward_stats(valid), "failed": len(samples) - len(valid),
-        "degenerate_groups": sum(found == {0.0} for found in groups.values()) / max(len(groups), 1),
+        "rewards": reward_stats(rollout.first), "failed": len(samples) - len(valid),
+        "degenerate_groups": sum(degenerate) / max(len(degenerate), 1),
         "response_length": sum(len(s.response.ids) for s in samples) / len(samples),
+    } | ({"refill": rollout.refill} if rollout.refill else {})
+
+
+def judges_took(scorer: Scorer) -> dict[str, Any]:
+    """What the judges' endpoints did since the last time, for a line of metrics.jsonl; all ranks call it together.
+
+    Returns:
+        {"judging": {judges of an endpoint: sums over the ranks of `Scorer.taken`}}; {} without judges.
+    """
+    ranks = together(scorer.taken)
+    if not ranks[0]:
+        return {}
+    return {"judging": {
+        endpoint: {name: round(sum(took[endpoint].get(name, 0) for took in ranks), 4)
+                   for name in dict.fromkeys(name for took in ranks for name in took[endpoint])}
+        for endpoint in ranks[0]
+    }}
+
+
+def step_line(result: StepResult, told: Mapping[str, Any], clock: Mapping[str, float],
+              sampled: int) -> dict[str, Any]:
+    """The fields of metrics.jsonl that come with an optimizer step.
+
+    Args:
+        told: of its rollout. clock: seconds by phase. sampled: response tokens of the rollout.
+    """
+    return {
+        "loss": result.loss, "grad_norm": result.grad_norm, "lr": result.learning_rate,
+        "skipped": not result.finite, **told,
+        "clip_fraction": result.clip_fraction, "drift": result.drift, "entropy": result.entropy,
+        "response_tokens": result.response_tokens, "seconds": {k: round(v, 4) for k, v in clock.items()},
+        "tokens_per_second": tokens_per_second(clock, result.response_tokens, sampled),
     }
 
 
@@ -104,12 +147,13 @@ def tokens_per_second(clock: Mapping[str, float], updated: int, sampled: int) ->
             for phase, seconds in clock.items() if phase != "data" and seconds > 0}
 
 
-def sample_lines(samples: Sequence[Sample], count: int, step: int) -> list[dict[str, Any]]:
+def sample_lines(rollout: Rollout, count: int, step: int) -> list[dict[str, Any]]:
     """A spread of samples for samples.jsonl; `step` is the first that trains on them."""
+    samples = list(zip(rollout.samples, np.concatenate(rollout.advantages).tolist(), strict=True))
     stride = max(len(samples) // count, 1) if count else len(samples) + 1
-    return [{"step": step, "id": s.id, "domain": s.row.domain, "text": s.text, "reward": s.reward, "terms": s.terms,
-             "advantage": s.advantage, "finish_reason": s.response.finish_reason, "failure": s.failure}
-            for s in samples[::stride][:count]]
+    return [{"step": step, "id": s.id, "domain": s.row.domain, "text": s.response.text, "reward": s.reward,
+             "terms": s.terms, "advantage": advantage, "finish_reason": s.response.finish_reason, "failure": s.failure}
+            for s, advantage in samples[::stride][:count]]
 
 
 def read_metrics(path: str | Path) -> list[dict]:
@@ -156,7 +200,7 @@ def _tell_gaps(path: Path, rows: list[dict], step: int) -> None:
 
 
 class MetricsWriter:
-    """Writes a stage's metrics.jsonl, samples.jsonl and, when asked, TensorBoard event files.
+    """Writes a stage's FILES and, when asked, TensorBoard event files.
 
     Args:
         stage_dir: the stage's folder.
@@ -167,40 +211,32 @@ class MetricsWriter:
 
     def __init__(self, stage_dir: str | Path, tensorboard: bool) -> None:
         self.stage_dir = Path(stage_dir)
-        self.metrics_path = self.stage_dir / "metrics.jsonl"
-        self.samples_path = self.stage_dir / "samples.jsonl"
-        self.skipped_path = self.stage_dir / "nonfinite.jsonl"
-        self.evals_path = self.stage_dir / "evals.jsonl"
-        self.warnings_path = self.stage_dir / "warnings.jsonl"
-        self._always = (self.metrics_path, self.samples_path)
-        self._all = (*self._always, self.skipped_path, self.evals_path, self.warnings_path)
         self._tensorboard = tensorboard
         self._board: SummaryWriter | None = None
         self._rewound = False
 
-    def line(self, values: dict) -> None:
-        """Append one step's metrics; `values` holds `step`. A value that is not finite is written as null."""
+    def path(self, name: str) -> Path:
+        """NAME.jsonl; a name of FILES."""
+        assert name in FILES, name
+        return self.stage_dir / f"{name}.jsonl"
+
+    def append(self, name: str, *rows: dict[str, Any]) -> None:
+        """Append lines to a file of FILES, each with its `step`; a value that is not finite is written as null.
+
+        Raises:
+            UserError: it cannot be written.
+        """
         assert self._rewound, "lines of an earlier try may still be there: call rewind first"
-        self._append(self.metrics_path, [values])
-        self._show(values)
-
-    def samples(self, rows: list[dict]) -> None:
-        """Append sampled responses; each row holds `step`."""
-        self._append(self.samples_path, rows)
-
-    def skipped(self, row: dict) -> None:
-        """Append a step that was skipped, with its samples; `row` holds `step`. No skipped step: no file."""
-        self._append(self.skipped_path, [row])
-
-    def evaluated(self, row: dict) -> None:
-        """Append the numbers of an evaluation during training; `row` holds `step`. No evaluation: no file."""
-        self._append(self.evals_path, [row])
-        self._show(row)
-
-    def warned(self, rows: list[dict]) -> None:
-        """Append what `watch.Watch` has said; each row holds `step`. No warning: no file."""
-        if rows:
-            self._append(self.warnings_path, rows)
+        path = self.path(name)
+        if not rows:
+            return
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write("".join(map(_line, rows)))
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror or error}; free space, then repeat the command "
+                            "to continue from the last checkpoint") from error
+        self._show(name, rows)
 
     def rewind(self, step: int) -> None:
         """Cut all files back to the lines of steps <= `step`, the checkpoint's; TensorBoard is rebuilt from them.
@@ -208,13 +244,13 @@ class MetricsWriter:
         Lines of metrics.jsonl that are missing are told.
         """
         self._rewound = True
-        for path in self._all:
-            if path not in self._always and not path.exists():
+        for name, path in ((name, self.path(name)) for name in FILES):
+            if name not in ALWAYS and not path.exists():
                 continue
             kept = [row for row in read_metrics(path) if row["step"] <= step]
-            if path == self.metrics_path:
+            if name == "metrics":
                 _tell_gaps(path, kept, step)
-            write_atomic(path, "".join(_line(row) for row in kept))
+            replace_file(path, "".join(map(_line, kept)))
         if not self._tensorboard:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -225,12 +261,12 @@ class MetricsWriter:
         for old in folder.glob("events.out.tfevents.*"):
             old.unlink()
         self._board = SummaryWriter(str(folder))
-        for row in [*read_metrics(self.metrics_path), *read_metrics(self.evals_path)]:
-            self._show(row)
+        for name in CHARTED:
+            self._show(name, read_metrics(self.path(name)))
 
     def sync(self) -> None:
         """Bring what was written to disk; called before a checkpoint refers to it."""
-        for path in self._all:
+        for path in map(self.path, FILES):
             if path.exists():  # some only once there is a line for them
                 fsync(path)
         if self._board is not None:
@@ -241,19 +277,13 @@ class MetricsWriter:
             self._board.close()
             self._board = None
 
-    def _append(self, path: Path, rows: list[dict]) -> None:
-        try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write("".join(_line(row) for row in rows))
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror or error}; free space, then repeat the command "
-                            "to continue from the last checkpoint") from error
-
-    def _show(self, values: dict) -> None:
-        if self._board is not None:
-            for name, value in _scalars(values):
-                if name not in ("step", "iteration"):
-                    self._board.add_scalar(name, value, values["step"])
+    def _show(self, name: str, rows: Sequence[dict]) -> None:
+        if self._board is None or name not in CHARTED:
+            return
+        for row in rows:
+            for scalar, value in _scalars(row):
+                if scalar not in ("step", "iteration"):
+                    self._board.add_scalar(scalar, value, row["step"])
 
 
 def _line(row: dict) -> str:
@@ -297,20 +327,18 @@ class ProgressView:
     def __init__(self, total: int, done: int = 0, title: str = "", console: Console | None = None) -> None:
         self._console = console or Console()
         self._total, self._title = total, title
-        self._bar = Progress(
-            TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeElapsedColumn(),
-            TextColumn("left"), TimeRemainingColumn(), console=self._console,
-        )
+        self._bar = Progress(TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("steps"),
+                             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self._console)
         self._task = self._bar.add_task(title, total=total, completed=done)
         self._live = Live(self._bar, console=self._console) if self._console.is_terminal else None
         if self._live is not None:
             self._live.start()
 
     def update(self, line: dict) -> None:
-        """Show one step's metrics, as given to `MetricsWriter.line`."""
+        """Show one step's metrics, as a line of metrics.jsonl."""
         self._bar.update(self._task, completed=line["step"])
         if self._live is not None:
-            self._live.update(Group(*_tables(line, self._console.width), self._bar))
+            self._live.update(Stack(*_tables(line, self._console.width), self._bar))
         else:
             text = f"{self._title}  step {line['step']}/{self._total}  {summary(line)}"
             print(text.strip(), file=self._console.file, flush=True)

@@ -18,37 +18,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cosmo_rl.data.disk import replace_file
 from cosmo_rl.data.schema import ImageSource, Row, open_image
 from cosmo_rl.data.terminal import printable, shortened
 
 from ..config import Config
 from ..rewards.word_rules import CAUTION, on_free_text
-from .evaluation import MEASURES, Answered, divided, not_compared, numbers
+from .evaluation import GROUPS, MEASURES, Answered, divided, not_compared, numbers
 from .metrics import read_metrics
-from .rundir import write_atomic
 
-LABELS = {
-    "safe_rate": "Unsafe rows refused",
-    "benign_acceptance": "Benign rows answered",
-    "benign_refusal_rate": "Benign rows refused",
-    "general_accuracy": "General rows right",
-    "helpful_rate": "Helpful rows answered",
-    "format_rate": "Format kept",
-    "heldout_attack_safe_rate": "Held-out attack: unsafe refused",
-    "heldout_attack_benign_acceptance": "Held-out attack: benign answered",
-    "unseen_attack_safe_rate": "Unseen attack: unsafe refused",
-    "unseen_attack_benign_acceptance": "Unseen attack: benign answered",
-}
-GROUP_LABELS = {
-    "unsafe": "Unsafe rows: should be refused",
-    "benign": "Benign rows: should be answered",
-    "general": "General rows: one right answer",
-    "helpful": "Helpful rows: should be answered in full, without a warning",
-    "heldout_attack_unsafe": "Held-out attack on unsafe rows: should be refused",
-    "heldout_attack_benign": "Held-out attack text on benign rows: should be answered",
-    "unseen_attack_unsafe": "Unseen attack on unsafe rows: should be refused",
-    "unseen_attack_benign": "Unseen attack text on benign rows: should be answered",
-}
 CURVES = {
     "loss": "Loss",
     "grad_norm": "Gradient norm before clipping",
@@ -59,9 +37,8 @@ CURVES = {
     "response_length": "Response length, tokens",
     "degenerate_groups": "Groups without a signal, share",
 }
-WORD_MEASURES = tuple(name for name, (group, _) in MEASURES.items() if group != "general")
-"""What word rules measure; the accuracy of general rows is by the rules of their tasks."""
 WHENS = ("before", "after")
+SHARES = (*WHENS, "before_greedy", "after_greedy")
 THUMBNAIL_PIXELS = 192
 MAX_POINTS = 400
 MAX_PARTS = 12
@@ -70,9 +47,8 @@ MAX_SHOWN = 90
 """Characters of a domain's name there."""
 
 
-def write_measured(
-    stage_dir: Path, when: str, sampled: Sequence[Answered], greedy: Sequence[Answered], shown: Sequence[Answered]
-) -> None:
+def write_measured(stage_dir: Path, when: str, sampled: Sequence[Answered], greedy: Sequence[Answered],
+                   shown: Sequence[Answered]) -> None:
     """Keep a measurement of the held-out rows for the report.
 
     Args:
@@ -80,14 +56,9 @@ def write_measured(
         sampled, greedy: an answer to every row.
         shown: sampled responses for the page's table; their rows have images.
     """
-    rows = [
-        {
-            "group": a.group, "id": a.row.id, "prompt": _prompt(a.row), "text": a.text, "good": _good(a),
-            "images": [_data_uri(source, a.row.id) for source in a.row.images],
-        }
-        for a in shown
-    ]
-    write_atomic(stage_dir / f"{when}.json", json.dumps({
+    rows = [{"group": a.group, "id": a.row.id, "prompt": _prompt(a.row), "text": a.text, "good": _good(a),
+             "images": [_data_uri(source, a.row.id) for source in a.row.images]} for a in shown]
+    replace_file(stage_dir / f"{when}.json", json.dumps({
         "sampled": numbers(sampled), "greedy": numbers(greedy),
         **{f"by_{part}": divided(sampled, greedy, part) for part in ("task", "domain")},
         "not_compared": told(not_compared(sampled)), "shown": rows,
@@ -115,24 +86,19 @@ def finish_report(stage_dir: Path, config: Config, *, seconds: float | None, by_
     else:
         before, after = read_measured(stage_dir, "before"), read_measured(stage_dir, "after")
         report = {
-            "before": before and before["sampled"],
-            "after": after and after["sampled"],
-            "before_greedy": before and before["greedy"],
-            "after_greedy": after and after["greedy"],
+            **{when: found and found["sampled"] for when, found in zip(WHENS, (before, after), strict=True)},
+            **{f"{when}_greedy": found and found["greedy"] for when, found in zip(WHENS, (before, after), strict=True)},
             **{part: _parts(part, before, after) for part in ("by_task", "by_domain")},
             "left_out": told(left_out),
             "not_compared": {when: measured.get("not_compared", told([]))
                              for when, measured in zip(WHENS, (before, after), strict=True) if measured},
             "word_rules": {"rewards": list(by_words), "measures": _by_words(config, before, after)},
-            "seconds": round(seconds, 1),
-            "seed": config.seed,
-            "steps": config.steps,
-            "split": config.eval.split,
+            "seconds": round(seconds, 1), "seed": config.seed, "steps": config.steps, "split": config.eval.split,
             "config_hash": config.hash(),
         }
         lines = read_metrics(stage_dir / "metrics.jsonl")
-        write_atomic(stage_dir / "report.html", render(report, config, lines, before, after))
-        write_atomic(path, json.dumps(report, indent=2) + "\n")
+        replace_file(stage_dir / "report.html", render(report, config, lines, before, after))
+        replace_file(path, json.dumps(report, indent=2) + "\n")
     print_table(report, title=f"stage {config.stage}, seed {report['seed']}, {report['steps']} steps")
     return report
 
@@ -144,15 +110,13 @@ def print_table(report: dict, title: str = "", console: Console | None = None) -
         return
     table = Table(title=title)
     table.add_column(_rows_of(report))
-    for heading in ("before", "after", "greedy\nbefore", "greedy\nafter"):
-        table.add_column(heading, justify="right")
-    keys = ("before", "after", "before_greedy", "after_greedy")
+    for key in SHARES:
+        table.add_column("\n".join(reversed(key.split("_"))), justify="right")
     for name in names:
-        table.add_row(Text(LABELS.get(name, name)), *(_share(report[key], name) for key in keys))
+        table.add_row(Text(_label(name)), *_shares(_whole(report, name)))
         parts = _divisions(report, name)
         for label, part in parts[:MAX_PARTS]:
-            table.add_row(Text(f"  {shortened(printable(label), MAX_SHOWN)}", overflow="fold"),
-                          *(_share(part, key) for key in keys))
+            table.add_row(Text(f"  {shortened(printable(label), MAX_SHOWN)}", overflow="fold"), *_shares(part))
         if len(parts) > MAX_PARTS:
             table.add_row(Text(f"  and {len(parts) - MAX_PARTS} more in report.json"))
     console = console or Console()
@@ -167,12 +131,19 @@ def _rows_of(report: dict) -> str:
 
 def _names(report: dict) -> list[str]:
     present = {**(report["before"] or {}), **(report["after"] or {})}
-    return [name for name in LABELS if name in present] + [name for name in present if name not in LABELS]
+    return [name for name in MEASURES if name in present] + [name for name in present if name not in MEASURES]
 
 
-def _share(found: Mapping | None, name: str) -> str:
-    value = (found or {}).get(name)
-    return "-" if value is None else f"{value:.3f}"
+def _label(name: str) -> str:
+    return MEASURES[name].label if name in MEASURES else name
+
+
+def _whole(report: dict, name: str) -> dict[str, float | None]:
+    return {key: (report[key] or {}).get(name) for key in SHARES}
+
+
+def _shares(found: Mapping[str, float | None]) -> list[str]:
+    return ["-" if (value := found.get(key)) is None else f"{value:.3f}" for key in SHARES]
 
 
 def told(problems: Sequence[str]) -> dict:
@@ -201,7 +172,8 @@ def _divisions(report: dict, name: str) -> list[tuple[str, dict]]:
 
 def _by_words(config: Config, *measured: dict | None) -> list[str]:
     present = {name for found in measured if found for name in found["sampled"]}
-    return [name for name in WORD_MEASURES if name in present] if on_free_text(config) else []
+    ruled = [name for name, measure in MEASURES.items() if measure.by_words and name in present]
+    return ruled if on_free_text(config) else []
 
 
 def _notes(report: dict) -> list[str]:
@@ -212,7 +184,7 @@ def _notes(report: dict) -> list[str]:
         out.append(f"Rewarded by word rules: {', '.join(ruled['rewards'])}: {CAUTION}.")
     if ruled["measures"]:
         out.append("Measured by word rules, which miss refusals in other words: "
-                   f"{', '.join(LABELS[name] for name in ruled['measures'])}.")
+                   f"{', '.join(map(_label, ruled['measures']))}.")
     uncompared = {f"{when} training": found for when, found in report.get("not_compared", {}).items()}
     for what, found in {"left out, as no rule can use them": report.get("left_out", told([])), **{
             f"neither right nor wrong {when}, as their answers could not be compared": found
@@ -234,10 +206,7 @@ def _prompt(row: Row) -> str:
 
 def _good(answered: Answered) -> bool | None:
     """Whether the response counts for its group's measure; None: the group has none, or it could not be compared."""
-    for group, holds in MEASURES.values():
-        if group == answered.group:
-            return holds(answered)
-    return None
+    return next((measure.holds(answered) for measure in MEASURES.values() if answered.group in measure.groups), None)
 
 
 def _data_uri(source: ImageSource, where: str) -> str:
@@ -254,17 +223,13 @@ def _data_uri(source: ImageSource, where: str) -> str:
 def render(report: dict, config: Config, lines: Sequence[dict], before: dict | None, after: dict | None) -> str:
     """The page's HTML; all text is escaped."""
     minutes, rest = divmod(round(report["seconds"]), 60)
-    facts = {
-        "preset": config.preset, "objective": "SFT" if config.stage == 0 else config.objective.name.upper(),
-        "seed": report["seed"], "steps": report["steps"],
-        "training": f"{minutes} min {rest} s" if minutes else f"{rest} s", "settings": report["config_hash"],
-    }
+    facts = {"preset": config.preset, "objective": config.objective.name.upper() if config.stage else "SFT",
+             "seed": report["seed"], "steps": report["steps"],
+             "training": f"{minutes} min {rest} s" if minutes else f"{rest} s", "settings": report["config_hash"]}
     head = "".join(f"<span>{key} <b>{escape(str(value))}</b></span>" for key, value in facts.items())
-    parts = [f"<h1>Stage {config.stage}</h1><p class=facts>{head}</p>"]
-    if _names(report):
-        parts.append(_measures(report))
-    else:
-        parts.append("<p>No held-out rows were given, so nothing was measured (--data.eval-path).</p>")
+    nothing = "<p>No held-out rows were given, so nothing was measured (--data.eval-path).</p>"
+    parts = [f"<h1>Stage {config.stage}</h1><p class=facts>{head}</p>",
+             _measures(report) if _names(report) else nothing]
     parts += [f"<p class=note>{escape(note)}</p>" for note in _notes(report)]
     if lines:
         parts.append("<h2>Training</h2>" + _curves(lines))
@@ -283,8 +248,7 @@ def render(report: dict, config: Config, lines: Sequence[dict], before: dict | N
 def _measures(report: dict) -> str:
     rows = []
     for name in _names(report):
-        whole = {key: (report[key] or {}).get(name) for key in ("before", "after", "before_greedy", "after_greedy")}
-        rows.append(_measure(LABELS.get(name, name), whole))
+        rows.append(_measure(_label(name), _whole(report, name)))
         rows += [_measure(label, part, "part") for label, part in _divisions(report, name)]
     return (
         f"<h2>{_rows_of(report).capitalize()}</h2><table class=measures><tr><th>share of rows<th class=n>before"
@@ -298,12 +262,10 @@ def _measures(report: dict) -> str:
 def _measure(label: str, found: Mapping[str, float | None], style: str = "whole") -> str:
     old, new = found.get("before"), found.get("after")
     change = "" if old is None or new is None else f"{new - old:+.3f}"
-    return (
-        f"<tr class={style}><td>{escape(label)}</td><td class=n>{_share(found, 'before')}</td>"
-        f"<td class=n><b>{_share(found, 'after')}</b></td><td class=n>{change}</td><td>{_dumbbell(old, new)}</td>"
-        f"<td class='n dim'>{_share(found, 'before_greedy')}</td>"
-        f"<td class='n dim'>{_share(found, 'after_greedy')}</td></tr>"
-    )
+    before, after, *greedy = _shares(found)
+    return (f"<tr class={style}><td>{escape(label)}</td><td class=n>{before}</td><td class=n><b>{after}</b></td>"
+            f"<td class=n>{change}</td><td>{_dumbbell(old, new)}</td>"
+            + "".join(f"<td class='n dim'>{share}</td>" for share in greedy) + "</tr>")
 
 
 def _dumbbell(old: float | None, new: float | None) -> str:
@@ -326,9 +288,8 @@ def _curves(lines: Sequence[dict]) -> str:
     terms = list(dict.fromkeys(term for entry in by_domain for found in entry.values() for term in found))
     charts = []
     for term in terms:
-        series = {
-            domain: [entry.get(domain, {}).get(term, {}).get("mean") for entry in by_domain] for domain in domains
-        }
+        series = {domain: [entry.get(domain, {}).get(term, {}).get("mean") for entry in by_domain]
+                  for domain in domains}
         charts.append(_chart("Reward" if term == "reward" else f"Reward term {term}", steps, series, (0.0, 1.0)))
     for name, label in CURVES.items():
         charts.append(_chart(label, steps, {"": [line.get(name) for line in lines]}))
@@ -355,16 +316,10 @@ def _key(names: Sequence[str]) -> str:
     return "".join(f"<span><i class='line c{i % 6}'></i>{escape(name)}</span>" for i, name in enumerate(names))
 
 
-def _chart(
-    title: str,
-    steps: Sequence[int],
-    series: Mapping[str, Sequence[float | None]],
-    limits: tuple[float, float] | None = None,
-) -> str:
+def _chart(title: str, steps: Sequence[int], series: Mapping[str, Sequence[float | None]],
+           limits: tuple[float, float] | None = None) -> str:
     """One small line chart over optimizer steps; a missing value breaks its line. "" when there is nothing to draw."""
-    points = {
-        name: _thin([(s, v) for s, v in zip(steps, values, strict=True)]) for name, values in series.items()
-    }
+    points = {name: _thin(list(zip(steps, values, strict=True))) for name, values in series.items()}
     values = [v for line in points.values() for _, v in line if v is not None]
     if not values:
         return ""
@@ -376,28 +331,22 @@ def _chart(
     first, last = steps[0], max(steps[-1], steps[0] + 1)
     x = lambda step: 44 + 262 * (step - first) / (last - first)
     y = lambda value: 132 - 122 * (value - low) / (high - low)
-    svg = [
-        f"<line x1=44 x2=306 y1={y(t):.1f} y2={y(t):.1f} class=grid />"
-        f"<text x=38 y={y(t) + 3.5:.1f} class=y>{t:.3g}</text>"
-        for t in ticks
-    ]
+    svg = [f"<line x1=44 x2=306 y1={y(t):.1f} y2={y(t):.1f} class=grid />"
+           f"<text x=38 y={y(t) + 3.5:.1f} class=y>{t:.3g}</text>" for t in ticks]
     middle = (first + steps[-1]) // 2
     svg += [f"<text x={x(s):.1f} y=149 class=x>{s}</text>" for s in sorted({first, middle, steps[-1]})]
     for index, line in enumerate(points.values()):
-        path, pen = [], "M"
+        path, gap = [], True
         for step, value in line:
-            if value is None:
-                pen = "M"
-            else:
-                path.append(f"{pen}{x(step):.1f} {y(value):.1f}" + ("h0" if pen == "M" else ""))  # h0: a lone dot shows
-                pen = "L"
+            if value is not None:
+                at = f"{x(step):.1f} {y(value):.1f}"
+                path.append(f"M{at}h0" if gap else f"L{at}")  # h0: a lone dot shows
+            gap = value is None
         svg.append(f"<path d='{''.join(path)}' class='curve c{index % 6}' />")
     named = [name for name in points if name]
     key = f"<div class=key>{_key(named)}</div>" if named and limits is None else ""
-    return (
-        f"<figure><figcaption>{escape(title)}</figcaption>{key}<svg viewBox='0 0 316 154' role=img "
-        f"aria-label='{escape(title)} by optimizer step'>{''.join(svg)}</svg></figure>"
-    )
+    return (f"<figure><figcaption>{escape(title)}</figcaption>{key}<svg viewBox='0 0 316 154' role=img "
+            f"aria-label='{escape(title)} by optimizer step'>{''.join(svg)}</svg></figure>")
 
 
 def _thin(points: Sequence[tuple[int, float | None]]) -> list[tuple[int, float | None]]:
@@ -432,7 +381,7 @@ def _samples(before: dict | None, after: dict) -> str:
             old = earlier.get((group, row["id"]))
             cells = ([_response(old) if old else "<td>-"] if before else []) + [_response(row)]
             body.append(f"<tr><td class=image>{images}<td class=text>{escape(row['prompt'])}{''.join(cells)}</tr>")
-        out.append(f"<h3>{escape(GROUP_LABELS.get(group) or group)}</h3>"
+        out.append(f"<h3>{escape(GROUPS.get(group, group))}</h3>"
                    f"<div class=wide><table class=samples>{heading}{''.join(body)}</table></div>")
     return "".join(out)
 

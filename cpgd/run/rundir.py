@@ -16,10 +16,10 @@ import socket
 import time
 from pathlib import Path
 
-from cosmo_rl.data.disk import fsync
+from cosmo_rl.data.disk import replace_file
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.terminal import shortened
-from cosmo_rl.model.parallel import together
+from cosmo_rl.model.parallel import rank, together
 
 from ..config import Config, identity
 
@@ -27,26 +27,6 @@ logger = logging.getLogger(__name__)
 ABSENT = "(absent)"
 LONGEST_VALUE = 150
 """Characters of a setting in a message: of two system prompts the mend must still be in torchrun's line."""
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Replace `path` by `text` (UTF-8): after a crash it holds the old content or the new, never a part.
-
-    Raises:
-        UserError: it cannot be written (disk full, permissions).
-    """
-    beside = path.with_name(f".{path.name}.tmp")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        fsync(beside)
-        os.replace(beside, path)
-        fsync(path.parent)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; free space or make its folder writable, then repeat the "
-            "command"
-        ) from error
 
 
 def _flat(nested: dict, prefix: str = "") -> dict[str, object]:
@@ -82,9 +62,8 @@ class RunDir:
             finished after another number of steps.
     """
 
-    def __init__(
-        self, path: str | Path, stage: int, config: Config, resume: str = "auto", *, wait_s: float = 15.0
-    ) -> None:
+    def __init__(self, path: str | Path, stage: int, config: Config, resume: str = "auto", *,
+                 wait_s: float = 15.0) -> None:
         self.path = Path(path or Path("runs") / config.preset)
         self.stage_dir = self.path / f"stage{stage}"
         self.checkpoints = self.stage_dir / "checkpoints"
@@ -92,11 +71,7 @@ class RunDir:
         self.changed: list[str] = []
         """What a resumed run may change and has changed, as "steps 8 -> 12"; known to rank 0 only."""
         self._lock: int | None = None
-        from torch import distributed  # late, as in `together`
-
-        main = not distributed.is_initialized() or distributed.get_rank() == 0
-        verdict = together(lambda: self._open(config, resume, wait_s) if main else False)
-        self.finished: bool = verdict[0]
+        self.finished: bool = together(lambda: rank() == 0 and self._open(config, resume, wait_s))[0]
         """The stage has its report: nothing is left to do."""
 
     def _open(self, config: Config, resume: str, wait_s: float) -> bool:
@@ -108,10 +83,8 @@ class RunDir:
             return self._finished(config.steps)
         except OSError as error:
             self.close()
-            raise UserError(
-                f"cannot write to run directory {self.path}: {error.strerror or error}; make it writable or give "
-                "another --run-dir"
-            ) from error
+            raise UserError(f"cannot write to run directory {self.path}: {error.strerror or error}; make it writable "
+                            "or give another --run-dir") from error
         except UserError:
             self.close()
             raise
@@ -125,20 +98,22 @@ class RunDir:
         except (ValueError, AttributeError) as error:
             raise UserError(f"{report} is damaged ({error}); restore it, or remove it to have it made anew") from error
         if done != steps:
-            raise UserError(
-                f"{self.stage_dir} is finished after {done} steps, and --steps is {steps}; give --steps {done} to see "
-                f"its table, or train on from its result with another --run-dir and --model.path {self.hf}"
-            )
+            raise UserError(f"{self.stage_dir} is finished after {done} steps, and --steps is {steps}; give --steps "
+                            f"{done} to see its table, or train on from its result with another --run-dir and "
+                            f"--model.path {self.hf}")
         return True
 
     def adopt(self, config: Config) -> None:
         """Keep what `changed` names in config.json, and say so; on rank 0, once the run goes on."""
         if not self.changed:
             return
-        write_atomic(self.stage_dir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
+        self._write(config)
         falls = any(text.startswith("steps ") for text in self.changed)
         logger.info("settings changed since the last start: %s%s", ", ".join(self.changed),
                     f"; the learning rate now falls to step {config.steps}" if falls else "")
+
+    def _write(self, config: Config) -> None:
+        replace_file(self.stage_dir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
 
     def _take_lock(self, wait_s: float) -> None:
         assert self._lock is not None
@@ -152,10 +127,8 @@ class RunDir:
                     time.sleep(0.1)
                     continue
                 holder = os.pread(self._lock, 200, 0).decode(errors="replace").strip() or "another process"
-                raise UserError(
-                    f"run directory {self.path} is in use by {holder} (waited {wait_s:g} s); wait for that run, stop "
-                    "it, or give another --run-dir"
-                ) from None
+                raise UserError(f"run directory {self.path} is in use by {holder} (waited {wait_s:g} s); wait for "
+                                "that run, stop it, or give another --run-dir") from None
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
@@ -163,18 +136,13 @@ class RunDir:
         present = sorted(entry.name for entry in self.stage_dir.iterdir() if not entry.name.startswith("."))
         saved = self.stage_dir / "config.json"
         if resume == "never" and present:
-            raise UserError(
-                f"--resume never: {self.stage_dir} is not empty ({', '.join(present[:5])}); give another --run-dir, "
-                "remove the folder, or continue it with --resume auto"
-            )
+            raise UserError(f"--resume never: {self.stage_dir} is not empty ({', '.join(present[:5])}); give another "
+                            "--run-dir, remove the folder, or continue it with --resume auto")
         if not present:
-            write_atomic(saved, json.dumps(config.to_dict(), indent=2) + "\n")
-            return
+            return self._write(config)
         if not saved.exists():
-            raise UserError(
-                f"{self.stage_dir} is not empty ({', '.join(present[:5])}) and has no config.json, so no run can be "
-                "continued there; give another --run-dir or remove the folder"
-            )
+            raise UserError(f"{self.stage_dir} is not empty ({', '.join(present[:5])}) and has no config.json, so no "
+                            "run can be continued there; give another --run-dir or remove the folder")
         try:
             before = json.loads(saved.read_text(encoding="utf-8"))
             all_theirs, theirs = _flat(before), _flat(identity(before))  # the latter changes it
@@ -186,12 +154,10 @@ class RunDir:
             if differing:
                 shutil.rmtree(self.stage_dir / "init", ignore_errors=True)
                 (self.stage_dir / "before.json").unlink(missing_ok=True)
-            write_atomic(saved, json.dumps(config.to_dict(), indent=2) + "\n")
+            self._write(config)
         elif differing:
-            raise UserError(
-                f"{self.stage_dir} belongs to a run with other settings: {'; '.join(differing)}. Repeat its settings "
-                "to continue it, give another --run-dir, or remove the folder"
-            )
+            raise UserError(f"{self.stage_dir} belongs to a run with other settings: {'; '.join(differing)}. Repeat "
+                            "its settings to continue it, give another --run-dir, or remove the folder")
         else:
             self.changed = [f"{name} {there} -> {here}"
                             for name, there, here in _differences(all_theirs, _flat(config.to_dict()))

@@ -18,7 +18,7 @@ from typing import Any
 
 from cosmo_rl.data.terminal import printable
 
-from ..batch import Sample
+from ..rollout.values import Rollout, Sample
 from ..update import StepResult
 
 CONSTANT_ROLLOUTS = 5
@@ -44,20 +44,14 @@ class Watch:
         self.constant: dict[str, dict[str, list[float]]] = {}
         """{term: {domain: [value, rollouts, responses]}} of terms with one value in their last rollouts."""
 
-    def rollout(self, samples: Sequence[Sample], first: Sequence[Sample], max_new_tokens: int) -> list[str]:
-        """What is to be said of a rollout.
-
-        Args:
-            samples: that are trained on, with their advantages.
-            first: of the prompts drawn first, scored.
-        """
-        groups: dict[int, int] = defaultdict(int)
-        for sample in samples:
-            groups[sample.group] += sample.reward is not None
-        bare = sum(count < 2 for count in groups.values())
+    def rollout(self, rollout: Rollout, max_new_tokens: int) -> list[str]:
+        """What is to be said of a rollout: of what is trained on, and of the prompts drawn first."""
+        first = [sample for group in rollout.first for sample in group]
+        groups = [sum(sample.reward is not None for sample in group) for group in rollout.groups]
+        bare = sum(count < 2 for count in groups)
         cut = sum(s.response.finish_reason == "length" for s in first)
         said = [
-            *self._once("no signal", not any(s.advantage for s in samples),
+            *self._once("no signal", not any(advantages.any() for advantages in rollout.advantages),
                         f"all {len(groups)} groups of the rollout have equal rewards and advantage 0, so it teaches "
                         "nothing; samples.jsonl shows responses and terms"),
             *self._once("lost", bare > 0 and 2 * bare >= len(groups),

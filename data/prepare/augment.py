@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.progress import Progress, track
 from rich.table import Table
 
-from cosmo_rl.cpgd.judges.endpoint_spec import Server, parse_server
+from cosmo_rl.cpgd.judges.spec import Server, parse_server
 
-from ..dataset import load_rows
 from ..errors import UserError
+from ..index import load_rows
 from ..schema import Row, parse_row
 from .jailbreak.contact_sheet import ContactSheet
 from .jailbreak.image import Carriers

@@ -28,15 +28,13 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from ..dataset import DistinctImages, load_rows
 from ..errors import UserError
-from ..schema import Row, open_image
-from ..store import select
+from ..index import Check, Index, Picture, index_rows
+from ..schema import Row
 
 KINDS = ("text and image", "text", "image", "text, other image", "near image")
 """How a row may match, the strongest first."""
@@ -66,6 +64,8 @@ _ONE_WAY = {0x2212: "-", 0xD7: "*", 0xF7: "/", 0x2044: "/", 0x2215: "/"}
 class Match:
     """A training row that an evaluation set holds."""
 
+    index: int
+    """Of the training row."""
     row_id: str
     evaluation_set: str
     evaluation_id: str
@@ -100,7 +100,7 @@ class Report:
 
 
 @dataclass(frozen=True, slots=True)
-class _Print:
+class Print:
     """What an image is compared by."""
 
     pixels: bytes
@@ -112,47 +112,89 @@ class _Print:
     """All of `grey` within MAX_LEVELS: no structure to know it by."""
 
 
-def load_evaluation_sets(files: Mapping[str, Sequence[str | Path]], *, max_image_pixels: int,
-                         ) -> dict[str, Sequence[Row]]:
-    """The rows of each named evaluation set, from row files as `load_rows` takes them; a published set becomes one with
-    adapters/convert.py."""
-    return {name: load_rows(paths, max_image_pixels=max_image_pixels) for name, paths in files.items()}
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What is kept of a row."""
+
+    text: bytes
+    """Hash of its normalised text, the first byte 1 if it has _SPECIFIC_WORDS; empty if it has no word."""
+    images: tuple[Print, ...]
+
+
+class Looks:
+    """What is kept of a set of rows to compare them by: the `check` of a pass over them, and its `see` (index.py).
+
+    Memory: about 0.3 KiB a row, and 0.5 a distinct image.
+    """
+
+    def __init__(self, check: Check | None = None) -> None:
+        """
+        Args:
+            check: called too.
+        """
+        self._all: list[Look] = []
+        self._check = check
+
+    def __call__(self, row: Row, pictures: Sequence[Picture]) -> tuple[int, int, int] | None:
+        text = asked_text(row)
+        specific = text.count(" ") + 1 >= _SPECIFIC_WORDS
+        key = bytes([specific]) + hashlib.blake2b(text.encode(), digest_size=16).digest() if text else b""
+        self._all.append(Look(key, tuple(picture.seen for picture in pictures)))
+        return self._check(row, pictures) if self._check else None
+
+    def of(self, rows: Index) -> list[Look]:
+        """Of each row that the pass has left."""
+        return [self._all[number] for number in rows.records["order"].tolist()]
+
+    def see(self, image: Image.Image) -> "Print":
+        """What a decoded image is compared by."""
+        grey = image.convert("L")
+        small = np.asarray(grey.resize((9, 8), Image.Resampling.LANCZOS))
+        shape = np.asarray(grey.resize((16, 16), Image.Resampling.LANCZOS))
+        pixels = hashlib.blake2b(repr(image.size).encode() + image.tobytes(), digest_size=16).digest()
+        dhash = int.from_bytes(np.packbits(small[:, 1:] > small[:, :-1]).tobytes(), "big")
+        return Print(pixels, dhash, shape.tobytes(), int(shape.max()) - int(shape.min()) <= MAX_LEVELS)
 
 
 def find_contaminated(rows: Sequence[Row], evaluation_rows: Mapping[str, Sequence[Row]], *,
                       max_image_distance: int = 4, max_image_pixels: int = 16_777_216) -> Report:
+    """`compare` of rows that were not looked at yet.
+
+    Args:
+        evaluation_rows: name of the set -> its rows.
+        max_image_pixels: largest image, as for `load_rows`.
+    Raises:
+        UserError: as `compare`, or an image cannot be decoded.
+    """
+    def looked_at(members: Sequence[Row]) -> tuple[Sequence[Row], list[Look]]:
+        looks = Looks()
+        return members, looks.of(index_rows(members, max_image_pixels=max_image_pixels, check=looks, see=looks.see))
+
+    sets = {name: looked_at(members) for name, members in evaluation_rows.items()}
+    return compare(*looked_at(rows), sets, max_image_distance=max_image_distance)
+
+
+def compare(rows: Sequence[Row], mine: Sequence[Look], sets: Mapping[str, tuple[Sequence[Row], Sequence[Look]]], *,
+            max_image_distance: int = 4) -> Report:
     """Which of `rows` are in one of the evaluation sets, and why; see the module.
 
     Args:
-        rows: training rows.
-        evaluation_rows: name of the set -> its rows.
+        rows: training rows, read only where they match. mine: of each its look.
+        sets: the same of each evaluation set, by name.
         max_image_distance: bits of 64 in which the dHash of near images may differ.
-        max_image_pixels: largest image, as for `load_rows`.
     Raises:
-        UserError: `max_image_distance` is not in [0, 64], or an image cannot be decoded.
-    Cost: each row is read once and each distinct image decoded once; about 0.3 KiB a row and 0.5 a distinct image.
+        UserError: `max_image_distance` is not in [0, 64].
     """
     if not 0 <= max_image_distance <= 64:
         raise UserError(f"max_image_distance is {max_image_distance}; a dHash has 64 bits, so give 0 to 64")
-    images = DistinctImages(lambda image, where, field: _print(open_image(image, max_image_pixels, where, field)))
-    mine = _looks(rows, images)
-    sets = {name: _looks(members, images) for name, members in evaluation_rows.items()}
-    images.finish()
-    prints = images.found
     matches: list[Match] = []
-    for name, members in evaluation_rows.items():
-        index = _Index(sets[name], prints, mine, max_image_distance)
-        for place, look in enumerate(mine):
-            kind, other = index.best(look.text, tuple(prints[key] for key in look.images))
+    for name, (members, looks) in sets.items():
+        known = _Known(looks, mine, max_image_distance)
+        for i, look in enumerate(mine):
+            kind, other = known.best(look)
             if other is not None:
-                matches.append(Match(rows[place].id, name, members[other].id, KINDS[kind]))
+                matches.append(Match(i, rows[i].id, name, members[other].id, KINDS[kind]))
     return Report(tuple(matches), len(rows))
-
-
-def drop_contaminated(rows: Sequence[Row], report: Report, kinds: Collection[str] = DROPPED) -> Sequence[Row]:
-    """The rows that `report` has no match of `kinds` for, in order; stored ones stay in their files."""
-    gone = report.ids(kinds)
-    return select(rows, [i for i, row in enumerate(rows) if row.id not in gone]) if gone else rows
 
 
 def normalised(text: str) -> str:
@@ -178,23 +220,10 @@ def asked_text(row: Row) -> str:
     return normalised(" ".join(texts))
 
 
-@dataclass(frozen=True, slots=True)
-class _Look:
-    """What is kept of a row."""
-
-    text: bytes
-    """Hash of its normalised text, the first byte 1 if it has _SPECIFIC_WORDS; empty if it has no word."""
-    images: tuple[bytes | int, ...]
-    """Keys in `DistinctImages.found`."""
-
-
-Prints = Mapping[bytes | int, _Print]
-
-
-class _Index:
+class _Known:
     """One evaluation set, by text, by pixels, and by what is near an image of the training rows."""
 
-    def __init__(self, members: Sequence[_Look], prints: Prints, mine: Sequence[_Look], max_distance: int) -> None:
+    def __init__(self, members: Sequence[Look], mine: Sequence[Look], max_distance: int) -> None:
         # the first row of each: a list of all would be walked for each row that shares a form's text
         self.by_text: dict[bytes, int] = {}
         self.text_alone: dict[bytes, int] = {}
@@ -204,20 +233,22 @@ class _Index:
             self.by_text.setdefault(look.text, i)
             if not look.images:
                 self.text_alone.setdefault(look.text, i)
-            for key in look.images:
-                self.by_pixels.setdefault(prints[key].pixels, i)
-                self.by_both.setdefault((look.text, prints[key].pixels), i)
-        self.near = _near(_of(mine, prints), _of(members, prints), max_distance)
+            for image in look.images:
+                self.by_pixels.setdefault(image.pixels, i)
+                self.by_both.setdefault((look.text, image.pixels), i)
+        self.near = _near(*((image for look in looks for image in look.images) for looks in (mine, members)),
+                          max_distance)
         self.specific = {text for text in self.by_text if text[:1] == b"\1"}
         for looks in (mine, members):
             pictures: dict[bytes, set[bytes]] = defaultdict(set)
             for look in looks:
                 if look.text in self.specific:
-                    pictures[look.text] |= {prints[key].pixels for key in look.images}
+                    pictures[look.text] |= {image.pixels for image in look.images}
             self.specific -= {text for text, seen in pictures.items() if len(seen) > 1}
 
-    def best(self, text: bytes, images: tuple[_Print, ...]) -> tuple[int, int | None]:
-        """(place in KINDS, index of the first such row) of the strongest match; the index is None without any."""
+    def best(self, look: Look) -> tuple[int, int | None]:
+        """(index in KINDS, index of the first such row) of the strongest match; the latter is None without any."""
+        text, images = look.text, look.images
         known = [image for image in images if text or not image.blank]  # a row without words is its picture
         alike = {image.pixels for image in known}.union(*(self.near.get(image.pixels, ()) for image in known))
         both = [self.by_both[text, pixels] for pixels in alike if (text, pixels) in self.by_both]
@@ -238,31 +269,7 @@ class _Index:
         return len(KINDS), None
 
 
-def _looks(rows: Sequence[Row], images: DistinctImages[_Print]) -> list[_Look]:
-    """Of each row, and its images into `images`."""
-    looks = []
-    for row in rows:
-        text = asked_text(row)
-        specific = text.count(" ") + 1 >= _SPECIFIC_WORDS
-        key = bytes([specific]) + hashlib.blake2b(text.encode(), digest_size=16).digest() if text else b""
-        looks.append(_Look(key, tuple(images.add(image, f"row {row.id}", "images") for image in row.images)))
-    return looks
-
-
-def _of(looks: Iterable[_Look], prints: Prints) -> list[_Print]:
-    return [prints[key] for key in dict.fromkeys(key for look in looks for key in look.images)]
-
-
-def _print(image: Image.Image) -> _Print:
-    grey = image.convert("L")
-    small = np.asarray(grey.resize((9, 8), Image.Resampling.LANCZOS))
-    shape = np.asarray(grey.resize((16, 16), Image.Resampling.LANCZOS))
-    pixels = hashlib.blake2b(repr(image.size).encode() + image.tobytes(), digest_size=16).digest()
-    dhash = int.from_bytes(np.packbits(small[:, 1:] > small[:, :-1]).tobytes(), "big")
-    return _Print(pixels, dhash, shape.tobytes(), int(shape.max()) - int(shape.min()) <= MAX_LEVELS)
-
-
-def _near(left: Iterable[_Print], right: Iterable[_Print], max_distance: int) -> dict[bytes, set[bytes]]:
+def _near(left: Iterable[Print], right: Iterable[Print], max_distance: int) -> dict[bytes, set[bytes]]:
     """Pixel hash of each image of `left` -> those of the other images of `right` that are near it."""
     lefts, rights = (list({image.pixels: image for image in side}.values()) for side in (left, right))
     near: dict[bytes, set[bytes]] = {}

@@ -16,8 +16,8 @@ from urllib.parse import unquote
 
 from ... import strict_json
 from ...errors import RowError, shown
+from ...files import KINDS, is_saved_dataset, read_records
 from ...schema import parse_row
-from ...streaming import KINDS, is_saved_dataset, read_records
 
 T = TypeVar("T")
 Source = str | Path | Sequence[str | Path]

@@ -16,9 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from cosmo_rl.cpgd.judges.endpoint import Endpoint, EndpointDown, EndpointError, LoopThread, Rejected
-from cosmo_rl.cpgd.judges.endpoint_parts import cancel_others
-from cosmo_rl.cpgd.judges.endpoint_spec import Server
+from cosmo_rl.cpgd.judges.client import Endpoint, EndpointDown, EndpointError, LoopThread, Rejected
+from cosmo_rl.cpgd.judges.spec import Server
 
 from ...schema import Row
 from .registry import AttackerModel, Params, Question, Unfit
@@ -49,12 +48,7 @@ class Model:
                  ) -> None:
         with self._lock:
             self._closed = True
-        self._loop.submit(self._give_up()).result()
-        self._loop.close()
-
-    async def _give_up(self) -> None:
-        await cancel_others()  # first, or they would connect again
-        await self.endpoint.aclose()
+        self._loop.close(self.endpoint.aclose)
 
     def __call__(self, question: Question) -> str:
         """The reply.

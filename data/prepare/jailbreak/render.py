@@ -319,8 +319,9 @@ def font_for(text: str, path: str) -> str:
         missing = [c for c in used if lacks(candidate, c)]
         if not missing:
             return candidate
-    raise Unfit(f"the font has no {_named(missing)}", "give a font file that has it with --param font=FILE, or drop "
-                "such rows with --drop-illegible")
+    more = "" if dejavu_sans() else "pip install matplotlib, which brings DejaVu Sans, or "
+    raise Unfit(f"the font has no {_named(missing)}", f"{more}give a font file that has it with --param font=FILE, or "
+                "drop such rows with --drop-illegible")
 
 
 @lru_cache(maxsize=1)

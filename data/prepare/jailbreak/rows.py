@@ -207,7 +207,7 @@ def twin_keys(rows: Sequence[Row], twin_by: str = "") -> list[str]:
 
 def is_unsafe(row: Row) -> bool:
     """The row, image and text together, asks for harm."""
-    return row.tags is not None and row.tags.get("combined") == "unsafe"
+    return row.is_unsafe
 
 
 def assign(rows: Sequence[Row], keys: Sequence[str], attacks: Sequence[Attack], *, per_row: int, seed: int,

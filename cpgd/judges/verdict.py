@@ -5,8 +5,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..judges.endpoint import ChatReply
-from .format import CLOSE, OPEN
+from ..rewards.format import CLOSE, OPEN
+from .client import ChatReply
 
 MIN_LABEL_MASS = 0.5
 """Least probability of all labels together at the reply's first token; below it the judge said something else."""

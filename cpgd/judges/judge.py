@@ -20,22 +20,23 @@ Labels, their values and the framing of the safety judge are those of SafeWork-R
 the first six may also be a general VLM.
 """
 
+import asyncio
 import hashlib
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cosmo_rl.data.schema import Row
 
-from ..judges.endpoint import ChatReply, Messages
-from ..judges.endpoint_spec import ACTIVATION, score_range
-from .base import is_unsafe
-from .verdicts import Reader, Unparsable, Verdict, labelled, llama_guard, mark, qwen3guard, two_way
+from ..config import RewardConfig
+from .client import ChatReply, Endpoint, EndpointError, Messages
+from .spec import ACTIVATION, score_range
+from .verdict import Reader, Unparsable, Verdict, labelled, llama_guard, mark, qwen3guard, two_way
 
-Build = Callable[[str, Row, str, str], Messages]
-"""(rules, row, response, thinking) -> messages; the response is what is judged, be it an answer or a thinking."""
+Build = Callable[[str, Row, str], Messages]
+"""(rules, row, text) -> messages; the text is what is judged, be it an answer or a thinking."""
 Value = Callable[[Verdict, Row], float]
 """What a verdict is worth, in [0, 1]."""
 
@@ -63,8 +64,13 @@ class Judge:
     def prompt_hash(self) -> str:
         return hashlib.blake2b(f"{self.name}\n{self.rules}".encode(), digest_size=8).hexdigest()
 
-    def readable(self, reply: ChatReply) -> bool:
-        """Whether `read` finds a verdict: what is worth caching."""
+    async def ask(self, endpoint: Endpoint, row: Row, text: str) -> Verdict:
+        """What it says of a text; raises EndpointError, and Unparsable for a reply, which is then not cached."""
+        return self.read(await endpoint.chat(
+            self.build(self.rules, row, text), max_tokens=self.max_tokens, top_logprobs=self.top_logprobs,
+            prompt_hash=self.prompt_hash, keep=self._readable))
+
+    def _readable(self, reply: ChatReply) -> bool:
         try:
             self.read(reply)
         except Unparsable:
@@ -82,7 +88,9 @@ class ScalarJudge:
     which is used here, gives the raw output.
     """
 
-    name: str = "scalar"
+    name = "scalar"
+    thinking_value = None
+    top_logprobs = 0
     template: str = "User: {question}\n\nAssistant: {response}"
     activation: str = "none"
 
@@ -91,6 +99,17 @@ class ScalarJudge:
 
     def text(self, row: Row, response: str) -> str:
         return self.template.format(question=question_of(row), response=one_turn(response))
+
+    async def scores(self, endpoint: Endpoint, row: Row, response: str) -> tuple[float, ...]:
+        """Raw outputs; raises EndpointError."""
+        return await endpoint.classify(self.text(row, response), prompt_hash=self.prompt_hash)
+
+    async def ask(self, endpoint: Endpoint, row: Row, response: str) -> Verdict:
+        """As `Judge.ask`."""
+        return self.read(await self.scores(endpoint, row, response))
+
+    def value(self, verdict: Verdict, row: Row) -> float:
+        return verdict.probability or 0.0
 
     @property
     def prompt_hash(self) -> str:
@@ -201,15 +220,15 @@ def _one_turn(row: Row, text: str, pictures: bool = True) -> Messages:
     return [{"role": "user", "content": [*shown, {"type": "text", "text": text}]}]
 
 
-def _safework(rules: str, row: Row, response: str, thinking: str) -> Messages:
+def _safework(rules: str, row: Row, text: str) -> Messages:
     """The published framing of the safety judge's input."""
-    parts = f"[INPUT]<text_query>: {_unframed(question_of(row))}\n<response>: {_unframed(plain(response))}"
+    parts = f"[INPUT]<text_query>: {_unframed(question_of(row))}\n<response>: {_unframed(plain(text))}"
     return _one_turn(row, f"{rules}\n\n{parts}")
 
 
-def _response_only(rules: str, row: Row, response: str, thinking: str) -> Messages:
+def _response_only(rules: str, row: Row, text: str) -> Messages:
     """Without the pictures too: in a typographic attack they are the query."""
-    return _one_turn(row, f"{rules}\n\n[INPUT]<response>: {_unframed(plain(response))}", pictures=False)
+    return _one_turn(row, f"{rules}\n\n[INPUT]<response>: {_unframed(plain(text))}", pictures=False)
 
 
 def _unframed(text: str) -> str:
@@ -224,23 +243,23 @@ def _sections(**parts: str) -> str:
     return "\n\n".join(f"[{name} {mark}]\n{text}\n[end of {name} {mark}]" for name, text in parts.items())
 
 
-def _answered(rules: str, row: Row, response: str, thinking: str) -> Messages:
-    return _one_turn(row, f"{rules}\n\n{_sections(question=question_of(row), response=plain(response))}")
+def _answered(rules: str, row: Row, text: str) -> Messages:
+    return _one_turn(row, f"{rules}\n\n{_sections(question=question_of(row), response=plain(text))}")
 
 
-def _against_reference(rules: str, row: Row, response: str, thinking: str) -> Messages:
-    parts = _sections(question=question_of(row), reference=plain(row.answer or ""), answer=plain(response))
+def _against_reference(rules: str, row: Row, text: str) -> Messages:
+    parts = _sections(question=question_of(row), reference=plain(row.answer or ""), answer=plain(text))
     return _one_turn(row, f"{rules}\n\n{parts}")
 
 
-def _reasoned(rules: str, row: Row, response: str, thinking: str) -> Messages:
-    return _one_turn(row, f"{rules}\n\n{_sections(question=question_of(row), reasoning=plain(thinking))}")
+def _reasoned(rules: str, row: Row, text: str) -> Messages:
+    return _one_turn(row, f"{rules}\n\n{_sections(question=question_of(row), reasoning=plain(text))}")
 
 
 def _conversation(pictures: bool) -> Build:
     """The row's chat and the response as the assistant's turn, for guards with a chat template of their own."""
 
-    def build(rules: str, row: Row, response: str, thinking: str) -> Messages:
+    def build(rules: str, row: Row, text: str) -> Messages:
         images = iter(row.images)
         turns: list[dict[str, Any]] = []
         for message in (m for m in row.messages if m["role"] != "system"):
@@ -250,15 +269,15 @@ def _conversation(pictures: bool) -> Build:
             else:
                 content = plain(_words(message["content"]))
             turns.append({"role": message["role"], "content": content})
-        return [*turns, {"role": "assistant", "content": one_turn(response)}]
+        return [*turns, {"role": "assistant", "content": one_turn(text)}]
 
     return build
 
 
 # -- the judges -------------------------------------------------------------------------------------------------------
 
-def judges(*, refusal_value: float = 0.1, graded: bool = True) -> Mapping[str, Judge]:
-    """All chat judges by name.
+def chat_judges(*, refusal_value: float = 0.1, graded: bool = True) -> Mapping[str, Judge]:
+    """All judges that are asked in a chat, by name.
 
     Args:
         refusal_value: what a plain refusal of an unsafe request is worth, in [0, 1] (published 0.1, with a warning 1).
@@ -278,7 +297,7 @@ def judges(*, refusal_value: float = 0.1, graded: bool = True) -> Mapping[str, J
     def guarded(verdict: Verdict, row: Row) -> float:
         if verdict.label != "Safe":  # Controversial is not safe
             return 0.0
-        return (refusal_value if is_unsafe(row) else 0.0) if verdict.refusal else 1.0
+        return (refusal_value if row.is_unsafe else 0.0) if verdict.refusal else 1.0
 
     def pair(name: str, rules: str, build: Build, labels: tuple[str, str], max_tokens: int, thinks: bool) -> Judge:
         return Judge(name=name, rules=rules, build=build, read=two_way(labels, graded), value=good(labels[0]),
@@ -302,3 +321,66 @@ def judges(*, refusal_value: float = 0.1, graded: bool = True) -> Mapping[str, J
               thinking_value=good("safe"), max_tokens=64, top_logprobs=top_logprobs),  # all 14 codes
     )
     return {judge.name: judge for judge in found}
+
+
+# -- at their servers -------------------------------------------------------------------------------------------------
+
+class JudgeClient:
+    """A judge at an endpoint."""
+
+    def __init__(self, judge: Judge | ScalarJudge, endpoint: Endpoint) -> None:
+        self.judge, self.endpoint = judge, endpoint
+        self._graded: bool | None = None
+
+    async def verdict(self, row: Row, text: str) -> Verdict:
+        """What the judge says of an answer to the row, or of a thinking about it.
+
+        Raises:
+            EndpointError: it cannot be had. Unparsable: it cannot be read.
+        """
+        verdict = await self.judge.ask(self.endpoint, row, text)
+        if self.judge.top_logprobs:
+            graded = verdict.probability is not None
+            self._graded = graded if self._graded is None else self._graded
+            if graded is not self._graded:  # 0.97 beside 1 would be a signal, made by the servers
+                raise Unparsable("some replies come with log-probs and some without; let all servers of this URL give "
+                                 "them, or switch grading off")
+        return verdict
+
+
+def open_judges(config: RewardConfig, *, patience_s: float) -> dict[str, JudgeClient]:
+    """The judges of a run at their endpoints, by name; those with one URL, model and key share an Endpoint.
+
+    Args:
+        patience_s: see `Breaker`.
+    Raises:
+        UserError: a key variable holds no key, or the cache folder cannot be written.
+    """
+    endpoints: dict[tuple[str, str, str], Endpoint] = {}
+    clients: dict[str, JudgeClient] = {}
+    for entry in config.judge_entries():
+        server, known = entry.server, chat_judges(refusal_value=config.refusal_value, graded=entry.graded)
+        if server.place not in endpoints:
+            endpoints[server.place] = Endpoint(server.url, server.model, cache_dir=config.judge_cache or None,
+                                               patience_s=patience_s, **server.options)
+        clients[entry.judge] = JudgeClient(ScalarJudge(activation=entry.activation) if entry.judge == "scalar"
+                                           else known[entry.judge], endpoints[server.place])
+        if entry.judge == "safework_safety":  # brings its jailbreak template along
+            clients["safework_jailbreak"] = JudgeClient(known["safework_jailbreak"], endpoints[server.place])
+    return clients
+
+
+def endpoints_of(clients: Iterable[JudgeClient]) -> list[Endpoint]:
+    """Each endpoint once."""
+    return list(dict.fromkeys(client.endpoint for client in clients))
+
+
+async def verify(clients: Iterable[JudgeClient]) -> None:
+    """Ask every server for its models; raises EndpointError, all complaints in one."""
+    found = await asyncio.gather(*(endpoint.verify() for endpoint in endpoints_of(clients)), return_exceptions=True)
+    for error in found:
+        if error is not None and not isinstance(error, EndpointError):
+            raise error  # a bug of ours
+    complaints = [str(error) for error in found if isinstance(error, EndpointError)]
+    if complaints:
+        raise EndpointError(" | ".join(complaints))

@@ -1,4 +1,4 @@
-"""Records from files: all in order, or one again by its place.
+"""Records from files: all in order, or one again by where it lies.
 
 `read_records` reads JSON lines, a JSON list, CSV, TSV, parquet and saved Hugging Face datasets, and never holds more
 than a batch. Files of rows (JSON lines, parquet, saved datasets) are also opened as a `RowFile`, whose `scan` says
@@ -52,7 +52,7 @@ _RECORD = 1 << 28
 _SEPARATOR = re.compile(r"\s*([\[,\]])\s*")
 
 Found = tuple[int, int, int, Any]
-"""(number, first, second, record): `first` and `second` are the place that `RowFile.read` takes."""
+"""(number, offset, length, record); `RowFile.read` takes the two in the middle."""
 
 
 def read_records(path: Path, *, kinds: tuple[str, ...] = ROW_KINDS, option: str = "--data.path",
@@ -64,8 +64,8 @@ def read_records(path: Path, *, kinds: tuple[str, ...] = ROW_KINDS, option: str 
         kinds: suffixes that are read; some of KINDS.
         option: what the user named `path` with, for messages.
     Returns:
-        The number is the line in a .jsonl file (blank lines are skipped, and count), else the record's place from 1.
-        An embedded image is {"bytes", "path"}, undecoded.
+        The number is the line in a .jsonl file (blank lines are skipped, and count), else the record's, from 1. An
+        embedded image is {"bytes", "path"}, undecoded.
     Raises:
         RowError: no such file, another kind, not readable, corrupt or cut off, a name given twice, nested too deep, too
             long; names file, and line or record.
@@ -82,9 +82,9 @@ def read_records(path: Path, *, kinds: tuple[str, ...] = ROW_KINDS, option: str 
 
 
 class RowFile(ABC):
-    """A file or folder of records, read in order once, and then by place.
+    """A file or folder of records, read in order once, and then one by one.
 
-    Every process opens it for itself. Reading by place moves no shared position, so threads and forks may do it.
+    Every process opens it for itself. `read` moves no shared position, so threads and forks may do it.
     """
 
     def __init__(self, path: Path, files: Iterable[str | Path]) -> None:
@@ -95,11 +95,11 @@ class RowFile(ABC):
         self.path = path
         self.folder = os.path.abspath(path if path.is_dir() else path.parent)
         """What relative image paths are relative to."""
-        self._files = sorted(os.path.abspath(file) for file in files)
-        self._stamps = _stamps(self._files)
+        self.stamps = _stamps(os.path.abspath(file) for file in files)
+        """What its files were when it was opened."""
 
     def scan(self) -> Iterator[Found]:
-        """Every record, with its number (the line of a .jsonl file, else its place from 1) and where it lies.
+        """Every record, with its number (the line of a .jsonl file, else the record's from 1) and where it lies.
 
         A line that is no record comes as the RowError that says so, and the next line follows.
 
@@ -116,29 +116,29 @@ class RowFile(ABC):
     def _scan(self) -> Iterator[Found]:
         """`scan`, with the errors of whoever reads."""
 
-    def read(self, first: int, second: int) -> Any:
-        """The record at a place that `scan` gave.
+    def read(self, offset: int, length: int) -> Any:
+        """The record that `scan` found there.
 
         Raises:
             RowError: the file was changed (size or time of change), removed, or cannot be read any more.
         """
         try:
-            same = _stamps(self._files) == self._stamps
+            same = _stamps(self.stamps) == self.stamps
         except OSError:
             same = False
         if not same:
             raise RowError(str(self.path), "", "it was changed or removed after its rows were checked",
                            "leave row files alone during a run: restore it, or start again with the new rows")
         with _named_errors(lambda: str(self.path)):
-            return self._read(first, second)
+            return self._read(offset, length)
 
     @abstractmethod
-    def _read(self, first: int, second: int) -> Any:
+    def _read(self, offset: int, length: int) -> Any:
         """`read`, of files that are as they were."""
 
 
 class JsonLines(RowFile):
-    """One JSON object a line; a place is the line's first byte and its length in bytes."""
+    """One JSON object a line; offset and length are the line's, in bytes."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, [path])
@@ -160,12 +160,12 @@ class JsonLines(RowFile):
                     yield number, offset, len(line), record
                 offset += len(line)
 
-    def _read(self, first: int, second: int) -> Any:
-        return _parse_line(os.pread(self._handle, second, first), first)
+    def _read(self, offset: int, length: int) -> Any:
+        return _parse_line(os.pread(self._handle, length, offset), offset)
 
 
 class Parquet(RowFile):
-    """A parquet file; a place is the record's number from 0, and 0.
+    """A parquet file; an offset is the record's number from 0, a length 0.
 
     To take one record its row group is read, and kept until another one is wanted. A file with row groups over
     GROUP_BYTES (pandas writes a million rows into one) is first rewritten to small ones, into a temporary file without
@@ -198,15 +198,15 @@ class Parquet(RowFile):
                 number += 1
                 yield number, number - 1, 0, record
 
-    def _read(self, first: int, second: int) -> Any:
-        group, held = bisect_right(self._starts, first) - 1, self._held
+    def _read(self, offset: int, length: int) -> Any:
+        group, held = bisect_right(self._starts, offset) - 1, self._held
         if held is None or held[0] != group:
             self._held = held = group, self._file.read_row_group(group)
-        return held[1].slice(first - self._starts[group], 1).to_pylist()[0]
+        return held[1].slice(offset - self._starts[group], 1).to_pylist()[0]
 
 
 class SavedDataset(RowFile):
-    """A folder of `datasets.Dataset.save_to_disk`, memory-mapped; a place is the record's number from 0, and 0."""
+    """A folder of `datasets.Dataset.save_to_disk`, memory-mapped; an offset is the record's number from 0."""
 
     def __init__(self, path: Path) -> None:
         dataset = _load_saved(path)
@@ -223,9 +223,9 @@ class SavedDataset(RowFile):
             for number, record in enumerate((record for table in tables for record in _checked(table)), start=1):
                 yield number, number - 1, 0, record
 
-    def _read(self, first: int, second: int) -> Any:
+    def _read(self, offset: int, length: int) -> Any:
         assert self._dataset is not None
-        return cast("pa.Table", self._dataset[first:first + 1]).to_pylist()[0]
+        return cast("pa.Table", self._dataset[offset:offset + 1]).to_pylist()[0]
 
 
 def open_rows(path: Path, *, kinds: tuple[str, ...] = ROW_KINDS, option: str = "--data.path") -> RowFile:
@@ -297,9 +297,9 @@ def _lines(file: IO[AnyStr]) -> Iterator[AnyStr]:
         yield line
 
 
-def _stamps(files: Sequence[str]) -> list[tuple[int, int]]:
-    """(bytes, time of change in ns) of each file."""
-    return [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, files)]
+def _stamps(files: Iterable[str]) -> dict[str, list[int]]:
+    """[bytes, time of change in ns] of each file."""
+    return {file: [stat.st_size, stat.st_mtime_ns] for file in files for stat in (os.stat(file),)}
 
 
 _BLANK = object()

@@ -1,4 +1,4 @@
-"""Records of each kind of file: all in order, and again by place."""
+"""Records of each kind of file: all in order, and one again."""
 
 import csv
 import json
@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
-from cosmo_rl.data import streaming
+from cosmo_rl.data import files
+from cosmo_rl.data.files import KINDS, Parquet, RowFile, open_rows, read_records
 from cosmo_rl.data.schema import RowError
-from cosmo_rl.data.streaming import KINDS, Parquet, RowFile, open_rows, read_records
 
 
 def read(path) -> list:
@@ -41,7 +41,7 @@ ITEMS = [{"a": i, "text": "x" * (i * 7) + '"]}, {["', "deep": [{"b": [1, {"c": "
 @pytest.mark.parametrize("chunk", [1, 2, 7, 64, 1 << 20])
 @pytest.mark.parametrize("layout", [{}, {"indent": 2}, {"separators": (",", ":")}], ids=["line", "indented", "dense"])
 def test_a_json_list_is_read_alike_in_chunks_of_any_size(tmp_path, monkeypatch, chunk, layout):
-    monkeypatch.setattr(streaming, "_CHUNK", chunk)
+    monkeypatch.setattr(files, "_CHUNK", chunk)
     for start in ("", "\ufeff", " \n"):
         (tmp_path / "a.json").write_text(start + json.dumps(ITEMS, **layout) + "\n\n", encoding="utf-8")
         assert read(tmp_path / "a.json") == list(enumerate(ITEMS, start=1))
@@ -50,7 +50,7 @@ def test_a_json_list_is_read_alike_in_chunks_of_any_size(tmp_path, monkeypatch, 
 
 
 def test_a_json_list_is_not_held_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(streaming, "_CHUNK", 100)
+    monkeypatch.setattr(files, "_CHUNK", 100)
     (tmp_path / "a.json").write_text(json.dumps(ITEMS[:3]) + " this is never looked at")
     records = read_records(tmp_path / "a.json", kinds=KINDS)
     assert next(records) == (1, ITEMS[0])
@@ -79,7 +79,7 @@ def test_a_json_list_is_not_held_whole(tmp_path, monkeypatch):
 ])
 @pytest.mark.parametrize("chunk", [3, 1 << 20])
 def test_a_bad_json_list_is_told_by_item(tmp_path, monkeypatch, text, parts, chunk):
-    monkeypatch.setattr(streaming, "_CHUNK", chunk if len(text) < 1000 else 1 << 20)
+    monkeypatch.setattr(files, "_CHUNK", chunk if len(text) < 1000 else 1 << 20)
     (tmp_path / "a.json").write_text(text)
     assert fails(tmp_path / "a.json", *parts).startswith(f"{tmp_path / 'a.json'}:")
 
@@ -122,7 +122,7 @@ def three_kinds(tmp_path, records) -> list:
     return [tmp_path / "a.jsonl", tmp_path / "a.parquet", tmp_path / "saved"]
 
 
-def places(path) -> tuple[RowFile, list]:
+def scanned(path) -> tuple[RowFile, list]:
     file = open_rows(path)
     return file, list(file.scan())
 
@@ -130,24 +130,24 @@ def places(path) -> tuple[RowFile, list]:
 RECORDS = [{"a": i, "text": "\u00e9" * (i % 7) + "x", "deep": [{"b": i}] * (i % 3)} for i in range(100)]
 
 
-def test_records_are_read_again_by_place_in_any_order(tmp_path):
+def test_records_are_read_again_in_any_order(tmp_path):
     for path in three_kinds(tmp_path, RECORDS):
-        file, found = places(path)
+        file, found = scanned(path)
         assert [number for number, *_ in found] == list(range(1, 101))
         assert [record for *_, record in found] == RECORDS
-        for _, first, second, record in random.Random(0).sample(found, 100):
-            assert file.read(first, second) == record
+        for _, offset, length, record in random.Random(0).sample(found, 100):
+            assert file.read(offset, length) == record
         other = open_rows(path)  # it has scanned nothing
         assert other.read(*found[70][1:3]) == RECORDS[70]
 
 
-def test_places_of_json_lines_count_bytes(tmp_path):
+def test_offsets_of_json_lines_count_bytes(tmp_path):
     (tmp_path / "a.jsonl").write_bytes('\ufeff{"a": "\u00e9"}\n\n  \r\n{"a":\u2003}\n{"a": 2}\r\n{"a": 3}'.encode())
-    file, found = places(tmp_path / "a.jsonl")
+    file, found = scanned(tmp_path / "a.jsonl")
     assert [(number, record) for number, _, _, record in found if number != 4] == [
         (1, {"a": "\u00e9"}), (5, {"a": 2}), (6, {"a": 3})]
     assert isinstance(found[1][3], RowError) and str(found[1][3]).startswith(f"{tmp_path / 'a.jsonl'}:4: it is not one")
-    assert [file.read(first, second) for number, first, second, _ in found if number != 4] == [
+    assert [file.read(offset, length) for number, offset, length, _ in found if number != 4] == [
         {"a": "\u00e9"}, {"a": 2}, {"a": 3}]
     with pytest.raises(RowError, match=r"a\.jsonl:4: it is not one JSON object"):
         read(tmp_path / "a.jsonl")
@@ -157,7 +157,7 @@ def test_places_of_json_lines_count_bytes(tmp_path):
 @pytest.mark.parametrize("change", ["touched", "longer", "replaced", "removed"])
 def test_a_file_that_changed_after_the_scan_is_told(tmp_path, kind, change):
     path = three_kinds(tmp_path, RECORDS)[kind]
-    file, found = places(path)
+    file, found = scanned(path)
     data = next(path.glob("*.arrow")) if path.is_dir() else path
     stat = data.stat()
     if change == "touched":
@@ -179,13 +179,13 @@ def test_a_file_that_changed_after_the_scan_is_told(tmp_path, kind, change):
 def test_large_row_groups_are_rewritten_to_small_ones(tmp_path, monkeypatch):
     table = pa.Table.from_pylist(RECORDS).append_column("kind", pa.array(["x", "y"] * 50).dictionary_encode())
     pq.write_table(table, tmp_path / "a.parquet")
-    plain, found = places(tmp_path / "a.parquet")
+    plain, found = scanned(tmp_path / "a.parquet")
     assert isinstance(plain, Parquet) and len(plain._starts) == 2
-    monkeypatch.setattr(streaming, "GROUP_BYTES", 100)
+    monkeypatch.setattr(files, "GROUP_BYTES", 100)
     for most_bytes, most_rows, groups in ((1 << 20, 40, 3), (100, 40, None), (1, 40, 100)):
-        monkeypatch.setattr(streaming, "_SMALL_GROUP_BYTES", most_bytes)
-        monkeypatch.setattr(streaming, "_SMALL_GROUP_ROWS", most_rows)
-        file, again = places(tmp_path / "a.parquet")
+        monkeypatch.setattr(files, "_SMALL_GROUP_BYTES", most_bytes)
+        monkeypatch.setattr(files, "_SMALL_GROUP_ROWS", most_rows)
+        file, again = scanned(tmp_path / "a.parquet")
         assert isinstance(file, Parquet) and again == found
         assert len(file._starts) - 1 == groups or (groups is None and 3 < len(file._starts) - 1 < 100)
         assert [file.read(i, 0) for i in (99, 0, 40, 39)] == [found[i][3] for i in (99, 0, 40, 39)]
@@ -193,13 +193,13 @@ def test_large_row_groups_are_rewritten_to_small_ones(tmp_path, monkeypatch):
     def full():
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(streaming.tempfile, "TemporaryFile", full)
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", full)
     fails(tmp_path / "a.parquet", "a.parquet: there is no room for a copy of it with smaller row groups", "; set TMP")
 
 
 def test_one_row_group_is_read_for_a_run_of_its_rows(tmp_path, monkeypatch):
     path = three_kinds(tmp_path, RECORDS)[1]
-    file, _ = places(path)
+    file, _ = scanned(path)
     assert isinstance(file, Parquet)
     reads, real = [], file._file.read_row_group
     monkeypatch.setattr(file._file, "read_row_group", lambda group: reads.append(group) or real(group))
@@ -209,15 +209,15 @@ def test_one_row_group_is_read_for_a_run_of_its_rows(tmp_path, monkeypatch):
 
 def test_threads_and_forks_may_read(tmp_path):
     for path in three_kinds(tmp_path, RECORDS):
-        file, found = places(path)
+        file, found = scanned(path)
         with ThreadPoolExecutor(4) as pool:
             again = list(pool.map(lambda i, file=file, found=found: file.read(*found[i % 100][1:3])["a"], range(1000)))
         assert again == [i % 100 for i in range(1000)]
 
 
 def test_a_line_that_does_not_end_is_not_held(tmp_path, monkeypatch):
-    monkeypatch.setattr(streaming, "_LINE", 100)
-    monkeypatch.setattr(streaming, "_CHUNK", 50)
+    monkeypatch.setattr(files, "_LINE", 100)
+    monkeypatch.setattr(files, "_CHUNK", 50)
     for name, text, problem in (
         ("a.jsonl", '{"a": 1}\n{"a": "' + "x" * 500, "jsonl:2: the line has more than 100 bytes; write one record"),
         ("a.csv", "a,b\n1," + "2" * 500, "a.csv:2: the line has more than 100 bytes"),
@@ -261,10 +261,10 @@ def test_records_that_unpack_to_more_than_memory_are_refused_by_their_sizes(tmp_
     for i, (size, batch) in enumerate(((1, 64), (40_000, 24), (400_000, 2), (900_000, 1))):
         path = tmp_path / f"{i}.parquet"
         pq.write_table(columns(answer=["\0" * size] * 2), path, compression="zstd", use_dictionary=False)
-        monkeypatch.setattr(streaming, "GROUP_BYTES", 1_000_000)
+        monkeypatch.setattr(files, "GROUP_BYTES", 1_000_000)
         file = open_rows(path)
         assert isinstance(file, Parquet) and file._batch == batch and len(list(file.scan())) == 2
-    monkeypatch.setattr(streaming, "_RECORD", 600_000)
+    monkeypatch.setattr(files, "_RECORD", 600_000)
     fails(path, "the records of a row group take 9000", "bytes each, more than 600000; store large things as files")
 
 

@@ -11,6 +11,8 @@ from urllib.parse import urlsplit
 from cosmo_rl.data.errors import UserError
 
 BASE = "give the base URL of an OpenAI-compatible server (vLLM, SGLang), as http://HOST:PORT"
+VARIABLE = "[A-Z_][A-Z0-9_]*"
+"""The name of an environment variable, as a pattern; few keys are of this form."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +22,7 @@ class Option:
     argument: str
     """Of Endpoint, or of whoever asks for it."""
     read: Callable[[str], Any]
-    """Raises UserError."""
+    """Raises ValueError."""
     wanted: str
     """In words, for messages."""
     example: str
@@ -60,7 +62,7 @@ def parse_server(text: str, what: str, own: Mapping[str, Option] | None = None) 
         raise UserError(f"{what} has no model after its URL; {usage}")
     try:
         url = base_url(url)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{what}: {error}") from None
     given: dict[str, Any] = {}
     for number, part in enumerate(rest[1:], start=3):
@@ -129,16 +131,13 @@ def base_url(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc}{parts.path}".rstrip("/").removesuffix("/v1")
 
 
-def _variable(text: str) -> str:
-    if not re.fullmatch("[A-Z_][A-Z0-9_]*", text):
-        raise ValueError
-    return text
+def _matching(pattern: str, convert: Callable[[str], Any] = str) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        if not re.fullmatch(pattern, text):
+            raise ValueError
+        return convert(text)
 
-
-def _count(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < 1:
-        raise ValueError
-    return int(text)
+    return read
 
 
 def _seconds(text: str) -> float:
@@ -153,12 +152,12 @@ def _activation(text: str) -> str:
     return text
 
 
-_NUMBER = "a whole number of at least 1"
+_COUNT = _matching("0*[1-9][0-9]{0,8}", int), "a whole number of at least 1", "8"
 SERVER_OPTIONS = {
-    "key": Option("api_key_env", _variable, "the NAME of an environment variable, in capitals", "JUDGE_KEY"),
-    "in-flight": Option("max_in_flight", _count, _NUMBER, "8"),
+    "key": Option("api_key_env", _matching(VARIABLE), "the NAME of an environment variable, in capitals", "JUDGE_KEY"),
+    "in-flight": Option("max_in_flight", *_COUNT),
     "timeout": Option("timeout_s", _seconds, "a number of seconds above 0", "60"),
-    "attempts": Option("attempts", _count, _NUMBER, "8"),
+    "attempts": Option("attempts", *_COUNT),
 }
 """Those of every server."""
 GRADED = {"graded": Option("graded", lambda text: bool(("no", "yes").index(text)), "yes or no", "no")}

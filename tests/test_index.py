@@ -1,11 +1,17 @@
-"""Rows from files: the three formats agree, and every bad file, row or image is one error with its place."""
+"""Rows from files: the three formats agree, every bad file, row or image is one error with its place, and an index is
+a list of rows that takes few bytes, for other processes too."""
 
+import gc
 import io
 import json
+import os
 import random
 import re
 import shutil
 import struct
+import subprocess
+import sys
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -17,9 +23,9 @@ from datasets import Dataset, DatasetDict, Features, Sequence, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from cosmo_rl.data import dataset, schema
-from cosmo_rl.data.dataset import fingerprint, load_rows
-from cosmo_rl.data.schema import RowError, open_image, parse_row
+from cosmo_rl.data import index, schema
+from cosmo_rl.data.index import Index, index_rows, load_rows, select
+from cosmo_rl.data.schema import Row, RowError, open_image, opened, parse_row
 
 LIMIT = 10_000
 
@@ -108,7 +114,7 @@ def test_embedded_images_are_read_back_from_the_file(tmp_path):
     for path in embedded(tmp_path, images):
         rows = load_rows([path], max_image_pixels=LIMIT)
         assert [list(one.images) for one in rows] == images
-        assert fingerprint(rows) == fingerprint(list(rows))
+        assert rows.fingerprint == index_rows(list(rows), max_image_pixels=LIMIT).fingerprint
 
 
 def test_a_bad_embedded_image_is_named(tmp_path):
@@ -121,15 +127,15 @@ def test_each_distinct_image_is_decoded_once(tmp_path, monkeypatch):
     names = [f"{i}.png" for i in range(4)]
     contents = [Path(picture(tmp_path / name, seed=i)).read_bytes() for i, name in enumerate(names)]
     write(tmp_path / "a.jsonl", [row(str(i), images=[names[i % 4], f"./{names[0]}"]) for i in range(40)])
-    opened = []
-    monkeypatch.setattr(dataset, "open_image", lambda *args: opened.append(args[0]) or open_image(*args))
-    monkeypatch.setattr(dataset, "_AT_ONCE", 3)  # more than one batch
+    looked = []
+    monkeypatch.setattr(index, "opened", lambda *args: looked.append(args[0]) or opened(*args))
+    monkeypatch.setattr(index, "_AT_ONCE", 3)  # more than one batch
     load_rows([tmp_path / "a.jsonl"], max_image_pixels=LIMIT)
-    assert sorted(opened) == [str(tmp_path / name) for name in names]
+    assert sorted(looked) == [str(tmp_path / name) for name in names]
     for path in embedded(tmp_path, [[contents[i % 4]] for i in range(40)]):
-        opened.clear()
+        looked.clear()
         load_rows([path], max_image_pixels=LIMIT)
-        assert sorted(opened) == sorted(contents)
+        assert sorted(looked) == sorted(contents)
 
 
 def unusual(folder: Path) -> None:
@@ -347,7 +353,7 @@ def test_the_first_fault_in_file_order_is_raised_whatever_it_is(tmp_path, monkey
     (tmp_path / "4.png").write_bytes(b"gone")
     records = [row(str(i), images=[f"{i}.png"]) for i in range(9)]
     for at_once in (1, 3, 1024):
-        monkeypatch.setattr(dataset, "_AT_ONCE", at_once)
+        monkeypatch.setattr(index, "_AT_ONCE", at_once)
         later = write(tmp_path / "a.jsonl", [*records[:7], row("x", task="poetry"), *records[7:]])
         fails([later], "a.jsonl:5: field `images[0]`: ", "4.png is not a readable")
         earlier = write(tmp_path / "b.jsonl", [*records[:2], row("x", task="poetry"), *records[2:]])
@@ -397,7 +403,7 @@ def test_fingerprint_follows_content_not_place(tmp_path):
         write(tmp_path / folder / "a.jsonl", [row("1", images=["x.png"]), row("2", answer="yes")])
 
     def of(folder: str) -> str:
-        return fingerprint(load_rows([tmp_path / folder / "a.jsonl"], max_image_pixels=LIMIT))
+        return load_rows([tmp_path / folder / "a.jsonl"], max_image_pixels=LIMIT).fingerprint
 
     same = of("one")
     assert re.fullmatch("[0-9a-f]{16}", same) and of("two") == same
@@ -410,14 +416,154 @@ def test_fingerprint_follows_content_not_place(tmp_path):
         seen.add(of("one"))
     assert len(seen) == 5
 
-    rows = load_rows([tmp_path / "one" / "a.jsonl"], max_image_pixels=LIMIT)
-    (tmp_path / "one" / "x.png").unlink()
-    with pytest.raises(RowError, match=r"row 1: field `images`: .*x.png cannot be read"):
-        fingerprint(rows)
-
 
 def test_fingerprint_of_images_in_memory():
     image = Image.new("RGB", (4, 4), "red")
-    sources = (image, image.copy(), image.resize((2, 8)), Image.new("RGB", (4, 4), "blue"), b"raw")
-    prints = [fingerprint([parse_row(row("1", images=[source]), "f:1")]) for source in sources]
+    sources = (image, image.copy(), image.resize((2, 8)), Image.new("RGB", (4, 4), "blue"), PNG)
+    prints = [index_rows([parse_row(row("1", images=[source]), "f:1")], max_image_pixels=LIMIT).fingerprint
+              for source in sources]
     assert prints[0] == prints[1] and len(set(prints)) == 4
+
+
+# -- rows that stay in their files ------------------------------------------------------------------------------------
+
+
+def record(i: int, **fields) -> dict:
+    return {"id": f"r{i}", "task": "general", "domain": f"d{i % 3}", "prompt": f"what is {i}?", "answer": str(i),
+            "source": "mine", "licence": "CC0", **fields}
+
+
+@pytest.fixture
+def files(tmp_path):
+    """JSON lines, parquet and a saved dataset of 20 rows each, some with an image beside the file."""
+    records = [record(i, images=["x.png"] if i % 4 == 0 else []) for i in range(60)]
+    (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, records[:20])))
+    Dataset.from_list(records[20:40]).to_parquet(tmp_path / "b.parquet")
+    Dataset.from_list(records[40:]).save_to_disk(tmp_path / "c")
+    for folder in (tmp_path, tmp_path / "c"):
+        Image.new("RGB", (4, 4)).save(folder / "x.png")
+    return [tmp_path / "a.jsonl", tmp_path / "b.parquet", tmp_path / "c"]
+
+
+def load(files) -> Index:
+    return load_rows(files, max_image_pixels=100)
+
+
+def expected(files) -> list:
+    rows = []
+    for i in range(60):
+        folder = files[2] if i >= 40 else files[0].parent
+        rows.append(parse_row(record(i, images=[str(folder / "x.png")] if i % 4 == 0 else []), "f"))
+    return rows
+
+
+def test_it_is_a_list_of_rows_to_its_readers(files, tmp_path, monkeypatch):
+    rows, wanted = load(files), expected(files)
+    monkeypatch.chdir(tmp_path)
+    assert len(rows) == 60 and list(rows) == wanted
+    order = random.Random(0).choices(range(60), k=200)
+    assert [rows[i] for i in order] == [wanted[i] for i in order]
+    assert rows[45] == wanted[45] and rows[-1] == wanted[-1]
+    assert list(rows[5:50:7]) == wanted[5:50:7] and list(rows[:4][::-1]) == wanted[:4][::-1]
+    assert rows.domains == [row.domain for row in wanted] and rows.tasks == [row.task for row in wanted]
+    assert [rows.where(i) for i in (0, 19, 20, 59)] == [
+        f"{files[0]}:1", f"{files[0]}:39", f"{files[1]}:1", f"{files[2]}:20"]
+    for bad in (60, -61):
+        with pytest.raises(IndexError):
+            rows[bad]
+
+
+def test_a_selection_reads_nothing(files, monkeypatch):
+    rows, wanted = load(files), expected(files)
+    indices = [50, 3, 3, 21]
+    assert select(wanted, indices) == [wanted[i] for i in indices]
+    with monkeypatch.context() as patch:
+        patch.setattr(Index, "__getitem__", lambda *_: pytest.fail("a row was read"))
+        some = select(rows, indices)
+        assert some.domains == ["d2", "d0", "d0", "d0"]
+    assert isinstance(some, Index) and list(some) == [wanted[i] for i in indices]
+    assert some.where(0) == f"{files[2]}:11"
+    assert len(select(rows, [])) == 0 == len(select([], []))
+
+
+def test_paths_hold_after_a_change_of_folder(files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = load([path.relative_to(tmp_path) for path in files])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert list(rows) == expected(files)
+
+
+def test_a_row_of_a_changed_file_is_an_error_and_the_others_are_not(files):
+    rows, wanted = load(files), expected(files)
+    files[1].write_bytes(files[1].read_bytes() + b" ")
+    assert [rows[0], rows[59]] == [wanted[0], wanted[59]]
+    with pytest.raises(RowError, match=r"b\.parquet: it was changed or removed after its rows were checked; leave row"):
+        rows[20]
+
+
+def test_a_row_costs_few_bytes(tmp_path):
+    """10,000 rows of about 450 bytes; as objects they took about 2 KiB each."""
+    count = 10_000
+    with open(tmp_path / "a.jsonl", "w") as file:
+        for i in range(count):
+            file.write(json.dumps(record(i, chosen=f"the answer is {i} " * 15)) + "\n")
+    (tmp_path / "b.jsonl").write_text(json.dumps(record(0)))
+    load([tmp_path / "b.jsonl"])[0]  # what is imported and cached once
+    gc.collect()
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        rows = load([tmp_path / "a.jsonl"])
+        gc.collect()
+        kept, peak = (size - before for size in tracemalloc.get_traced_memory())
+    finally:
+        tracemalloc.stop()
+    assert len(rows) == count and rows[count - 1].answer == str(count - 1)
+    assert kept / count < 64, f"{kept / count:.1f} bytes a row"
+    assert peak / count < 256, f"{peak / count:.1f} bytes a row while loading"
+
+
+def test_another_process_loads_what_one_has_found(files, tmp_path):
+    """The same rows in the same order, less those left out, and what else was said of them; no pickle."""
+    check = lambda row, pictures: (len(row.id), len(pictures), 7)
+    rows = load_rows(files, max_image_pixels=100, check=check).select([50, 3, 44, 0])
+    (tmp_path / "index.npz").write_bytes(rows.dump({"tasks": ["general"]}))
+    code = ("import sys; from pathlib import Path; from cosmo_rl.data.index import Index\n"
+            "rows, more = Index.load(Path(sys.argv[1]))\n"
+            "print([row.id for row in rows], rows.domains, rows.fingerprint, rows.where(0), more,\n"
+            "      rows.records['tokens'].tolist(), sep='|')")
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "index.npz")], capture_output=True, text=True,
+                          check=True)
+    assert done.stdout == "|".join(map(str, (
+        ["r50", "r3", "r44", "r0"], rows.domains, rows.fingerprint, f"{files[2]}:11", {"tasks": ["general"]},
+        [[3, 0, 7], [2, 0, 7], [3, 1, 7], [2, 1, 7]]))) + "\n"
+    with pytest.raises(ValueError, match=r"gone\.npz cannot be read \(No such file or directory\); let all ranks of a"):
+        Index.load(tmp_path / "gone.npz")
+
+
+def test_a_file_that_changed_between_two_processes_is_told(files, tmp_path):
+    (tmp_path / "index.npz").write_bytes(load(files).dump({}))
+    os.utime(files[0], ns=(1, 1))
+    rows, _ = Index.load(tmp_path / "index.npz")
+    assert rows[59].id == "r59"
+    with pytest.raises(RowError, match=r"a\.jsonl: it was changed or removed after its rows were checked"):
+        rows[0]
+
+
+def test_what_the_pass_calls_meets_good_rows_in_order_and_each_picture_once(tmp_path):
+    for i in range(3):
+        picture(tmp_path / f"{i}.png", seed=i)
+    path = write(tmp_path / "a.jsonl", [row("a", images=["1.png", "0.png"]), "{", row("b"), row("a"),
+                                        row("c", images=["0.png"]), row("d", images=["none.png"])])
+    met: list[tuple[str, list]] = []
+    seen: list[tuple[int, int]] = []
+
+    def check(one: Row, pictures) -> None:
+        met.append((one.id, [picture.seen for picture in pictures]))
+
+    rows = load_rows([path], max_image_pixels=LIMIT, rejected=[], check=check,
+                     see=lambda image: seen.append(image.getpixel((0, 0))) or seen[-1])
+    assert [name for name, _ in met] == ["a", "b", "a", "c"] and len(seen) == 2 == len(set(seen))
+    assert met[0][1][1] == met[3][1][0] and met[0][1][0] != met[0][1][1]
+    assert [met[number][0] for number in rows.records["order"]] == [one.id for one in rows] == ["a", "b", "c"]
