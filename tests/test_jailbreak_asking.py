@@ -22,7 +22,7 @@ from cosmo_rl.data.prepare.__main__ import main as prepare
 from cosmo_rl.data.prepare.jailbreak import asking
 from cosmo_rl.data.prepare.jailbreak.asking import Model, open_model, settle
 from cosmo_rl.data.prepare.jailbreak.registry import find
-from cosmo_rl.data.prepare.jailbreak.rows import assign, attack_row, augment, is_unsafe, last_text, twin_keys
+from cosmo_rl.data.prepare.jailbreak.rows import assign, attack_row, augment, last_text, twin_keys
 from cosmo_rl.data.prepare.mini import safety_rows
 
 ROWS = safety_rows("validation")[:30]
@@ -242,14 +242,14 @@ def test_a_twin_that_is_declined_drops_the_others(served, tmp_path):
 def test_a_model_that_declines_unsafe_requests_leaves_the_shares_of_labels(served, tmp_path, share):
     rows = [replace(row, id=f"r{i}", messages=({"role": "user", "content": f"{last_text(row)} number {i}"},), images=())
             for i, row in enumerate(safety_rows("validation")[:48])]
-    unsafe = [i for i, row in enumerate(rows) if is_unsafe(row)]
+    unsafe = [i for i, row in enumerate(rows) if row.is_unsafe]
     declined = set(unsafe[:round(share * len(unsafe))])
     served.oracle = declining(lambda text: int(re.search(r"number (\d+)", text).group(1)) in declined)
     result = made(served, tmp_path, rows, per_row=2, attacks=find(["paraphrase", "persuasion"]), max_in_flight=8)
     for name in ("paraphrase", "persuasion"):
         own = {key: done for (attack, key), done in result.items() if attack == name}
         kept = [rows[done.assignment.rows[0]] for done in own.values() if done.rows]
-        numbers = Counter(map(is_unsafe, kept))
+        numbers = Counter(row.is_unsafe for row in kept)
         assert numbers == {True: 8, False: 16} if share == 0.5 else not kept
         reasons = Counter(done.problem[:8] for done in own.values() if not done.rows)
         assert reasons == {"no reply": len(declined), "left out": 16 if share == 0.5 else 32}

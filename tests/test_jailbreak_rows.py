@@ -10,7 +10,7 @@ import pytest
 
 from cosmo_rl.data.prepare.jailbreak.image import Carriers
 from cosmo_rl.data.prepare.jailbreak.registry import Unfit, find, seed_of
-from cosmo_rl.data.prepare.jailbreak.rows import assign, attack_row, augment, is_unsafe, twin_keys
+from cosmo_rl.data.prepare.jailbreak.rows import assign, attack_row, augment, twin_keys
 from cosmo_rl.data.prepare.mini import general_rows, safety_rows
 
 ROWS = safety_rows("validation")
@@ -25,7 +25,7 @@ def labels(assigned, rows):
     """attack -> (unsafe, all)."""
     out = {}
     for attack in {one.attack.name for one in assigned}:
-        hit = [is_unsafe(rows[i]) for one in assigned if one.attack.name == attack for i in one.rows]
+        hit = [rows[i].is_unsafe for one in assigned if one.attack.name == attack for i in one.rows]
         out[attack] = (sum(hit), len(hit))
     return out
 
@@ -33,7 +33,7 @@ def labels(assigned, rows):
 @pytest.mark.parametrize("per_row", [1, 3, len(ALL)])
 def test_triplets_meet_each_attack_in_exactly_the_inputs_share(per_row):
     assigned = assign(ROWS, KEYS, ALL, per_row=per_row, seed=0)
-    share = sum(map(is_unsafe, ROWS)) / len(ROWS)
+    share = sum(row.is_unsafe for row in ROWS) / len(ROWS)
     counts = labels(assigned, ROWS)
     assert len(counts) == len(ALL) == 22
     assert all(unsafe / number == share for unsafe, number in counts.values())
@@ -48,7 +48,7 @@ def test_triplets_meet_each_attack_in_exactly_the_inputs_share(per_row):
 def test_rows_without_twins_meet_each_attack_in_the_inputs_share_but_for_one(seed):
     rows = [*ROWS, *general_rows("validation")[:101]]
     counts = labels(assign(rows, twin_keys(rows), ALL, per_row=1, seed=seed), rows)
-    unsafe, number = sum(map(is_unsafe, rows)), len(rows)
+    unsafe, number = sum(row.is_unsafe for row in rows), len(rows)
     for hit, met in counts.values():
         assert abs(hit - unsafe / len(ALL)) < 1 and abs(met - number / len(ALL)) < 2
 

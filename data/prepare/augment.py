@@ -25,7 +25,7 @@ from .jailbreak.contact_sheet import ContactSheet
 from .jailbreak.image import Carriers
 from .jailbreak.registry import FAMILIES, OFFLINE, Attack, find, ordered
 from .jailbreak.render import rapidocr
-from .jailbreak.rows import Assignment, AttackerReplies, Outcome, assign, augment, is_unsafe, twin_keys
+from .jailbreak.rows import Assignment, AttackerReplies, Outcome, assign, augment, twin_keys
 from .options import Augment
 from .writer import COMPRESS_LEVEL, Reasons, row_writer
 
@@ -202,12 +202,12 @@ class AttackTable:
         name = outcome.assignment.attack.name
         if not outcome.rows:
             self.dropped.setdefault(name, Reasons()).add(outcome.problem, outcome.reason, len(outcome.assignment.rows))
-        self.met.update((name, is_unsafe(row)) for row in outcome.rows)
+        self.met.update((name, row.is_unsafe) for row in outcome.rows)
 
     def show(self, heldout: frozenset[str]) -> None:
         """The table, and why rows were dropped."""
         console = Console(highlight=False)
-        unsafe = sum(map(is_unsafe, self.rows))
+        unsafe = sum(row.is_unsafe for row in self.rows)
         table = Table(title=f"{len(self.rows)} rows, {unsafe / len(self.rows):.1%} unsafe", title_justify="left",
                       box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
         for column in ("attack", "kind", "file"):

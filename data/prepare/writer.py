@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from PIL import Image
 
-from ..disk import fsync
+from ..disk import fsync, replacing
 from ..errors import UserError
 from ..schema import IMAGE_FORMATS, ImageSource, encoded
 
@@ -112,7 +112,7 @@ class RowWriter:
         """Where to write a file that becomes `path` at the end, if all goes well."""
         with _told(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            return self._files.enter_context(_replacing(path))
+            return self._files.enter_context(replacing(path, shared=True))
 
     def remove(self, path: Path) -> None:
         """Remove `path` at the end, if all goes well."""
@@ -145,19 +145,6 @@ class RowWriter:
             with _told(self._images):
                 write(path)
         return f"{self._images.name}/{name}"
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """The name beside `path` at which the block writes what takes its place at the block's end."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield beside
-        fsync(beside)
-        os.replace(beside, path)
-        fsync(path.parent)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 @contextmanager

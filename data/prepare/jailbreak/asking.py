@@ -21,7 +21,7 @@ from cosmo_rl.cpgd.judges.spec import Server
 
 from ...schema import Row
 from .registry import AttackerModel, Params, Question, Unfit
-from .rows import MAX_IMAGE_PIXELS, Assignment, AttackerReplies, attack_row, is_unsafe
+from .rows import MAX_IMAGE_PIXELS, Assignment, AttackerReplies, attack_row
 
 MAX_FAILED = 8
 """Calls that fail for good, one after the other, before the run stops; a single one drops its unit."""
@@ -169,7 +169,7 @@ def _balanced(rows: Sequence[Row], units: Sequence[Assignment], settled: dict[tu
     """Of each attack the same share of the units of each label is kept, to the nearest unit."""
     groups: dict[str, dict[tuple[bool, ...], list[Assignment]]] = {}
     for unit in units:
-        labels = tuple(sorted(is_unsafe(rows[place]) for place in unit.rows))
+        labels = tuple(sorted(rows[place].is_unsafe for place in unit.rows))
         groups.setdefault(unit.attack.name, {}).setdefault(labels, []).append(unit)
     out = dict(settled)
     rank = lambda unit: blake2b(f"{unit.attack.name}\0balance\0{unit.key}".encode(), digest_size=8).digest()

@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw, ImageOps
 from ...schema import Row, open_image
 from .registry import ordered
 from .render import dejavu_sans, face_of, lacks, wrap
-from .rows import MAX_IMAGE_PIXELS, is_unsafe, last_text
+from .rows import MAX_IMAGE_PIXELS, last_text
 from .text import ZERO_WIDTH
 
 SAMPLES, PER_LABEL = 3, 2
@@ -40,7 +40,7 @@ class ContactSheet:
         if row.attack is None:
             return
         own = self._samples.setdefault(row.attack["name"], [])
-        unsafe = is_unsafe(row)
+        unsafe = row.is_unsafe
         if len(own) < SAMPLES and sum(sample.unsafe == unsafe for sample in own) < PER_LABEL:
             images = [open_image(source, self.max_image_pixels, f"row {row.id}") for source in row.images]
             own.append(_Sample(row.id, unsafe, last_text(row), _side_by_side(images) if images else None))

@@ -225,7 +225,10 @@ def _plain(line: str) -> str:
 
 
 def wrap(text: str, width: int, font: ImageFont.FreeTypeFont, breaks: bool) -> list[str] | None:
-    """Lines of at most `width` pixels, kerning aside; None if a word is wider and may not be broken."""
+    """Lines of at most `width` pixels, kerning aside; None if a word is wider and may not be broken.
+
+    Pillow's ImageText.wrap breaks no word, and measures a line anew for each word: 0.7 s for 300 words, not 15 ms.
+    """
     lines = []
     space = _advance(font, " ")
     for paragraph in text.split("\n"):

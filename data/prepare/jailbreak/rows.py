@@ -205,11 +205,6 @@ def twin_keys(rows: Sequence[Row], twin_by: str = "") -> list[str]:
     return keys
 
 
-def is_unsafe(row: Row) -> bool:
-    """The row, image and text together, asks for harm."""
-    return row.is_unsafe
-
-
 def assign(rows: Sequence[Row], keys: Sequence[str], attacks: Sequence[Attack], *, per_row: int, seed: int,
            ) -> list[Assignment]:
     """The assignments of a run, in the rows' order.
@@ -232,7 +227,8 @@ def assign(rows: Sequence[Row], keys: Sequence[str], attacks: Sequence[Attack], 
 
     def kind(key: str) -> tuple[list[bool], list[bool], list[str]]:
         own = [rows[index] for index in members[key]]
-        return sorted(map(is_unsafe, own)), sorted(bool(row.images) for row in own), sorted(row.domain for row in own)
+        return (sorted(row.is_unsafe for row in own), sorted(bool(row.images) for row in own),
+                sorted(row.domain for row in own))
 
     rank = lambda key: blake2b(f"{seed}\0deal\0{key}".encode(), digest_size=8).digest()
     assignments = []

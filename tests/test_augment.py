@@ -155,9 +155,7 @@ def files(folder):
             for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_same_bytes_twice_and_in_another_order(made, source, tmp_path):
-    assert main(["--in", str(source), "--out", str(tmp_path / "again"), *MADE]) == 0
-    assert files(tmp_path / "again") == files(made[0])
+def test_the_same_bytes_in_another_order(made, source, tmp_path):
     turned = source.with_name("turned.jsonl")
     turned.write_text("\n".join(reversed(source.read_text().splitlines())))
     assert main(["--in", str(turned), "--out", str(tmp_path / "turned"), *MADE]) == 0
@@ -330,9 +328,10 @@ def test_ids_that_would_meet_are_named(rows, tmp_path, capsys):
 def test_an_embedded_picture_is_written_as_it_is(rows, tmp_path):
     rows[0].images[0].save(tmp_path / "x.png")
     content = (tmp_path / "x.png").read_bytes()
-    with writer.row_writer(tmp_path / "out", "images") as out:
-        name = out.image(content)
-    assert (tmp_path / "out" / name).read_bytes() == content
+    for source in (content, str(tmp_path / "x.png")):  # a file beside the rows is copied too
+        with writer.row_writer(tmp_path, "images") as out:
+            name = out.image(source)
+        assert name.startswith("images/") and (tmp_path / name).read_bytes() == content
 
 
 def test_resize_pixels_reaches_every_attack_that_draws():
