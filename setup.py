@@ -40,7 +40,7 @@ setup(
     extras_require={
         "gpu": ["triton; sys_platform == 'linux'", "liger-kernel"],
         "ifeval": ["if-verifiable", "nupunkt"],
-        "dev": ["pytest", "ninja", "ruff", "pyright", "liger-kernel", "triton; sys_platform == 'linux'",
+        "dev": ["pytest", "pytest-xdist", "ninja", "ruff", "pyright", "liger-kernel", "triton; sys_platform == 'linux'",
                 "if-verifiable", "nupunkt"],
     },
 )
