@@ -70,7 +70,7 @@ def check(backend, inputs, dtype, temperature=1.0, bias=None):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape, temperature, biased", [
-    ((252, 123, 507), 0.5, True), ((16, 32, 64), 1.0, False), ((1, 8, 40), 2.0, True)], ids=str)
+    ((70, 43, 150), 0.5, True), ((16, 32, 64), 1.0, False), ((1, 8, 40), 2.0, True)], ids=str)
 @pytest.mark.usefixtures("poisoned_empty")
 def test_against_dense_autograd(shape, temperature, biased, dtype, backend):
     check(backend, make_inputs(*shape, dtype), dtype, temperature, torch.randn(shape[2]) if biased else None)
@@ -85,7 +85,7 @@ def test_many_tiles(dtype, backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.usefixtures("as_on_a_gpu", "small_tiles", "poisoned_empty")
 def test_the_rounding_of_a_gpu(dtype):
-    check("triton", make_inputs(50, 40, 330, dtype), dtype, 0.6, torch.randn(330))
+    check("triton", make_inputs(40, 40, 330, dtype), dtype, 0.6, torch.randn(330))
 
 
 @pytest.mark.parametrize("vocab", [31, 64, 65])
@@ -101,7 +101,9 @@ def test_edges_of_blocks(vocab, monkeypatch):
 
 
 @pytest.mark.parametrize("vocab", [152064, 151936])
-def test_vocabularies_of_qwen(vocab, backend):
+def test_vocabularies_of_qwen(vocab, backend, monkeypatch):
+    if launch.INTERPRET:
+        monkeypatch.setattr(module, "ROW_BLOCK", 8192)
     inputs = make_inputs(4, 16, vocab, torch.bfloat16)
     inputs[2][0], inputs[2][1] = 0, vocab - 1
     check(backend, inputs, torch.bfloat16)
