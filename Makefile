@@ -12,8 +12,9 @@ DEVICE_TRITON := .venv/triton-3.6.0
 demo: $(INSTALLED)
 	$(BIN)/torchrun train.py --stage 2
 
+# Two processes, each a core and 2 GB; one that is done takes tests from the other.
 test: $(INSTALLED)
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n 2 --dist worksteal
 
 # The judges' client against a real vLLM server on the CPU, which lives in an environment of its own.
 test-vllm: $(INSTALLED) $(VLLM_INSTALLED)

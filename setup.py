@@ -41,7 +41,7 @@ setup(
         "gpu": ["triton; sys_platform == 'linux'", "liger-kernel"],
         "ifeval": ["if-verifiable", "nupunkt"],
         "attacks": ["matplotlib"],  # its font, for drawn text beyond ASCII
-        "dev": ["pytest", "ninja", "ruff", "pyright", "liger-kernel", "triton; sys_platform == 'linux'",
+        "dev": ["pytest", "pytest-xdist", "ninja", "ruff", "pyright", "liger-kernel", "triton; sys_platform == 'linux'",
                 "if-verifiable", "nupunkt", "matplotlib"],
     },
 )

@@ -24,8 +24,6 @@ try:
     die_with_parent()  # before torch is imported, which takes seconds
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    from cosmo_rl.cpgd.run.dryrun import dry_run
-    from cosmo_rl.cpgd.run.main import main
     from cosmo_rl.cpgd.run.recipes import parse_command
 except KeyboardInterrupt:
     sys.exit(130)
@@ -38,7 +36,14 @@ except ModuleNotFoundError as error:
 @record  # a bug's traceback: torchrun shows it below its own
 def run() -> int:
     command = parse_command(sys.argv[1:])
-    return dry_run(command.config) if command.dry_run else main(command.config)
+    try:  # not before: what is wrong with the options is said at once
+        if command.dry_run:
+            from cosmo_rl.cpgd.run.dryrun import dry_run as start
+        else:
+            from cosmo_rl.cpgd.run.main import main as start
+    except KeyboardInterrupt:
+        return 130
+    return start(command.config)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as train.py
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # `make test` gives each core a pytest; of the children too
 
 import random
 

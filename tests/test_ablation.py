@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cosmo_rl.cpgd.config import Config
 from cosmo_rl.cpgd.run.recipes import parse_command_line
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
@@ -22,12 +23,11 @@ def ablation(monkeypatch):
 
 
 def test_every_arm_is_the_recipe_but_for_what_it_leaves_out(ablation, monkeypatch, tmp_path):
-    started: list[list[str]] = []
+    configs: list[Config] = []
 
     def train(arguments, log, threads):
-        arguments = [str(part) for part in arguments]
-        started.append(arguments)
-        config = parse_command_line(arguments)  # options that train.py takes
+        config = parse_command_line([str(part) for part in arguments])  # options that train.py takes
+        configs.append(config)
         folder = Path(config.run_dir) / f"stage{config.stage}"
         folder.mkdir(parents=True)
         numbers = NUMBERS | {"safe_rate": 0.7} if not config.reward.helpful else NUMBERS
@@ -38,7 +38,6 @@ def test_every_arm_is_the_recipe_but_for_what_it_leaves_out(ablation, monkeypatc
     monkeypatch.setattr(sys, "argv", ["ablation.py", "--seeds", "3", "4", "--steps", "80", "--folder",
                                       str(tmp_path / "runs"), "--out", str(out), "--jobs", "1"])  # tyro has no locks
     ablation.main()
-    configs = [parse_command_line(arguments) for arguments in started]
     assert [config.stage for config in configs].count(0) == 1
     stage2 = [config for config in configs if config.stage == 2]
     assert sorted({config.seed for config in stage2}) == [3, 4] and len(stage2) == 2 * (4 * 1 + 2 * 2)

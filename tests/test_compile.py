@@ -19,10 +19,13 @@ KNOWN_SPILLS = {("3.6.0", "_partial_stats_kernel", "pointers float32"): 16}
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """Chip -> what tests/compiled.py prints; both side by side, with an empty cache, and never in the interpreter."""
+def compiled(pytestconfig):
+    """Chip -> what tests/compiled.py prints; both side by side, and never in the interpreter.
+
+    What Triton has made stays in .pytest_cache: a kernel that has not changed since the last time is compiled once.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    environment |= {"OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(pytestconfig.cache.mkdir("triton"))}
     running = {chip: subprocess.Popen([sys.executable, "-P", FOLDER / "compiled.py", str(chip)], env=environment,
                                       stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for chip in CHIPS}
     results = {}

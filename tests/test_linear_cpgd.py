@@ -70,7 +70,7 @@ def check(backend, inputs, dtype, temperature=1.0, bias=None):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape, temperature, biased", [
-    ((252, 123, 507), 0.5, True), ((16, 32, 64), 1.0, False), ((1, 8, 40), 2.0, True)], ids=str)
+    ((70, 43, 150), 0.5, True), ((16, 32, 64), 1.0, False), ((1, 8, 40), 2.0, True)], ids=str)
 @pytest.mark.usefixtures("poisoned_empty")
 def test_against_dense_autograd(shape, temperature, biased, dtype, backend):
     check(backend, make_inputs(*shape, dtype), dtype, temperature, torch.randn(shape[2]) if biased else None)
@@ -85,7 +85,7 @@ def test_many_tiles(dtype, backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.usefixtures("as_on_a_gpu", "small_tiles", "poisoned_empty")
 def test_the_rounding_of_a_gpu(dtype):
-    check("triton", make_inputs(50, 40, 330, dtype), dtype, 0.6, torch.randn(330))
+    check("triton", make_inputs(40, 40, 330, dtype), dtype, 0.6, torch.randn(330))
 
 
 @pytest.mark.parametrize("vocab", [31, 64, 65])
@@ -101,7 +101,9 @@ def test_edges_of_blocks(vocab, monkeypatch):
 
 
 @pytest.mark.parametrize("vocab", [152064, 151936])
-def test_vocabularies_of_qwen(vocab, backend):
+def test_vocabularies_of_qwen(vocab, backend, monkeypatch):
+    if launch.INTERPRET:
+        monkeypatch.setattr(module, "ROW_BLOCK", 8192)
     inputs = make_inputs(4, 16, vocab, torch.bfloat16)
     inputs[2][0], inputs[2][1] = 0, vocab - 1
     check(backend, inputs, torch.bfloat16)
@@ -357,12 +359,12 @@ def run(n, v, d):
     with open("/proc/self/status") as f:  # not ru_maxrss, which a process inherits from the one that started it
         return int(re.search(r"VmHWM:\\s+(\\d+)", f.read())[1]) * 1024 - before
 run(64, 5000, 64)
-print(run(4096, 152064, 64) / 2**20)
+print(run(1024, 152064, 64) / 2**20)
 """
 
 
 def test_peak_memory():
-    """Real vocabulary, 4096 tokens: the logits alone would be 2376 MiB, the gradient of the weight is 37 MiB."""
+    """Real vocabulary, 1024 tokens: the logits alone would be 594 MiB, the gradient of the weight is 37 MiB."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     running = {kernel: subprocess.Popen([sys.executable, "-P", "-c", f"KERNEL = {kernel!r}{MEMORY}"], env=environment,
                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -387,9 +389,9 @@ def test_peak_memory():
     (dict(clip_eps_high=-1.0), "clip_eps_high is -1.0"),
     (dict(backward="tiles"), "'tiles'.*'exact'"),
 ])
-def test_bad_input(change, message, backend):
+def test_bad_input(change, message):
+    """Of the reference; test_launch.py compares the backends."""
     call = dict(hidden=torch.randn(4, 8), weight=torch.randn(10, 8), targets=torch.tensor([0, 1, 2, 9]),
-                old_logprobs=torch.zeros(4), advantages=torch.ones(4), token_weights=torch.ones(4),
-                backend=backend) | change
+                old_logprobs=torch.zeros(4), advantages=torch.ones(4), token_weights=torch.ones(4)) | change
     with pytest.raises(ValueError, match=message):
         linear_cpgd(**call)

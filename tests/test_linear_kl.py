@@ -50,17 +50,23 @@ def check(backend, inputs, dtype, **keywords):
     assert (actual[0] - exact[0]).abs().max() < 1e-5 * (1 + exact[0].max())  # whatever the inputs' dtype
 
 
+def check_values(inputs, dtype):
+    """Those of the kernel that walks tiles, which has no part in the backward."""
+    same, exact = (dense_linear_kl(*(t.to(kind) for t in inputs)) for kind in (dtype, torch.float64))
+    assert_no_worse(linear_kl(*inputs, backend="triton"), same, exact, atol=2e-6 * (1 + exact.abs().max().item()))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape, temperature, biased", [
-    ((252, 123, 507), 0.5, True), ((16, 32, 64), 1.0, False), ((1, 8, 40), 2.0, True)], ids=str)
+    ((70, 43, 150), 0.5, True), ((16, 32, 64), 1.0, False), ((1, 8, 40), 2.0, True)], ids=str)
 @pytest.mark.usefixtures("poisoned_empty")
 def test_values_and_gradients(shape, temperature, biased, dtype, backend):
     bias = torch.randn(shape[2]) if biased else None
     check(backend, make_inputs(*shape, dtype), dtype, temperature=temperature, bias=bias)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shared, old_d", [(True, None), (False, 56), (False, 24)], ids=["shared", "wider", "narrower"])
+@pytest.mark.parametrize("shared, old_d, dtype", [
+    *((True, None, dtype) for dtype in DTYPES), (False, 56, torch.bfloat16), (False, 24, torch.float32)], ids=str)
 @pytest.mark.usefixtures("small_tiles", "poisoned_empty")
 def test_many_tiles(shared, old_d, dtype, backend):
     """Groups, splits, tiles and chunks, all ragged; one head for both policies, or an old one of another width."""
@@ -72,8 +78,8 @@ def test_many_tiles(shared, old_d, dtype, backend):
 @pytest.mark.usefixtures("as_on_a_gpu", "small_tiles", "poisoned_empty")
 def test_the_rounding_of_a_gpu(shared, dtype):
     """And none between equal policies, though a GPU's x / x is not always 1."""
-    check("triton", make_inputs(70, 40, 200, dtype), dtype, shared=shared, temperature=0.6)
-    hidden, weight = make_inputs(60, 40, 200, dtype, apart=0.0)[2:]
+    check("triton", make_inputs(40, 40, 200, dtype), dtype, shared=shared, temperature=0.6)
+    hidden, weight = make_inputs(40, 40, 200, dtype, apart=0.0)[2:]
     assert (linear_kl(hidden, weight, hidden, weight.clone(), temperature=0.6, backend="triton") == 0).all()
 
 
@@ -81,6 +87,7 @@ def test_the_rounding_of_a_gpu(shared, dtype):
 def test_vocabularies_of_qwen(vocab, backend, monkeypatch):
     if launch.INTERPRET:  # a tile of the shipped shape takes it as long as one 60 times as wide
         monkeypatch.setattr(module, "kl_tiles", lambda *_: Tiles(16, 8192, 16, 4, 2))
+        monkeypatch.setattr(module, "ROW_BLOCK", 8192)
     check(backend, make_inputs(3, 16, vocab, torch.bfloat16), torch.bfloat16)
 
 
@@ -92,7 +99,7 @@ def test_both_ways_to_load(tma, dtype, monkeypatch):
     assert launch.takes_tma(*inputs) or launch.capability(inputs[0].device) < (9, 0)
     if not tma:
         monkeypatch.setattr(launch, "takes_tma", lambda *tensors: False)
-    check("triton", inputs, dtype)
+    check_values(inputs, dtype)
 
 
 @pytest.mark.parametrize("vocab", [31, 64, 65])
@@ -111,7 +118,7 @@ def test_edges_of_tiles(vocab, monkeypatch):
 def test_any_number_of_programs(programs, monkeypatch):
     monkeypatch.setattr(launch, "num_programs", lambda device: programs)
     monkeypatch.setattr(module, "kl_tiles", lambda *_: Tiles(16, 32, 16, 4, 2, group=2))
-    check("triton", make_inputs(40, 16, 190, torch.float16), torch.float16)
+    check_values(make_inputs(40, 16, 190, torch.float16), torch.float16)
 
 
 def test_frozen_operands_cost_no_product(backend, products):
@@ -131,7 +138,7 @@ def test_frozen_operands_cost_no_product(backend, products):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_same_bits_in_every_run(dtype, backend):
     """Two calls, and two backward passes of one graph."""
-    inputs = make_inputs(24, 16, 300, dtype)
+    inputs = make_inputs(6, 16, 300, dtype)
     first, second = (run(linear_kl, inputs, dtype, backend=backend) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     leaf = inputs[2].clone().requires_grad_()
@@ -273,8 +280,9 @@ def test_no_tokens(backend):
     (dict(bias=torch.zeros(3)), r"bias.*\(3,\).*\(10, 8\)"),
     (dict(temperature=-1.0), "temperature is -1.0"),
 ])
-def test_bad_input(change, message, backend):
+def test_bad_input(change, message):
+    """Of the reference; test_launch.py compares the backends."""
     call = dict(old_hidden=torch.randn(4, 8), old_weight=torch.randn(10, 8), hidden=torch.randn(4, 8),
-                weight=torch.randn(10, 8), backend=backend) | change
+                weight=torch.randn(10, 8)) | change
     with pytest.raises(ValueError, match=message):
         linear_kl(**call)

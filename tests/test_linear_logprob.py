@@ -20,7 +20,7 @@ from cosmo_rl.kernels.reference import IGNORE_INDEX, dense_linear_logprob
 
 CASES = [  # shape, temperature, with bias
     ((16, 32, 64), 1.0, True),  # aligned: TMA
-    ((252, 123, 507), 0.5, True),  # nothing divides anything: pointers
+    ((70, 43, 150), 0.5, True),  # nothing divides anything: pointers; the interpreter takes 15 ms for a tile
     ((40, 72, 90), 2.0, False),
     ((1, 8, 40), 2.0, True),  # one token
     ((3, 5, 1), 0.5, True),  # one token to choose from: log-prob and entropy are 0
@@ -70,6 +70,15 @@ def check(backend, inputs, dtype, temperature=1.0, bias=None, **keywords):
     return actual
 
 
+def check_values(inputs, dtype):
+    """Those of the kernel that walks tiles, which has no part in the backward."""
+    actual = linear_logprob(*inputs, backend="triton")[:2]
+    hidden, weight, targets = inputs
+    same, exact = (dense_linear_logprob(hidden.to(kind), weight.to(kind), targets) for kind in (dtype, torch.float64))
+    for a, s, e in zip(actual, same, exact, strict=True):
+        assert_no_worse(a, s, e, atol=SLACK[dtype][0] * (1 + e.abs().max().item()))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape, temperature, biased", CASES, ids=str)
 @pytest.mark.usefixtures("poisoned_empty")
@@ -89,8 +98,8 @@ def test_many_tiles(dtype, backend):
 @pytest.mark.usefixtures("as_on_a_gpu", "small_tiles", "poisoned_empty")
 def test_the_rounding_of_a_gpu(dtype):
     """At a temperature that divides with a rounding; of rows that are sure of their target no log-prob is above 0."""
-    hidden, weight, targets = make_inputs(80, 40, 330, dtype)
-    hidden[10:50] = weight[targets[10:50].clamp(min=0)] * 2
+    hidden, weight, targets = make_inputs(40, 40, 330, dtype)
+    hidden[10:30] = weight[targets[10:30].clamp(min=0)] * 2
     check("triton", (hidden, weight, targets), dtype, 0.6, torch.randn(330))
 
 
@@ -104,6 +113,7 @@ def test_gradient_from_one_output_alone(upstream, dtype, backend):
 def test_vocabularies_of_qwen(vocab, backend, monkeypatch):
     if launch.INTERPRET:  # a tile of the shipped shape takes it as long as one 30 times as wide
         monkeypatch.setattr(module, "forward_tiles", lambda *_: Tiles(16, 8192, 16, 4, 2))
+        monkeypatch.setattr(module, "ROW_BLOCK", 8192)
     inputs = make_inputs(5, 16, vocab, torch.bfloat16)
     assert inputs[2][:2].tolist() == [0, vocab - 1]
     check(backend, inputs, torch.bfloat16)
@@ -113,11 +123,11 @@ def test_vocabularies_of_qwen(vocab, backend, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.usefixtures("interpreter")
 def test_both_ways_to_load(tma, dtype, monkeypatch):
-    inputs = make_inputs(130, 64, 520, dtype)
+    inputs = make_inputs(130, 64, 264, dtype)
     assert launch.takes_tma(*inputs[:2]) or launch.capability(inputs[0].device) < (9, 0)
     if not tma:
         monkeypatch.setattr(launch, "takes_tma", lambda *tensors: False)
-    check("triton", inputs, dtype)
+    check_values(inputs, dtype)
 
 
 @pytest.mark.parametrize("programs", [1, 2, 50])
@@ -127,7 +137,7 @@ def test_any_number_of_programs(programs, monkeypatch):
     monkeypatch.setattr(launch, "num_programs", lambda device: programs)
     monkeypatch.setattr(module, "forward_tiles", lambda *_: Tiles(16, 32, 16, 4, 2, group=2))
     assert plan_splits(3, 6, programs)[0] == {1: 1, 2: 2, 50: 6}[programs]
-    check("triton", make_inputs(40, 16, 190, torch.float16), torch.float16)
+    check_values(make_inputs(40, 16, 190, torch.float16), torch.float16)
 
 
 @pytest.mark.parametrize("vocab", [31, 65, 96])
@@ -341,7 +351,7 @@ def test_unchecked_bad_target_gives_nan_and_reads_nothing(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_same_bits_in_every_run(dtype, backend):
     """Two calls, and two backward passes of one graph."""
-    inputs = make_inputs(24, 16, 300, dtype)
+    inputs = make_inputs(6, 16, 300, dtype)
     first, second = (run(linear_logprob, *inputs, 0.7, torch.zeros(300), dtype, backend=backend) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     leaf = inputs[0].clone().requires_grad_()
@@ -377,8 +387,8 @@ def test_same_bits_in_any_mode(backend):
 
 def test_any_layout(backend):
     """Transposed and strided hidden, weight and targets."""
-    hidden, weight, targets = make_inputs(60, 32, 100)
-    bias = torch.randn(100)
+    hidden, weight, targets = make_inputs(20, 32, 70)
+    bias = torch.randn(70)
     plain = run(linear_logprob, hidden, weight, targets, 1.0, bias, torch.float32, backend=backend)
     layouts = {
         "transposed": lambda t: t.T.contiguous().T,
@@ -426,8 +436,8 @@ def bad_calls():
 
 
 @pytest.mark.parametrize("change, message", [pytest.param(c, m, id=i) for i, c, m in bad_calls()])
-def test_bad_input(change, message, backend):
-    call = dict(hidden=torch.randn(4, 8), weight=torch.randn(10, 8), targets=torch.tensor([0, 1, 2, 9]),
-                backend=backend) | change
+def test_bad_input(change, message):
+    """Of the reference; test_launch.py compares the backends."""
+    call = dict(hidden=torch.randn(4, 8), weight=torch.randn(10, 8), targets=torch.tensor([0, 1, 2, 9])) | change
     with pytest.raises(ValueError, match=message):
         linear_logprob(**call)
