@@ -432,7 +432,9 @@ def test_calls_wait_for_a_server_that_is_away_for_a_moment():
         async def action(endpoint: Endpoint) -> list[ChatReply]:
             server.stop()
             running = asyncio.create_task(asks(50)(endpoint))
-            await asyncio.sleep(0.6)
+            while endpoint.breaker.opened is None:
+                await asyncio.sleep(0.02)
+            await asyncio.sleep(0.3)
             assert endpoint.breaker.opened is not None and not running.done()
             server.start()
             return await running
