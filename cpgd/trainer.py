@@ -24,7 +24,7 @@ from cosmo_rl.model.policy import Policy, Update
 from cosmo_rl.model.weights import full_state_dict, save_pretrained
 
 from .config import Config
-from .rewards.build import build_scorer
+from .rewards.build import RowNeeds, build_scorer
 from .rewards.scorer import Scorer
 from .rewards.word_rules import CAUTION, by_words
 from .rollout.collect import Clock, Collector, prompts_of, timed
@@ -67,7 +67,7 @@ class Trainer:
         together(lambda: check_system_prompt(data.system_prompt, processor, max_prompt_tokens=data.max_prompt_tokens))
         agree(data.system_prompt, "--data.system-prompt is not the same on all ranks; put its file on every host")
         self.plan = plan(config, processor, run.stage_dir)
-        self.scorer = self._open_scorer() if config.stage else None
+        self.scorer = self._open_scorer(self.plan.needs) if self.plan.needs else None
         self.function_digest = self.scorer.function_digest if self.scorer else ""
         agree(self.function_digest, "the file of --reward.function, or a module beside it, is not the same on all "
                                     "ranks; copy one version to every host")
@@ -98,10 +98,10 @@ class Trainer:
                                          run.stage_dir, self.metrics)
         self.step, self.iteration, self.skipped_in_row, self.trained_s = 0, 0, 0, 0.0  # until `_resume`
 
-    def _open_scorer(self) -> Scorer:
+    def _open_scorer(self, needs: RowNeeds) -> Scorer:
         """The scorer of this rank; its judges answer, or nothing is loaded for them."""
         found: list[Scorer] = []
-        together(lambda: found.append(build_scorer(self.config.reward, self.plan.needs)))
+        together(lambda: found.append(build_scorer(self.config.reward, needs)))
         on_main(found[0].verify)
         return found[0]
 
@@ -112,7 +112,7 @@ class Trainer:
         config, folder = self.config, self.run_dir.stage_dir
         other_reward = self._resume()
         on_main(lambda: self.run_dir.adopt(config))
-        ruled = by_words(config, self.plan.needs.ruled) if config.stage else []
+        ruled = by_words(config, self.plan.needs.ruled) if self.plan.needs else []
         if ruled:
             logger.warning("WARNING: rewarded by word rules: %s: %s", ", ".join(ruled), CAUTION)
         if rank() == 0:
