@@ -45,7 +45,7 @@ LIMIT_S = 120.0
 
 _CONTEXT: Any = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload([
-    "cosmo_rl.cpgd.trainer", "cosmo_rl.cpgd.run.recipes", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
+    "cosmo_rl.cpgd.run.main", "cosmo_rl.cpgd.run.recipes", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
     "torch.utils.tensorboard", "torch._dynamo",
 ])
 
