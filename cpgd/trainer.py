@@ -8,12 +8,10 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 
-from cosmo_rl.data.collate import encode_prompt
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.prompts import check_system_prompt, introduce
 from cosmo_rl.data.sampler import PromptSampler
@@ -27,7 +25,7 @@ from .config import Config
 from .rewards.build import RowNeeds, build_scorer
 from .rewards.scorer import Scorer
 from .rewards.word_rules import CAUTION, by_words
-from .rollout.collect import Clock, Collector, prompts_of, timed
+from .rollout.collect import Clock, Collector, encoder, prompts_of, timed
 from .rollout.engine import open_engine
 from .run.card import write_card
 from .run.checkpoint import check_state, load_latest, restore, save
@@ -85,8 +83,7 @@ class Trainer:
             device=device, dtype=self.dtype, freeze_vision=freeze_vision)
         self.optimizer = make_optimizer(self.policy, config.optim)
         self.engine = open_engine(path, processor, config.rollout, device=device, dtype=self.dtype, **options)
-        self.encode = partial(encode_prompt, processor=processor, max_prompt_tokens=data.max_prompt_tokens,
-                              max_image_pixels=data.max_image_pixels, system_prompt=data.system_prompt)
+        self.encode = encoder(data, processor)
         self.build = BuildUpdates(batch=config.batch, objective=config.objective, processor=processor, device=device,
                                   aggregation=config.objective.aggregation if config.stage else "token")
         self.loss_fn = rl_loss(config.objective) if config.stage else sft_loss

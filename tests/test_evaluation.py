@@ -9,12 +9,12 @@ import pytest
 import runs
 from scoring import outcome_of
 
-from cosmo_rl.cpgd import collect
 from cosmo_rl.cpgd.config import Config, DataConfig, EvalConfig
 from cosmo_rl.cpgd.rewards.base import NotApplicable
 from cosmo_rl.cpgd.rewards.format import split_thinking
 from cosmo_rl.cpgd.rewards.helpful import Helpful
 from cosmo_rl.cpgd.rewards.task_aware import TaskAware, is_right
+from cosmo_rl.cpgd.rollout import collect
 from cosmo_rl.cpgd.rollout.engine import form_batches
 from cosmo_rl.cpgd.run import evaluation
 from cosmo_rl.cpgd.run.evaluation import (
@@ -226,11 +226,11 @@ class Watching:
             self.events.append(("encode", threading.current_thread().name, row.id))
             return encode(row)
 
-    def generate(self, requests, *, greedy=False, batch_size=None):
+    def stream(self, requests, *, greedy=False, batch_size=None):
         with self.lock:
             ids = [request.prompt.id for request in requests]
             self.events.append(("greedy" if greedy else "sampled", threading.current_thread().name, ids))
-            return self.engine.generate(requests, greedy=greedy, batch_size=batch_size)
+            return list(self.engine.stream(requests, greedy=greedy, batch_size=batch_size))
 
 
 def measure(watching=None, encode=encode, seed=0):

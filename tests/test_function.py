@@ -550,9 +550,11 @@ def test_ranks_with_different_files_stop(monkeypatch):
         if value == "a digest":
             raise UserError(complaint)
 
-    for name in ("start_path", "load_processor", "plan", "together"):
+    for name in ("start_path", "load_processor", "together"):
         monkeypatch.setattr(trainer, name, lambda *args: None)
+    monkeypatch.setattr(trainer, "plan", lambda *args: SimpleNamespace(needs="some"))
     monkeypatch.setattr(trainer, "agree", agree)
-    monkeypatch.setattr(trainer.Trainer, "_open_scorer", lambda self: SimpleNamespace(function_digest="a digest"))
+    scorer = SimpleNamespace(function_digest="a digest")
+    monkeypatch.setattr(trainer.Trainer, "_open_scorer", lambda self, needs: scorer)
     with pytest.raises(UserError, match=r"the file of --reward\.function, or a module beside it, is not the same"):
         trainer.Trainer(runs.config(), SimpleNamespace(stage_dir=None), torch.device("cpu"))

@@ -4,15 +4,18 @@ import json
 import os
 import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import runs
+import torch
 
 from cosmo_rl.cpgd import trainer
 from cosmo_rl.cpgd.judges.judge import chat_judges
 from cosmo_rl.cpgd.rewards.format import split_thinking
+from cosmo_rl.cpgd.rollout.collect import encoder
 from cosmo_rl.cpgd.run import dryrun
 from cosmo_rl.cpgd.run.card import card, write_card
 from cosmo_rl.cpgd.run.plan import row_size
@@ -22,6 +25,7 @@ from cosmo_rl.data.collate import chat_text, check_prompt, encode_prompt, with_s
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.prompts import check_system_prompt, introduce, read_prompt
 from cosmo_rl.data.schema import RESERVED
+from cosmo_rl.model import parallel
 from cosmo_rl.model.load import load_processor
 
 QWEN = (  # opens with a line of its own, as Qwen2.5-VL's does
@@ -185,8 +189,7 @@ def test_it_is_encoded_and_counted(processor):
 def test_training_and_evaluation_encode_with_it(processor):
     config = runs.config()
     config = replace(config, data=replace(config.data, system_prompt="think first"))
-    held: Any = SimpleNamespace(config=config, processor=processor)
-    got = trainer.Trainer._encode(held, row())
+    got = encoder(config.data, processor)(row())
     assert "system\nthink first" in processor.tokenizer.decode(got.input_ids)
 
 
@@ -304,7 +307,8 @@ def test_a_run_shows_records_and_exports_it(tmp_path):
 
 
 def test_ranks_that_read_different_prompts_stop(monkeypatch):
-    held: Any = SimpleNamespace(config=runs.config())
-    monkeypatch.setattr(trainer, "together", lambda action: [action(), "prompts/think"])
+    """As where one host lacks the file, whose name is then taken for the prompt."""
+    run: Any = SimpleNamespace(path=Path("run"), stage_dir=Path("run/stage2"))
+    monkeypatch.setattr(parallel, "together", lambda action: [action(), "prompts/think"])
     with pytest.raises(UserError, match=r"--data\.system-prompt is not the same on all ranks; put its file on every"):
-        trainer.Trainer._agree(held)
+        trainer.Trainer(runs.config(), run, torch.device("cpu"))

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from cosmo_rl.cpgd import trainer, update
+from cosmo_rl.cpgd.rollout import collect
 from cosmo_rl.cpgd.rollout.hf import HFEngine
 from cosmo_rl.cpgd.run.metrics import MetricsWriter, read_metrics
 from cosmo_rl.data.errors import UserError
@@ -288,7 +289,7 @@ def test_canary_stops_a_run(folder, data):
 
 FAULTS = {
     # name: (class and method, the rank that fails, the error)
-    "an image that one host lacks": (trainer, "encode_prompt", 1, UserError("row x: its image is gone; restore it")),
+    "an image that one host lacks": (collect, "encode_prompt", 1, UserError("row x: its image is gone; restore it")),
     "logits": (HFEngine, "_generate_batch", 1, UserError("prompt x: weights give NaN; lower the learning rate")),
     "the main rank's disk": (MetricsWriter, "append", 0, OSError(errno.ENOSPC, "No space left on device", "metrics")),
 }

@@ -16,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from cosmo_rl.data.collate import EncodedPrompt, TokenSequence
+from cosmo_rl.data.collate import EncodedPrompt, TokenSequence, encode_prompt
 from cosmo_rl.data.sampler import PromptSampler
 from cosmo_rl.data.schema import Row
 from cosmo_rl.model.load import Processor
@@ -24,7 +24,7 @@ from cosmo_rl.model.parallel import rank, together, world
 from cosmo_rl.model.policy import Policy
 
 from ..advantages import group_advantages
-from ..config import Config, ObjectiveConfig
+from ..config import Config, DataConfig, ObjectiveConfig
 from ..rewards.base import Evidence, Outcome, check_budget
 from ..rewards.format import answer_start
 from ..rewards.scorer import Scorer
@@ -40,6 +40,12 @@ Clock = dict[str, float]
 """Seconds by phase."""
 Pending = list[tuple[list[int], "Future[list[dict[str, Outcome]]]"]]
 """What this rank's scorer is at work on: indices of responses, and their outcomes to come."""
+
+
+def encoder(data: DataConfig, processor: Processor) -> Callable[[Row], EncodedPrompt]:
+    """How a run encodes a row, in training and evaluation."""
+    return lambda row: encode_prompt(row, processor, max_prompt_tokens=data.max_prompt_tokens,
+                                     max_image_pixels=data.max_image_pixels, system_prompt=data.system_prompt)
 
 
 def prompts_of(rows: Sequence[Row], numbers: Sequence[int],
