@@ -168,6 +168,11 @@ def test_plan_fills_one_microbatch_if_it_can():
     assert plan_microbatches([], max_tokens=9, layout="packed", world_size=2) == [[], []]
 
 
+def test_plan_gives_the_heavier_microbatch_to_the_lighter_rank():
+    plan = plan_microbatches([30] * 4 + [1] * 4, max_tokens=60, layout="padded", world_size=2)
+    assert plan == [[[0, 1], [4, 5, 6, 7]], [[2, 3], []]]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_plan_names_a_sequence_beyond_the_budget(layout):
     with pytest.raises(ValueError, match=r"601 tokens.*--batch.max-tokens 600.*max-new-tokens"):

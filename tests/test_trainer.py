@@ -279,12 +279,14 @@ def _spoil_engine() -> None:
     HFEngine.sync = spoiled
 
 
-def test_canary_stops_a_run(folder, data):
-    args = runs.small(*data, "--run-dir", folder / "canary")
+@pytest.mark.parametrize("updates", [1, 2])
+def test_canary_stops_a_run(folder, data, updates):
+    """By the old log-probs before the first step, or, of a rollout's first update, by those of the step itself."""
+    args = runs.small(*data, "--run-dir", folder / f"canary{updates}", "--optim.updates-per-rollout", updates)
     done = runs.train(args, folder / "logs", before=_spoil_engine)
     assert done.code == 1
     assert done.err[0].count("train.py: engine and trainer disagree on") == 1 and "#" in done.err[0], done.err
-    assert "Traceback" not in done.err[0] and not runs.lines_of(folder / "canary"), "stopped before the first step"
+    assert "Traceback" not in done.err[0] and not runs.lines_of(folder / f"canary{updates}"), "before the first line"
 
 
 FAULTS = {

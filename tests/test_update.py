@@ -267,7 +267,7 @@ def test_learning_rate():
 # -- every objective from scratch --------------------------------------------------------------------------------------
 
 VARIANTS = {
-    "cpgd": ("--objective.drift-coef", 0.5, "--objective.clip-schedule", 0.5),
+    "cpgd": ("--objective.drift-coef", 0.5, "--objective.clip-schedule", 0.5, "--objective.clip-eps-high", 0.3),
     "exact": ("--objective.drift", "exact", "--objective.drift-coef", 0.5, "--objective.aggregation", "token"),
     "grpo": ("--objective.name", "grpo", "--objective.dual-clip", 1.3),
     "ppo": ("--objective.name", "ppo", "--objective.weight", "equal", "--objective.aggregation", "sequence"),
@@ -394,7 +394,7 @@ def plain_loss(name, part, advantages, new, old):
         weight = {"exact": 1 / tokens, "ppo": 1 / (len(part) * length)}.get(name, 1 / (len(groups) * per_group))
         eps = torch.full((length,), 0.2, dtype=torch.float64)
         if name == "cpgd":
-            eps = 0.2 * (0.5 + 0.5 * torch.arange(1, length + 1) / length)
+            eps = (0.3 if a > 0 else 0.2) * (0.5 + 0.5 * torch.arange(1, length + 1) / length)
         probabilities = distribution.exp()
         finite = distribution.masked_fill(probabilities == 0, 0.0)
         h = -(probabilities * finite).sum(1)
