@@ -183,7 +183,7 @@ def test_the_parts_of_a_rollout_are_whole_groups_in_order():
     assert [part.num_prompts for part in parts] == [1, 2, 1, 1]
     assert parts[1].advantages == [21, 22, 23, 30, 31, 32, 33]
     assert parts[1].samples == [*groups[2][1:], *groups[3]]
-    assert [len(part.samples) for part in split_updates(failed, 1)] == [19]
+    assert [(len(part.samples), part.num_prompts) for part in split_updates(failed, 1)] == [(19, 5)]
     groups[0] = [replace(s, reward=None) for s in groups[0]]
     none_left = replace(failed, groups=tuple(map(tuple, groups)))
     assert [part.groups for part in split_updates(none_left, 4)] == [[2] * 3 + [3] * 4, [4] * 4, [5] * 4]
