@@ -26,7 +26,7 @@ from .rewards.build import RowNeeds, build_scorer
 from .rewards.scorer import Scorer
 from .rewards.word_rules import CAUTION, by_words
 from .rollout.collect import Clock, Collector, encoder, prompts_of, timed
-from .rollout.engine import open_engine
+from .rollout.engines import open_engine
 from .run.card import write_card
 from .run.checkpoint import check_state, load_latest, restore, save
 from .run.journal import Journal

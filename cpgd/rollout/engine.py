@@ -4,15 +4,12 @@ The hf engine (`hf.py`) is always there. An engine keeps nothing computed from o
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from cosmo_rl.data.errors import UserError
-from cosmo_rl.model.load import Processor, load_model
 
-from ..config import RolloutConfig
 from .values import Request, Response
 
 
@@ -41,19 +38,6 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free what the engine holds."""
         ...
-
-
-def open_engine(path: Path, processor: Processor, rollout: RolloutConfig, *, device: torch.device, dtype: torch.dtype,
-                **options: Any) -> Engine:
-    """The engine of a run, on this rank's device.
-
-    Args:
-        path: model folder, for the shapes; the weights come by `sync`. options: of `load_model`.
-    """
-    from .hf import HFEngine  # each engine at first use
-
-    model: Any = load_model(path, dtype=dtype, **options)
-    return HFEngine(model.to(device), processor, rollout)
 
 
 def generate(engine: Engine, requests: Sequence[Request], *, greedy: bool = False,
