@@ -1,5 +1,6 @@
 """From rows to a rollout: seeds, the ranks' shares, failed rewards, evidence of later rounds."""
 
+import time
 from concurrent.futures import Future
 from dataclasses import replace
 from types import SimpleNamespace
@@ -33,7 +34,7 @@ class Fixed:
     needs_policy = False
 
     def __init__(self, told=None):
-        self.told, self.seen = told or {}, []
+        self.told, self.seen, self.made = told or {}, [], []
 
     def submit(self, responses):
         self.seen += responses
@@ -43,7 +44,8 @@ class Fixed:
 
     def sample(self, response, outcomes, evidence=None):
         reward, terms, failure = combine(outcomes, {"a": 1.0, "b": 3.0})
-        return Sample(response=response, reward=reward, terms=terms, failure=failure)
+        self.made.append(Sample(response=response, reward=reward, terms=terms, failure=failure))
+        return self.made[-1]
 
 
 def collected(rows, scorer, engine=None, **changes):
@@ -78,18 +80,31 @@ def test_seeds_belong_to_run_stage_step_prompt_and_index():
 
 
 def test_responses_in_any_order_are_scored_once_and_find_their_place():
-    """What is trained on is the very response that the scorer saw."""
+    """What is trained on is the very response that the scorer saw, in the sample that it made of it."""
     scorer = Fixed()
     found = collected(runs.rollout().rows, scorer)
     assert [s.response.text for s in found.samples] == [s.response.request.id for s in found.samples]
     assert {id(r) for r in scorer.seen} == {id(s.response) for s in found.samples} and len(scorer.seen) == 24
+    assert set(map(id, scorer.made)) == set(map(id, found.samples)) and len(scorer.made) == 24
+
+
+def test_scoring_that_blocks_while_sampling_goes_on_is_no_time_of_the_rollout():
+    """As of a plain function of the user's; `clock` is what metrics.jsonl tells."""
+    class Slow(Fixed):
+        def submit(self, responses):
+            time.sleep(0.1)
+            return super().submit(responses)
+
+    config, clock = runs.config(), {"rollout": 5.0}
+    runs.collector(runs.rollout().rows, Recorded(), Slow(), config).collect(5, clock)
+    assert 0.8 <= clock["reward"] < 5 and 5 <= clock["rollout"] < 5.4, clock  # 8 batches
 
 
 def test_ranks_share_whole_batches(monkeypatch):
     """Two ranks' parts are the one rank's responses, bit for bit; each rank scores what it samples."""
     record = runs.rollout()
     requests = [s.response.request for s in record.samples]
-    whole, _ = sample(record.engine, requests, 5, Fixed())
+    whole, _ = sample(record.engine, requests, 5, Fixed(), {})
     parts, seen = [], []
     monkeypatch.setattr(collect, "world", lambda: 2)
     filler = dict.fromkeys(range(24), (np.array([1]), np.zeros(1), "", "stop", 0))
@@ -97,7 +112,7 @@ def test_ranks_share_whole_batches(monkeypatch):
         scorer = Fixed()
         monkeypatch.setattr(collect, "rank", lambda number=number: number)
         monkeypatch.setattr(collect, "together", lambda action: [filler, parts.append(action()) or parts[-1]])
-        _, pending = sample(record.engine, requests, 5, scorer)
+        _, pending = sample(record.engine, requests, 5, scorer, {})
         assert sorted(i for indices, _ in pending for i in indices) == sorted(parts[-1])
         assert [r.request for r in scorer.seen] == [requests[i] for indices, _ in pending for i in indices]
         seen.append(len(scorer.seen))

@@ -1,9 +1,12 @@
 """Batches of a rollout: every request once, like lengths together, the same batches on any number of ranks."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 
-from cosmo_rl.cpgd.rollout.engine import form_batches
+from cosmo_rl.cpgd.rollout.engine import form_batches, generate
 
 
 def test_batches_hold_every_request_once_in_order_of_length():
@@ -28,6 +31,19 @@ def test_a_rank_that_gets_whole_batches_forms_the_same_ones(world_size):
         mine = batches[rank::world_size]
         flat = [i for batch in mine for i in batch]
         assert [[flat[i] for i in batch] for batch in form_batches([lengths[i] for i in flat], 8)] == mine
+
+
+def test_what_an_engine_gives_in_any_order_comes_in_that_of_the_requests():
+    class Backwards:
+        def stream(self, requests, *, greedy, batch_size):
+            assert greedy and batch_size == 2
+            for request in reversed(requests):
+                yield [SimpleNamespace(request=request)]
+
+    requests: list[Any] = [SimpleNamespace(number=i) for i in range(5)]
+    engine: Any = Backwards()
+    found = generate(engine, requests, greedy=True, batch_size=2)
+    assert [response.request for response in found] == requests and found[0].request is requests[0]
 
 
 def test_a_batch_size_below_one_is_refused():

@@ -169,6 +169,18 @@ def test_a_worker_that_died_while_idle_is_replaced(workers):
     assert compare(workers, [TWO, TWO, TWO]) == [Score(1.0)] * 3
 
 
+def test_a_thread_that_finds_the_last_idle_worker_taken_starts_one():
+    """Between its look and its pop: the list says that there is one, and has none."""
+    class Taken(list):
+        def __bool__(self):
+            return True
+
+    pool = Workers(1)
+    pool._idle = Taken()
+    assert compare(pool, [TWO]) == [Score(1.0)] and len(pool._all) == 1
+    pool.close()
+
+
 def test_a_worker_killed_at_work_is_no_zero():
     pool = Workers(1, cpu_s=30.0)
     compare(pool, [TWO])

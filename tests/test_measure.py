@@ -17,9 +17,8 @@ WATCHING = {"every": 4, "guard": "warn"}
 def told(monkeypatch):
     """What is asked for and written, in order, with an engine that answers each suite by its name."""
     told: list[Any] = []
-    monkeypatch.setattr(measure, "load_rows", lambda paths, **_: list(paths))
-    monkeypatch.setattr(measure, "eval_suite", lambda config, split, load, left_out=None: (
-        {"general": load(config.data.eval_path)} if config.data.eval_path else {"general": [split]}))
+    monkeypatch.setattr(measure, "eval_suite", lambda config, split, rows, left_out=None: (
+        {"general": [split] if rows is None else rows}))
     monkeypatch.setattr(measure, "evaluate", lambda engine, suite, *_: told.append(suite["general"][0]) or ([], []))
     monkeypatch.setattr(measure, "write_measured", lambda folder, when, *_: told.append(when))
     return told
@@ -29,7 +28,8 @@ def measurements(told, folder, data=(), stage: Literal[0, 2] = 2, **settings):
     metrics: Any = SimpleNamespace(append=lambda name, line: told.append((name, line["step"])))
     nothing: Any = None
     config = Config(stage=stage, eval=EvalConfig(**settings), data=DataConfig(eval_path=data))
-    return Measurements(config, nothing, nothing, nothing, lambda: told.append("sync"), folder, metrics)
+    rows: Any = list(data) or None
+    return Measurements(config, rows, nothing, nothing, nothing, lambda: told.append("sync"), folder, metrics)
 
 
 def test_one_evaluation_serves_report_and_guard(told, tmp_path):

@@ -15,8 +15,8 @@ from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.terminal import printable
 
 
-def sample(domain, group, reward, **terms) -> Any:
-    return SimpleNamespace(row=SimpleNamespace(domain=domain), group=group, reward=reward, terms=terms)
+def sample(domain, reward, **terms) -> Any:
+    return SimpleNamespace(row=SimpleNamespace(domain=domain), reward=reward, terms=terms)
 
 
 def line(step, **more):
@@ -28,13 +28,13 @@ def line(step, **more):
 
 
 def test_reward_stats_by_hand():
-    samples = [
-        sample("safety", 0, 1.0, format=1.0, helpful=0.0), sample("safety", 0, 0.0, format=1.0),
-        sample("safety", 1, 0.5, format=0.0), sample("safety", 1, 0.5, format=1.0),
-        sample("safety", 1, None, format=0.0),  # failed: not a zero
-        sample("general", 2, 1.0),
-    ]
-    stats = reward_stats(samples)
+    stats = reward_stats([
+        (sample("safety", 1.0, format=1.0, helpful=0.0), sample("safety", 0.0, format=1.0)),
+        (sample("safety", 0.5, format=0.0), sample("safety", 0.5, format=1.0),
+         sample("safety", None, format=0.0)),  # failed: not a zero
+        (sample("general", 1.0),),
+        (sample("lost", None),),
+    ])
     assert list(stats) == ["general", "safety"]
     assert stats["general"] == {"reward": {"mean": 1.0, "std": 0.0, "saturated": 1.0}}
     safety = stats["safety"]
@@ -44,10 +44,10 @@ def test_reward_stats_by_hand():
 
 
 def test_saturation_is_to_one_millionth():
-    near = [sample("a", 0, 0.9), sample("a", 0, 0.9 + 9e-7)]
-    assert reward_stats(near)["a"]["reward"]["saturated"] == 1.0
-    far = [sample("a", 0, 0.9), sample("a", 0, 0.9 + 2e-6)]
-    assert reward_stats(far)["a"]["reward"]["saturated"] == 0.0
+    near = sample("a", 0.9), sample("a", 0.9 + 9e-7)
+    assert reward_stats([near])["a"]["reward"]["saturated"] == 1.0
+    far = sample("a", 0.9), sample("a", 0.9 + 2e-6)
+    assert reward_stats([far])["a"]["reward"]["saturated"] == 0.0
 
 
 def test_rewind_and_go_on_is_bitwise_the_uninterrupted_file(tmp_path):

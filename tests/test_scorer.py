@@ -16,6 +16,7 @@ from cosmo_rl.cpgd.rewards.build import RowNeeds, build_scorer
 from cosmo_rl.cpgd.rewards.function import UserFunction
 from cosmo_rl.cpgd.rewards.scorer import Scorer
 from cosmo_rl.cpgd.rollout.values import Response
+from cosmo_rl.data.errors import UserError
 
 FOUR = ("safework_safety", "safework_value", "safework_knowledge", "helpful")
 
@@ -95,7 +96,8 @@ def test_verify_tells_of_every_server():
                                                 *entries("http://127.0.0.1:1", "general", more=",attempts=1"))), [])
         with pytest.raises(EndpointError, match=r"does not serve this model but other.* \| .*ConnectError") as error:
             scorer.verify()
-    assert isinstance(error.value, ValueError), "rundir.together tells ValueErrors to all ranks"
+    assert isinstance(error.value, UserError), "which `together` tells to all ranks"
+    scorer.close()
 
 
 class Said:

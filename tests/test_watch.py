@@ -4,8 +4,10 @@ import json
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
+from cosmo_rl.cpgd.rollout.values import Rollout
 from cosmo_rl.cpgd.run.watch import CONSTANT_ROLLOUTS, NO_GRADIENT_STEPS, Watch
 
 
@@ -15,8 +17,16 @@ def sample(group: int, reward: float | None, advantage: float = 0.0, domain: str
                            row=SimpleNamespace(domain=domain), response=SimpleNamespace(finish_reason=reason))
 
 
-def rollout(watch: Watch, samples: list[Any]) -> list[str]:
-    return watch.rollout(samples, samples, 24)
+def grouped(samples: list[Any]) -> tuple[tuple[Any, ...], ...]:
+    return tuple(tuple(s for s in samples if s.group == number) for number in sorted({s.group for s in samples}))
+
+
+def rollout(watch: Watch, samples: list[Any], first: list[Any] | None = None) -> list[str]:
+    """What is said of these samples, in groups by their numbers; of others as the first, where they are given."""
+    groups = grouped(samples)
+    return watch.rollout(Rollout(
+        version=0, groups=groups, first=grouped(samples if first is None else first), sampled_tokens=0, refill={},
+        advantages=tuple(np.array([s.advantage for s in group]) for group in groups)), 24)
 
 
 GOOD = [sample(0, 1.0, 0.5), sample(0, 0.0, -0.5), sample(1, 1.0, 0.5), sample(1, 0.5, -0.5)]
@@ -48,7 +58,7 @@ def test_half_is_not_most():
 def test_what_is_trained_on_decides_and_what_was_drawn_first_is_described():
     """Dynamic sampling: all groups drawn first are degenerate, their replacements are not."""
     cut = [sample(0, 1.0, reason="length") for _ in range(4)]
-    (said,) = Watch().rollout(GOOD, cut, 24)
+    (said,) = rollout(Watch(), GOOD, cut)
     assert said.startswith("4 of 4 responses")
 
 

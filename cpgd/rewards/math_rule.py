@@ -163,11 +163,12 @@ class Workers:
 
     def _free(self) -> subprocess.Popen[bytes]:
         """An idle worker that lives, or a new one."""
-        while self._idle:
-            worker = self._idle.pop()
-            if worker.poll() is None:
-                return worker
-            self._end(worker)
+        with suppress(IndexError):  # not asked before: another thread may take the last one in between
+            while True:
+                worker = self._idle.pop()
+                if worker.poll() is None:
+                    return worker
+                self._end(worker)
         # Python orders sets of strings by a random seed of each process, and sympy its terms by them.
         environment = {**os.environ, "PYTHONHASHSEED": "0", "SYMPY_GROUND_TYPES": "python"}
         worker = subprocess.Popen(

@@ -77,7 +77,7 @@ def dealt(batches: Sequence[Sequence[T]], work: Callable[[Sequence[Sequence[T]]]
 
 
 def sample(engine: Engine, requests: Sequence[Request], batch_size: int, scorer: Scorer,
-           ) -> tuple[list[Response], Pending]:
+           clock: Clock) -> tuple[list[Response], Pending]:
     """One response per request on every rank, in the order of the requests; each rank's are being scored already."""
     own: dict[int, Response] = {}
     pending: Pending = []
@@ -86,7 +86,8 @@ def sample(engine: Engine, requests: Sequence[Request], batch_size: int, scorer:
         index = {id(requests[i]): i for batch in batches for i in batch}
         for part in engine.stream([requests[i] for batch in batches for i in batch], batch_size=batch_size):
             done = {index[id(response.request)]: response for response in part}
-            pending.append((list(done), scorer.submit(part)))
+            with timed(clock, "reward"):  # a plain function of the user's is called here
+                pending.append((list(done), scorer.submit(part)))
             own.update(done)
         # the request is there on every rank, pictures and all
         return {i: (r.ids, r.logprobs, r.text, r.finish_reason, r.version) for i, r in own.items()}
@@ -108,13 +109,15 @@ def score(responses: Sequence[Response], pending: Pending, scorer: Scorer,
     Args:
         evidence: by index, for a scorer that `needs_policy`.
     """
+    mine: dict[int, Sample] = {}
+
     def own() -> dict[int, tuple]:
-        scored = {i: scorer.sample(responses[i], outcomes, evidence.get(i))
-                  for indices, future in pending for i, outcomes in zip(indices, future.result(), strict=True)}
-        return {i: (s.reward, s.terms, s.failure) for i, s in scored.items()}
+        mine.update((i, scorer.sample(responses[i], outcomes, evidence.get(i)))
+                    for indices, future in pending for i, outcomes in zip(indices, future.result(), strict=True))
+        return {i: (s.reward, s.terms, s.failure) for i, s in mine.items()}
 
     found = {i: scored for part in together(own) for i, scored in part.items()}
-    return [Sample(response=response, reward=found[i][0], terms=found[i][1], failure=found[i][2])
+    return [mine.get(i) or Sample(response=response, reward=found[i][0], terms=found[i][1], failure=found[i][2])
             for i, response in enumerate(responses)]
 
 
@@ -182,7 +185,7 @@ class Collector:
             prompts = prompts_of(self.rows, numbers, self.encode)
             requests = self._requests(prompts, version, Counter(s.row.id for s in sampled))
         with timed(clock, "rollout"):
-            responses, pending = sample(self.engine, requests, self.config.rollout.batch_size, self.scorer)
+            responses, pending = sample(self.engine, requests, self.config.rollout.batch_size, self.scorer, clock)
         with timed(clock, "reward"):
             evidence = {}
             if self.scorer.needs_policy:
@@ -210,7 +213,8 @@ class Collector:
 
 @contextmanager
 def timed(clock: Clock, phase: str) -> Iterator[None]:
-    """Add the seconds of a block to its phase."""
-    started = perf_counter()
+    """Add the seconds of a block to its phase, but for those that it spends in blocks of others."""
+    started, others = perf_counter(), sum(clock.values())
     yield
-    clock[phase] = clock.get(phase, 0.0) + perf_counter() - started
+    others = sum(clock.values()) - others
+    clock[phase] = clock.get(phase, 0.0) + perf_counter() - started - others
