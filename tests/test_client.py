@@ -759,6 +759,18 @@ def test_nothing_that_openai_finds_in_the_environment_is_sent(monkeypatch):
                                "user-agent": "cosmo-rl", **own}
 
 
+@pytest.mark.parametrize(("name", "value"), [("HTTP_PROXY", f"foo://me:{SECRET}@x"), ("ALL_PROXY", "bar://x"),
+                                             ("SSL_CERT_FILE", "/nowhere")])
+def test_a_proxy_that_cannot_be_used_is_told_without_its_password(monkeypatch, name, value):
+    for one in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(one, raising=False)
+        monkeypatch.delenv(one.lower(), raising=False)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(EndpointError, match="in the environment cannot be used; correct it") as error:
+        use("https://h" if "SSL" in name else "http://h", ask, attempts=1)
+    assert SECRET not in "".join(traceback.format_exception(error.value))
+
+
 def test_a_server_s_cookies_are_not_sent_back():
     async def action(endpoint: Endpoint) -> None:
         await asyncio.gather(ask(endpoint), endpoint.verify(), endpoint.classify("text"))

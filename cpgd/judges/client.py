@@ -244,8 +244,13 @@ class Endpoint:
         loop = asyncio.get_running_loop()
         assert self._loop in (None, loop), "an Endpoint is used from one event loop, until aclose"
         if self._client is None:
+            try:
+                http = _Http(self)
+            except (ValueError, ImportError, OSError):  # their texts may hold the proxy's password
+                raise EndpointError(f"{self}: a proxy (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY) or SSL_CERT_FILE in the "
+                                    "environment cannot be used; correct it, or name the host in NO_PROXY") from None
             self._loop, self._client = loop, self._openai.AsyncOpenAI(
-                api_key="none", base_url=self.url, max_retries=self.attempts - 1, timeout=None, http_client=_Http(self))
+                api_key="none", base_url=self.url, max_retries=self.attempts - 1, timeout=None, http_client=http)
         _TRIES.set(tries := _Tries())
         try:
             response = await (self._client.get(path, cast_to=httpx2.Response) if wire is None else
