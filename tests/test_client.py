@@ -131,6 +131,7 @@ def test_a_reply_of_another_format_is_named(oracle, message):
     {}, [], "text", 1, None, {"model": "judge"}, {"model": "judge", "choices": []},
     {"model": "judge", "choices": [{"message": {}}]}, {"model": "judge", "choices": [{"message": {"content": 3}}]},
     {"choices": [{"message": {"content": "good"}}]},
+    *({"model": "judge", "choices": [{"message": {"content": content}}]} for content in ({}, [], 0, False)),
     *({"model": "judge", "choices": [{"message": {"content": "good"}, "logprobs": {"content": [
         {"token": "good", "top_logprobs": [{"token": "good", "logprob": logprob}]}]}}]}
       for logprob in (3.0, "nan", "-0.1", True, None, math.inf, math.nan, 10 ** 400)),

@@ -101,7 +101,8 @@ def _chat(payload: Any, model: str, cached: bool) -> ChatReply:
     choice = payload["choices"][0]
     if choice.get("finish_reason") in ("abort", "error"):  # with status 200, under load or at a restart
         raise AttemptError("given_up", "the server gave the reply up", "see the server's log")
-    text = choice["message"]["content"] or ""  # null: the server's reasoning parser found no answer
+    text = choice["message"]["content"]
+    text = "" if text is None else text  # null: the server's reasoning parser found no answer
     if not isinstance(text, str):
         raise TypeError
     text.encode()  # half a character, as "\\ud800", can be neither written nor asked about: a UnicodeEncodeError
