@@ -18,7 +18,7 @@ CHAT = sorted(chat_judges())
 
 @pytest.fixture(autouse=True)
 def short_backoff(monkeypatch):
-    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr("cosmo_rl.cpgd.judges.client.BACKOFF_S", 0.01)
     monkeypatch.setattr(check, "Console", lambda: Console(width=200))
 
 

@@ -29,8 +29,10 @@ from fault_server import KINDS, FaultServer
 from PIL import Image
 
 from cosmo_rl.cpgd.judges import client, replies
-from cosmo_rl.cpgd.judges.client import Endpoint, EndpointDown, EndpointError, LoopThread, Pace, data_uri
-from cosmo_rl.cpgd.judges.replies import ChatReply, DiskCache
+from cosmo_rl.cpgd.judges import loop as loop_module
+from cosmo_rl.cpgd.judges.client import Endpoint, EndpointDown, EndpointError, Pace, data_uri
+from cosmo_rl.cpgd.judges.loop import LoopThread
+from cosmo_rl.cpgd.judges.replies import AttemptError, ChatReply, DiskCache
 from cosmo_rl.data.errors import MissingPackage
 from cosmo_rl.data.schema import RowError
 
@@ -40,7 +42,7 @@ ASK = [{"role": "user", "content": "good or bad"}]
 
 @pytest.fixture(autouse=True)
 def short_backoff(monkeypatch):
-    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr(client, "BACKOFF_S", 0.01)
 
 
 def use(server: FaultServer | str, action: Callable[[Endpoint], Coroutine[Any, Any, Any]], **options: Any) -> Any:
@@ -129,6 +131,7 @@ def test_a_reply_of_another_format_is_named(oracle, message):
     {}, [], "text", 1, None, {"model": "judge"}, {"model": "judge", "choices": []},
     {"model": "judge", "choices": [{"message": {}}]}, {"model": "judge", "choices": [{"message": {"content": 3}}]},
     {"choices": [{"message": {"content": "good"}}]},
+    *({"model": "judge", "choices": [{"message": {"content": content}}]} for content in ({}, [], 0, False)),
     *({"model": "judge", "choices": [{"message": {"content": "good"}, "logprobs": {"content": [
         {"token": "good", "top_logprobs": [{"token": "good", "logprob": logprob}]}]}}]}
       for logprob in (3.0, "nan", "-0.1", True, None, math.inf, math.nan, 10 ** 400)),
@@ -344,6 +347,41 @@ def test_the_pause_that_a_server_asks_for_is_kept(monkeypatch):
         with FaultServer(script=["429"], retry_after=told) as server, pytest.raises(
                 EndpointError, match=rf"1 attempts failed, .* HTTP 429 .* a pause of {told[:20]}.* s: try again"):
             use(server, ask)
+
+
+def test_the_waits_between_attempts_are_ours(monkeypatch):
+    """openai's own begin at half a second, and their jitter draws from the state that checkpoints keep."""
+    monkeypatch.setattr("openai._base_client.random", lambda: 1 / 0)
+    for fault in ("500", "429", "malformed"):
+        with FaultServer(script=[fault] * 6) as server:
+            started = time.monotonic()
+            use(server, ask)
+            assert time.monotonic() - started < 4.0 and server.calls == 7
+
+
+def test_waits_double_from_a_quarter_second_and_end_within_what_openai_keeps(monkeypatch):
+    monkeypatch.setattr(client, "BACKOFF_S", 0.25)
+    tries, most = client._Tries(), []
+    for told in [0.0] * 9 + [100.0, 119.9, 120.0, 121.0, 1e9]:
+        tries.failing(AttemptError("http_429", "", "", told))
+        waits = [tries.wait_s for _ in range(300)]
+        assert min(waits) >= told and (told > 110 or max(waits) - min(waits) > 0.5 * min(0.25 * 2 ** len(most), 16.0))
+        most.append(max(waits))
+    assert all(wait <= 0.25 * 2 ** n for n, wait in enumerate(most[:7])) and max(most[:9]) <= 16.0
+    assert max(most[:12]) <= 120.0 and most[12:] == [121.0, 1e9]
+
+
+def test_only_cuts_give_a_call_more_time(monkeypatch):
+    monkeypatch.setattr(client, "PACE_FLOOR_S", 0.3)
+
+    async def action(endpoint: Endpoint) -> float:
+        endpoint.pace = paced(60.0, [0.01] * 40)
+        started = time.monotonic()
+        await ask(endpoint)
+        return time.monotonic() - started
+
+    with FaultServer(script=["500"] * 4 + ["slow"]) as server:
+        assert use(server, action, timeout_s=60.0) < 0.3 * 2 ** 3 and server.counts["slow"] == 1
 
 
 def test_the_number_in_flight_is_bounded():
@@ -722,6 +760,18 @@ def test_nothing_that_openai_finds_in_the_environment_is_sent(monkeypatch):
                                "user-agent": "cosmo-rl", **own}
 
 
+@pytest.mark.parametrize(("name", "value"), [("HTTP_PROXY", f"foo://me:{SECRET}@x"), ("ALL_PROXY", "bar://x"),
+                                             ("SSL_CERT_FILE", "/nowhere")])
+def test_a_proxy_that_cannot_be_used_is_told_without_its_password(monkeypatch, name, value):
+    for one in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(one, raising=False)
+        monkeypatch.delenv(one.lower(), raising=False)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(EndpointError, match="in the environment cannot be used; correct it") as error:
+        use("https://h" if "SSL" in name else "http://h", ask, attempts=1)
+    assert SECRET not in "".join(traceback.format_exception(error.value))
+
+
 def test_a_server_s_cookies_are_not_sent_back():
     async def action(endpoint: Endpoint) -> None:
         await asyncio.gather(ask(endpoint), endpoint.verify(), endpoint.classify("text"))
@@ -886,7 +936,7 @@ def test_a_task_that_ends_the_interpreter_ends_no_other(error):
 
 @pytest.mark.filterwarnings("ignore:coroutine")
 def test_a_thread_that_does_not_end_holds_nobody_up(monkeypatch):
-    monkeypatch.setattr(client, "CLOSE_S", 0.2)
+    monkeypatch.setattr(loop_module, "CLOSE_S", 0.2)
     loop, release = LoopThread(), threading.Event()
 
     async def blocking() -> None:

@@ -67,7 +67,7 @@ def dying_after(server, calls):
 
 @pytest.fixture(autouse=True)
 def short_backoff(monkeypatch):
-    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr("cosmo_rl.cpgd.judges.client.BACKOFF_S", 0.01)
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ from fault_server import FaultServer, text_of
 from scoring import ROW, SEEN, UNSAFE, entries, response, scorer_of
 
 from cosmo_rl.cpgd.config import RewardConfig
-from cosmo_rl.cpgd.judges.client import Endpoint, LoopThread
+from cosmo_rl.cpgd.judges.client import Endpoint
 from cosmo_rl.cpgd.judges.judge import JudgeClient, ScalarJudge, chat_judges
+from cosmo_rl.cpgd.judges.loop import LoopThread
 from cosmo_rl.cpgd.rewards.base import Failed, NotApplicable, Outcome, Score, Term
 from cosmo_rl.cpgd.rewards.judge_terms import Hybrid, SafeGRPO, qwen3guard_hybrid, safegrpo
 from cosmo_rl.data.schema import Row
@@ -19,7 +20,7 @@ LOOP = LoopThread()
 
 @pytest.fixture(autouse=True)
 def short_backoff(monkeypatch):
-    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr("cosmo_rl.cpgd.judges.client.BACKOFF_S", 0.01)
 
 
 def terms_of(server: FaultServer, *names: str, more: str = ",attempts=3", **options: Any) -> dict[str, Term]:

@@ -23,7 +23,7 @@ FOUR = ("safework_safety", "safework_value", "safework_knowledge", "helpful")
 
 @pytest.fixture(autouse=True)
 def short_backoff(monkeypatch):
-    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr("cosmo_rl.cpgd.judges.client.BACKOFF_S", 0.01)
 
 
 def rollout(count: int) -> list[Response]:

@@ -4,7 +4,7 @@ A call:     disk cache -> openai, which makes attempts until one succeeds -> dis
 An attempt: slot (bounded number in flight) -> breaker -> HTTP, within the time that replies usually take -> strict read
 
 An attempt fails by a time-out, a broken connection, 408, 429, 5xx and whatever replies.py refuses. Between attempts
-openai waits: as long as Retry-After says, or with exponential backoff. Other statuses are answers, and end the call.
+openai waits: as long as `_Tries.wait_s` says. Other statuses are answers, and end the call.
 
 An API key comes from an environment variable only. It is in no message, log line or cache entry, and openai does not
 know it: requests are made here of method, URL and body, so that nothing else that openai finds in the environment (a
@@ -12,7 +12,6 @@ key for OpenAI's servers, an organization, custom headers) goes to a judge.
 """
 
 import asyncio
-import atexit
 import base64
 import hashlib
 import io
@@ -20,16 +19,16 @@ import json
 import logging
 import math
 import os
+import random
 import re
 import ssl
-import threading
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import Future, wait
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import httpx2
@@ -47,7 +46,6 @@ from .spec import BASE, VARIABLE, base_url
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
-T = TypeVar("T")
 Messages = Sequence[Mapping[str, Any]]
 """OpenAI chat messages; a picture is a part {"type": "image", "image": ImageSource}."""
 
@@ -59,8 +57,8 @@ KEPT_PICTURES = 32
 """Encoded pictures held in memory: the responses of a group share theirs."""
 PACE_REPLIES, PACE_FLOOR_S = 32, 1.0
 """Replies after which their usual time is known; no attempt is cut before the floor."""
-CLOSE_S = 10.0
-"""Longest wait for a loop to end."""
+BACKOFF_S, DOUBLINGS, MAX_PAUSE_S = 0.25, 6, 120.0
+"""Longest wait after a first failure, how often it is doubled at most, and the longest pause that openai keeps."""
 
 for _name in ("openai", "httpx2"):  # at INFO they write a line a call, a thousand a rollout
     logging.getLogger(_name).setLevel(logging.WARNING)
@@ -246,15 +244,46 @@ class Endpoint:
         loop = asyncio.get_running_loop()
         assert self._loop in (None, loop), "an Endpoint is used from one event loop, until aclose"
         if self._client is None:
+            try:
+                http = _Http(self)
+            except (ValueError, ImportError, OSError):  # their texts may hold the proxy's password
+                raise EndpointError(f"{self}: a proxy (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY) or SSL_CERT_FILE in the "
+                                    "environment cannot be used; correct it, or name the host in NO_PROXY") from None
             self._loop, self._client = loop, self._openai.AsyncOpenAI(
-                api_key="none", base_url=self.url, max_retries=self.attempts - 1, timeout=None, http_client=_Http(self))
+                api_key="none", base_url=self.url, max_retries=self.attempts - 1, timeout=None, http_client=http)
+        _TRIES.set(tries := _Tries())
         try:
             response = await (self._client.get(path, cast_to=httpx2.Response) if wire is None else
                               self._client.post(path, cast_to=httpx2.Response, content=wire))
-        except self._openai.APIStatusError as error:
-            problem, failed = (error.response.extensions[name] for name in ("problem", "failed"))
-            raise EndpointError(f"{self}: {failed} attempts failed, the last: {problem}; {problem.mend}") from None
+        except self._openai.APIStatusError:
+            raise EndpointError(f"{self}: {tries.failed} attempts failed, the last: {tries.last}; "
+                                f"{tries.last.mend}") from None
         return response.extensions["reply"]
+
+
+class _Tries:
+    """The attempts of one call that failed; `cuts` as in `Pace.limit`."""
+
+    last: AttemptError
+
+    def __init__(self) -> None:
+        self.failed = self.cuts = 0
+
+    def failing(self, problem: AttemptError) -> None:
+        self.failed, self.cuts, self.last = self.failed + 1, self.cuts + (problem.kind == "cut"), problem
+
+    @property
+    def wait_s(self) -> float:
+        """The server's pause and a backoff, drawn from 0 up so that calls which failed at once do not return at once.
+
+        openai's own begins at half a second, and the last calls of a rollout wait for nothing else.
+        """
+        backoff_s = _JITTER.uniform(0.0, BACKOFF_S * 2 ** min(self.failed - 1, DOUBLINGS))
+        return min(self.last.wait_s + backoff_s, max(self.last.wait_s, MAX_PAUSE_S))
+
+
+_JITTER = random.Random()  # not the process's own, on whose state a run may depend
+_TRIES: ContextVar[_Tries] = ContextVar("tries")  # openai tells one call from another to nobody
 
 
 class _Http(httpx2.AsyncClient):
@@ -276,7 +305,7 @@ class _Http(httpx2.AsyncClient):
         While the server is taken for dead it does not end: a server's absence is no call's fault, and the breaker's
         patience bounds it.
         """
-        end, retries = self.endpoint, int(request.headers["x-stainless-retry-count"])
+        end, tries = self.endpoint, _TRIES.get()
         bare = httpx2.Request(request.method, request.url, headers=self.allowed, content=request.content)
         while True:
             async with end.slots:
@@ -284,7 +313,7 @@ class _Http(httpx2.AsyncClient):
                 started = time.monotonic()
                 try:
                     # A probe has all the time there is: a server that comes back may be slow at first.
-                    async with end.pace.timed(retries if end.breaker.opened is None else math.inf):
+                    async with end.pace.timed(tries.cuts if end.breaker.opened is None else math.inf):
                         reply = await self._exchange(bare)
                 except AttemptError as error:
                     problem = error
@@ -299,8 +328,8 @@ class _Http(httpx2.AsyncClient):
             elif problem.kind != "cut":
                 end.counts["opened"] += end.breaker.failed(str(problem))
             if end.breaker.opened is None:
-                return httpx2.Response(503, request=request, headers={"Retry-After": problem.retry_after},
-                                       extensions={"problem": problem, "failed": retries + 1})
+                tries.failing(problem)
+                return httpx2.Response(503, request=request, headers={"Retry-After": f"{tries.wait_s:.9f}"})
 
     async def _exchange(self, request: httpx2.Request) -> tuple[Any, Any]:
         """(JSON of the reply, what it says)
@@ -378,7 +407,7 @@ class Pace:
     """How long a reply may take: `timeout_s`, and less once it is known how long replies take.
 
     A call that hangs holds a slot for nothing. So an attempt is cut at twice the 99th percentile of the latest replies,
-    doubled with each attempt of its call, and at `timeout_s` in any case. Attempts that are under way when this becomes
+    doubled with each cut of its call, and at `timeout_s` in any case. Attempts that are under way when this becomes
     known are cut too. A cut is no sign of a dead server: it may have slowed down. The percentile is a high one since
     some requests, as those with pictures, always take longer. (httpx2's own time-outs start again with each byte.)
     """
@@ -389,18 +418,18 @@ class Pace:
         self._usual = math.inf
         self._running: dict[asyncio.Timeout, tuple[float, float]] = {}
 
-    def limit(self, retries: float) -> float:
-        """Seconds for an attempt after so many; with infinity `timeout_s`."""
-        return min(max(2 * self._usual, PACE_FLOOR_S) * 2 ** retries, self.timeout_s)
+    def limit(self, cuts: float) -> float:
+        """Seconds for an attempt of a call that was cut so often; with infinity `timeout_s`."""
+        return min(max(2 * self._usual, PACE_FLOOR_S) * 2 ** cuts, self.timeout_s)
 
     @asynccontextmanager
-    async def timed(self, retries: float) -> AsyncIterator[None]:
+    async def timed(self, cuts: float) -> AsyncIterator[None]:
         """Around an attempt; raises AttemptError when it is cut, and learns from one that ends well."""
         now = asyncio.get_running_loop().time
         started = now()
         try:
-            async with asyncio.timeout(self.limit(retries)) as timeout:
-                self._running[timeout] = started, retries
+            async with asyncio.timeout(self.limit(cuts)) as timeout:
+                self._running[timeout] = started, cuts
                 try:
                     yield
                 finally:
@@ -417,53 +446,10 @@ class Pace:
         if len(self._seconds) < PACE_REPLIES:
             return
         self._usual = sorted(self._seconds)[int(0.99 * len(self._seconds))]
-        for timeout, (started, retries) in self._running.items():
+        for timeout, (started, cuts) in self._running.items():
             when = timeout.when()
             if when is not None and not timeout.expired():
-                timeout.reschedule(min(when, started + self.limit(retries)))
-
-
-class LoopThread:
-    """An event loop in a daemon thread: synchronous code submits calls, goes on, and collects the results later."""
-
-    def __init__(self) -> None:
-        self._loop, self._closing = asyncio.new_event_loop(), False
-        self._thread = threading.Thread(target=self._run, name="endpoint-loop", daemon=True)
-        self._thread.start()
-        atexit.register(self.close)
-
-    def submit(self, coroutine: Coroutine[Any, Any, T]) -> "Future[T]":
-        """Start `coroutine`; its result or its error comes through the future."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-
-    def close(self, last: Callable[[], Coroutine[Any, Any, None]] | None = None) -> None:
-        """Cancel what still runs, then run `last`, and end the thread; a second time it does nothing."""
-        if self._closing:
-            return
-        atexit.unregister(self.close)
-        ending = self.submit(_finish(last))
-        wait([ending], timeout=CLOSE_S)
-        self._closing = True
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(timeout=CLOSE_S)
-        if not self._thread.is_alive():  # else it ends with the process
-            self._loop.close()
-        if ending.done():
-            ending.result()  # what it raised
-
-    def _run(self) -> None:
-        while not self._closing:
-            with suppress(SystemExit, KeyboardInterrupt):  # by a task: its own call fails of it, and no other
-                self._loop.run_forever()
-
-
-async def _finish(last: Callable[[], Coroutine[Any, Any, None]] | None) -> None:
-    others = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in others:  # before `last`, or they would connect again
-        task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)
-    if last:
-        await last()
+                timeout.reschedule(min(when, started + self.limit(cuts)))
 
 
 def data_uri(source: ImageSource, max_pixels: int = MAX_PIXELS) -> str:

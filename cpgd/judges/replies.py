@@ -34,15 +34,15 @@ REDACT_LENGTH = 8
 class AttemptError(Exception):
     """An attempt failed, and another one may succeed."""
 
-    def __init__(self, kind: str, reason: str, mend: str, retry_after: str = "") -> None:
+    def __init__(self, kind: str, reason: str, mend: str, wait_s: float = 0.0) -> None:
         """
         Args:
             kind: for counting: timeout, cut, connection, http_STATUS, compressed, too_long, no_json, other_format,
                 other_model, given_up.
-            retry_after: pause that the server asks for, in seconds; empty: none.
+            wait_s: pause that the server asks for, in seconds.
         """
         super().__init__(reason)
-        self.kind, self.mend, self.retry_after = kind, mend, retry_after
+        self.kind, self.mend, self.wait_s = kind, mend, wait_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,8 @@ def _chat(payload: Any, model: str, cached: bool) -> ChatReply:
     choice = payload["choices"][0]
     if choice.get("finish_reason") in ("abort", "error"):  # with status 200, under load or at a restart
         raise AttemptError("given_up", "the server gave the reply up", "see the server's log")
-    text = choice["message"]["content"] or ""  # null: the server's reasoning parser found no answer
+    text = choice["message"]["content"]
+    text = "" if text is None else text  # null: the server's reasoning parser found no answer
     if not isinstance(text, str):
         raise TypeError
     text.encode()  # half a character, as "\\ud800", can be neither written nor asked about: a UnicodeEncodeError
@@ -157,17 +158,17 @@ def mend_of(status: int) -> str:
     return known.get(status, BASE if status < 300 else "see its message")
 
 
-def pause_of(headers: httpx2.Headers) -> tuple[str, str]:
-    """(the mend, the seconds of Retry-After) of a call that is to be made later; no seconds: "".
+def pause_of(headers: httpx2.Headers) -> tuple[str, float]:
+    """(the mend, the seconds of Retry-After) of a call that is to be made later.
 
     A date is read by the server's own clock, where it tells that: it need not be ours.
     """
     told = headers.get("retry-after", "")
     with suppress(KeyError, TypeError, ValueError, OverflowError):
         told = str((parsedate_to_datetime(told) - parsedate_to_datetime(headers["date"])).total_seconds())
-    if not re.fullmatch("[0-9.]+", told) or told == "0":
-        return "see the server's log", ""
-    return f"it asks for a pause of {short(told)} s: try again later", told
+    if not re.fullmatch(r"\d+(\.\d*)?", told, re.ASCII) or not (seconds := float(told)):
+        return "see the server's log", 0.0
+    return f"it asks for a pause of {short(told)} s: try again later", min(seconds, 1e9)  # openai takes inf for none
 
 
 def without_key(found: Any, key: str) -> Any:

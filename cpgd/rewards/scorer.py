@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 
 from ..config import JUDGES
-from ..judges.client import Endpoint, LoopThread
+from ..judges.client import Endpoint
 from ..judges.judge import JudgeClient, endpoints_of, verify
+from ..judges.loop import LoopThread
 from ..rollout.values import Response, Sample
 from .base import Evidence, Outcome, Term, combine
 from .function import UserFunction

@@ -16,7 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from cosmo_rl.cpgd.judges.client import Endpoint, EndpointDown, EndpointError, LoopThread, Rejected
+from cosmo_rl.cpgd.judges.client import Endpoint, EndpointDown, EndpointError, Rejected
+from cosmo_rl.cpgd.judges.loop import LoopThread
 from cosmo_rl.cpgd.judges.spec import Server
 
 from ...schema import Row
