@@ -153,7 +153,7 @@ def prepare(policy: Policy, rollout: Rollout, parts: Sequence[Part], step: int, 
     later = [(part, updates) for i, (part, updates) in enumerate(zip(parts, plans, strict=True))
              if step + i != rollout.version]
     old_weight = None
-    if build.objective.drift == "exact":
+    if later and build.objective.drift == "exact":
         weight = policy.model.lm_head.weight.detach()
         weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
         old_weight = weight.to(dtype, copy=True)
