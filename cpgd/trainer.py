@@ -173,7 +173,7 @@ class Trainer:
         on_main(lambda: self.metrics.sync())
         state = {"iteration": self.iteration, "skipped_in_row": self.skipped_in_row, "trained_s": self.trained_s,
                  "sampler": self.sampler.state_dict(), "guard": self.measurements.guard.state_dict(),
-                 "watch": self.watch.state_dict(), "fingerprint": self.plan.fingerprint,
+                 "watch": self.watch.state_dict(), "rows_fingerprint": self.plan.fingerprint,
                  "model_fingerprint": self.model_fingerprint, "function_digest": self.function_digest,
                  "config": self.config.to_dict(), "config_hash": self.config.hash()}
         save(self.run_dir.checkpoints, self.step, self.policy, self.optimizer, state, self.config.checkpoint.keep)

@@ -502,17 +502,18 @@ def test_one_rank_to_two_and_back(tmp_path):
 def trained() -> tuple[dict, dict]:
     """A trainer's state, and the parts in it."""
     parts = {"sampler": PromptSampler(["a"], {"a": 1.0}, 0), "guard": Guard(EvalConfig()), "watch": Watch()}
-    return {"step": 4, "iteration": 1, "skipped_in_row": 0, "trained_s": 0.5, "fingerprint": "a",
+    return {"step": 4, "iteration": 1, "skipped_in_row": 0, "trained_s": 0.5, "rows_fingerprint": "a",
             "model_fingerprint": "b", **{name: part.state_dict() for name, part in parts.items()}}, parts
 
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({}, ""), ({"guard": None, "watch": None, "trained_s": 1}, ""),
     ({"iteration": None}, "is without iteration as this"),
-    ({"sampler": [], "fingerprint": 3}, "is without sampler, fingerprint as this"),
+    ({"sampler": [], "rows_fingerprint": 3}, "is without sampler, rows_fingerprint as this"),
     ({"guard": "warn"}, "is without guard as"), ({"watch": [1]}, "is without watch as"),
     ({"trained_s": "1"}, "is without trained_s as"), ({"model_fingerprint": {}}, "is without model_fingerprint as"),
-    ({"fingerprint": "c"}, "^the data changed: .* with fingerprint c, the rows now have a; restore the data"),
+    ({"fingerprint": "c", "rows_fingerprint": None}, "is without rows_fingerprint as this"),  # of an older version
+    ({"rows_fingerprint": "c"}, "^the data changed: .* with fingerprint c, the rows now have a; restore the data"),
     ({"model_fingerprint": "c"}, "^the model folder changed: .* with fingerprint c, x of y now have b; restore them"),
     ({"step": 5}, "^--steps is 4, and step 5 is done in .*; give at least 5, or another --run-dir$"),
 ])

@@ -14,7 +14,9 @@ import pytest
 import runs
 
 from cosmo_rl.cpgd.config import DataConfig
+from cosmo_rl.cpgd.run import plan as planning
 from cosmo_rl.cpgd.run.plan import model_fingerprint, plan
+from cosmo_rl.data.disk import replace_file
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.prepare.mini import safety_rows
 from cosmo_rl.model.parallel import init_distributed
@@ -65,8 +67,10 @@ def test_lengths_are_checked_at_load(files):
 
 
 def counted_plans(cases: list[tuple[str, str, str]], folder: Path) -> None:
-    """On a rank of two: prints what `plan` gives for each case (rows, evaluation rows, LOCAL_RANK, "" for the rank's
-    own), and how many records and images this process has read for it."""
+    """On a rank of two: prints what `plan` gives for each case (rows, evaluation rows, who shares a host), how many
+    records and images this process has read for it, and what the index files were called.
+
+    Who shares: "host" both ranks, "none" neither, "unknown" where the launcher does not say."""
     from cosmo_rl.data import index
 
     counts: dict[str, int] = {}
@@ -80,18 +84,31 @@ def counted_plans(cases: list[tuple[str, str, str]], folder: Path) -> None:
     for name in ("parse_row", "opened"):
         setattr(index, name, counted(name, getattr(index, name)))
     init_distributed()
-    for path, held, local_rank in cases:
-        os.environ["LOCAL_RANK"] = local_rank or os.environ["RANK"]
+    written: list[str] = []
+
+    def write(path, content):
+        written.append(path.name)
+        replace_file(path, content)
+
+    planning.replace_file = write
+    for path, held, share in cases:
+        rank = os.environ["RANK"]
+        os.environ.pop("LOCAL_RANK", None)
+        if share != "unknown":
+            os.environ |= {"LOCAL_RANK": rank, "GROUP_RANK": "0"} if share == "host" else {
+                "LOCAL_RANK": "0", "GROUP_RANK": rank}
         counts.clear()
+        written.clear()
         try:
             planned = plan(settings(path, eval_path=(held,)), runs.policy_processor(), folder)
         except UserError as error:
             print(json.dumps({"error": str(error)}))
             continue
         print(json.dumps({
-            "counts": counts.copy(), "rows": [row.id for row in planned.rows], "domains": planned.domains,
-            "evaluation": len(planned.eval_rows), "fingerprint": planned.fingerprint,
-            "needs": planned.needs.state_dict(), "tokens": planned.rows.records["tokens"].tolist()}))
+            "counts": counts.copy(), "written": written, "domains": planned.domains,
+            "rows": [row.id for row in planned.rows], "evaluation": len(planned.eval_rows),
+            "fingerprint": planned.fingerprint, "needs": planned.needs.state_dict(),
+            "tokens": planned.rows.records["tokens"].tolist()}))
 
 
 def test_rows_are_read_once_a_host(tmp_path, files):
@@ -101,14 +118,22 @@ def test_rows_are_read_once_a_host(tmp_path, files):
     runs.write_rows(tmp_path / "1" / "rows.jsonl", safety_rows("validation")[:5])  # what another host has
     broken = train.parent / "broken.jsonl"
     broken.write_text(train.read_text() + "{")
-    cases = [(str(train), str(held), ""), (str(broken), str(held), ""),
-             (str(tmp_path / "RANK" / "rows.jsonl"), str(held), "0")]
+    cases = [(str(train), str(held), "host"), (str(broken), str(held), "host"),
+             (str(tmp_path / "RANK" / "rows.jsonl"), str(held), "none"),
+             (str(train), str(held), "none"), (str(train), str(held), "unknown")]
     done = runs.Running(counted_plans, (cases, tmp_path), 2, tmp_path / "logs").wait().check()
     first, second = ([json.loads(line) for line in out.splitlines() if line.startswith("{")] for out in done.out)
     # each row once, of three matches both rows, and the three that are left for their needs; each picture once
-    assert first[0].pop("counts") == {"parse_row": 6 + 2 + 3 * 2 + 3, "opened": 6 + 2}
+    counts = {"parse_row": 6 + 2 + 3 * 2 + 3, "opened": 6 + 2}
+    assert first[0].pop("counts") == counts
     assert second[0].pop("counts") == {}
-    assert first == second and first[0]["evaluation"] == 2 and first[0]["needs"]["tasks"] == ["safety"]
+    assert len(first[0].pop("written")) == 2 and not second[0].pop("written")
+    names = [set(planned[3].pop("written")) for planned in (first, second)]
+    assert len(names[0] | names[1]) == 4, "hosts of one name, or launchers on one host, do not share a file"
+    assert first[4].pop("written") == second[4].pop("written") == []
+    assert all(planned[i].pop("counts") == counts for planned in (first, second) for i in (3, 4))
+    assert first == second and first[3] == first[4] == first[0]
+    assert first[0]["evaluation"] == 2 and first[0]["needs"]["tasks"] == ["safety"]
     assert first[0]["rows"] == [row.id for row in safety_rows("validation")[3:6]]
     assert first[1]["error"].startswith(f"{broken}:7: it is not one JSON object")
     assert first[2]["error"].startswith("the rows of --data.path, or their images, are not the same on all hosts; copy")

@@ -50,8 +50,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE = {"iteration": int, "skipped_in_row": int, "trained_s": float | int, "sampler": dict, "guard": dict | None,
-         "watch": dict | None, "fingerprint": str, "model_fingerprint": str}
-"""What a resume needs of the trainer's state."""
+         "watch": dict | None, "rows_fingerprint": str, "model_fingerprint": str}
+"""What a resume needs of the trainer's state. A `fingerprint`, as older versions wrote, was made of the rows in another
+way: that it differs would not say that they have changed."""
 _NAME = re.compile("step-[0-9]{6,15}")
 _LONGEST_NAME = 80
 """Bytes read of `latest`, which a user may have written."""
@@ -156,9 +157,9 @@ def check_state(state: Mapping[str, Any], folder: Path, *, steps: int, fingerpri
     if wrong := [name for name, kind in STATE.items() if not isinstance(state.get(name), kind)]:
         raise _other_version(folder, ", ".join(wrong))
     saved = f"the checkpoint in {folder} was made with fingerprint"
-    if state["fingerprint"] != fingerprint:
-        raise UserError(f"the data changed: {saved} {state['fingerprint']}, the rows now have {fingerprint}; restore "
-                        "the data or give another --run-dir")
+    if state["rows_fingerprint"] != fingerprint:
+        raise UserError(f"the data changed: {saved} {state['rows_fingerprint']}, the rows now have {fingerprint}; "
+                        "restore the data or give another --run-dir")
     if state["model_fingerprint"] != model_fingerprint:
         raise UserError(f"the model folder changed: {saved} {state['model_fingerprint']}, {model_files} now have "
                         f"{model_fingerprint}; restore them or give another --run-dir")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cosmo_rl.data.collate import check_prompt
-from cosmo_rl.data.disk import replace_file, replacing
+from cosmo_rl.data.disk import remove, replace_file, replacing
 from cosmo_rl.data.errors import MissingPackage, RowError, UserError
 from cosmo_rl.data.index import Index, Picture, index_rows, load_rows
 from cosmo_rl.data.schema import Row
@@ -140,7 +140,7 @@ def plan(config: Config, processor: Processor, stage_dir: Path | None = None, fa
     """The rows of a stage, read once a host and checked; all ranks must call it together.
 
     Args:
-        stage_dir: where the process that reads leaves what it found to the others of its host; None: each reads.
+        stage_dir: where the process that reads leaves what it found to the others of its launcher; None: each reads.
         faults: takes all that is wrong; such rows are left out.
     Raises:
         UserError: a row is bad, its prompt over the budget or of no use to its reward, there are none (left, after
@@ -148,9 +148,13 @@ def plan(config: Config, processor: Processor, stage_dir: Path | None = None, fa
     """
     made: list[Plan] = []
     shared: list[Path] = []
-    if stage_dir is not None and world() > 1 and config.data.path:  # the embedded rows are made, not read
-        shared = [stage_dir / f".{name}-{socket.gethostname()}.npz" for name in ("rows", "eval")]
-    reads = not shared or os.environ.get("LOCAL_RANK", "0") == "0"
+    local_rank = os.environ.get("LOCAL_RANK")  # absent: the launcher does not say who shares a host
+    # the embedded rows are made, not read
+    if stage_dir is not None and world() > 1 and config.data.path and local_rank is not None:
+        # hosts in containers may have one name, and a host several launchers: each has a process of LOCAL_RANK 0
+        host = f"{socket.gethostname()}-{os.environ.get('GROUP_RANK', '0')}"
+        shared = [stage_dir / f".{name}-{host}.npz" for name in ("rows", "eval")]
+    reads = not shared or local_rank == "0"
 
     def read() -> None:
         made.append(_read(config, processor, faults))
@@ -167,10 +171,12 @@ def plan(config: Config, processor: Processor, stage_dir: Path | None = None, fa
             needs.load_state_dict(more["needs"])
         made.append(Plan(rows=rows, needs=needs, eval_rows=Index.load(shared[1])[0] if config.data.eval_path else None))
 
-    together(lambda: read() if reads else None)
-    together(lambda: None if reads else load())
-    for file in shared if reads else ():
-        file.unlink(missing_ok=True)
+    try:
+        together(lambda: read() if reads else None)
+        together(lambda: None if reads else load())
+    finally:
+        for file in shared if reads else ():
+            remove(file)
     agree(made[0].fingerprint, "the rows of --data.path, or their images, are not the same on all hosts; copy one "
                                "version to every host")
     return made[0]
