@@ -120,7 +120,7 @@ def test_a_free_field_has_default_help_and_no_part_in_the_hash(name):
 ADVICE = re.compile(r"(?:raise|lower|give|or) (?:a larger |a smaller |a lower )?--([a-z]+(?:[.-][a-z-]+)*)")
 BEFORE_A_RUN = {"config.py", "recipes.py", "dryrun.py", "check.py"}
 """What they say is said before a run begins."""
-BEFORE_A_STEP = {"data.path", "data.eval_path", "data.mix", "reward.function"}
+BEFORE_A_STEP = {"data.path", "data.eval_path", "data.contaminated", "data.mix", "reward.function"}
 """Rows and rewards are read, all of them, before the first step, and until then no setting binds."""
 
 

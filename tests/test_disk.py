@@ -59,7 +59,7 @@ def test_a_file_is_on_disk_before_it_has_the_name(tmp_path, calls):
     assert calls == 2 * ["sync .state.json.tmp", "to state.json", f"sync {tmp_path.name}"]
 
 
-@pytest.mark.parametrize("patched", [(disk, "fsync"), (Path, "write_text"), (Path, "replace")])
+@pytest.mark.parametrize("patched", [(disk, "fsync"), (Path, "write_bytes"), (Path, "replace")])
 def test_a_full_disk_leaves_the_old_content(tmp_path, monkeypatch, patched):
     path = tmp_path / "state.json"
     replace_file(path, "old")
