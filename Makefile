@@ -12,9 +12,9 @@ DEVICE_TRITON := .venv/triton-3.6.0
 demo: $(INSTALLED)
 	$(BIN)/torchrun train.py --stage 2
 
-# Two processes, each a core and 2 GB; one that is done takes tests from the other.
+# Two processes, each a core and 2 GB. By whole files: one that is split makes its fixtures, whole runs, twice.
 test: $(INSTALLED)
-	$(BIN)/pytest -q -n 2 --dist worksteal
+	$(BIN)/pytest -q -n 2 --dist loadfile
 
 # The judges' client against a real vLLM server on the CPU, which lives in an environment of its own.
 test-vllm: $(INSTALLED) $(VLLM_INSTALLED)
