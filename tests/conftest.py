@@ -33,6 +33,11 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", r"ignore::RuntimeWarning:triton\.runtime\.interpreter")
 
 
+def pytest_collection_modifyitems(items):
+    """The file with the longest runs first: of two processes one would end with it alone."""
+    items.sort(key=lambda item: item.path.name != "test_trainer.py")
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """Every test starts from the same global random state, so a failure repeats alone."""
