@@ -58,12 +58,11 @@ def row_writer(folder: Path, images: str, *, in_place: bool = False) -> Iterator
             with _told(folder):
                 writer.sync()
                 files.close()
-    except BaseException:
-        for path in (folder, *folder.parents):
+    finally:
+        for path in (folder, *folder.parents):  # those that it made and that are still empty
             if made is None or path == made.parent or not path.exists() or any(path.iterdir()):
                 break
             path.rmdir()
-        raise
 
 
 class RowWriter:
