@@ -132,6 +132,14 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
+    engine: Literal["hf", "server"] = "hf"
+    """What samples: transformers' generate in the trainer's process, or vLLM servers (docs/rollout.md)."""
+    servers: tuple[str, ...] = free(())
+    """URLs of vLLM servers that run already, for `engine` server; each for this run alone."""
+    serve: tuple[str, ...] = free(())
+    """vLLM servers to start, watch, end: each "NAME=VALUE ... PYTHON [options of vLLM]", as .venv-vllm/bin/python."""
+    verify_every: int = free(20, at_least(1))
+    """Syncs between comparisons of all weights' checksums with the servers'; between them one layer's, in turn."""
     prompts: int = 128
     """Prompts per rollout (iteration)."""
     group_size: int = 8
@@ -147,6 +155,16 @@ class RolloutConfig:
     """Most rounds in which prompts with equal rewards are replaced by others of their domain (DAPO); 0: none."""
     canary_limit: float = free(0.5, POSITIVE)
     """Largest mean |log-prob difference| of engine and trainer on one response, nats; beyond it the run stops."""
+
+    def check(self) -> None:
+        given = [*self.servers, *self.serve]
+        _require(bool(given) == (self.engine == "server"),
+                 f"--rollout.engine is {self.engine}, and --rollout.servers and --rollout.serve name "
+                 f"{', '.join(given) or 'no server'}; engine server takes the URLs of some that run, or what to start")
+        for url in self.servers:
+            _require(url.startswith(("http://", "https://")),
+                     f"--rollout.servers holds {url!r}; give URLs, as http://127.0.0.1:8000")
+        _require(len(set(self.servers)) == len(self.servers), f"--rollout.servers names a server twice: {self.servers}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -378,7 +396,7 @@ class Config:
 
     def __post_init__(self) -> None:
         _check_bounds(self)
-        for part in (self.data, self.objective, self.reward, self.eval):
+        for part in (self.data, self.rollout, self.objective, self.reward, self.eval):
             part.check()
         rollout, updates = self.rollout, self.optim.updates_per_rollout
         _require(rollout.group_size >= 2 or self.stage == 0,

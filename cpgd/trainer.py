@@ -8,6 +8,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from .config import Config
 from .rewards.build import RowNeeds, build_scorer
 from .rewards.scorer import Scorer
 from .rewards.word_rules import CAUTION, by_words
-from .rollout.collect import Clock, Collector, encoder, prompts_of, timed
+from .rollout.collect import Clock, Collector, encoder, probes, prompts_of, timed
 from .rollout.engines import open_engine
 from .run.card import write_card
 from .run.checkpoint import check_state, load_latest, restore, save
@@ -82,7 +83,8 @@ class Trainer:
                    temperature=config.rollout.temperature, gradient_checkpointing=config.model.gradient_checkpointing),
             device=device, dtype=self.dtype, freeze_vision=freeze_vision)
         self.optimizer = make_optimizer(self.policy, config.optim)
-        self.engine = open_engine(path, processor, config.rollout, device=device, dtype=self.dtype, **options)
+        self.engine = open_engine(path, processor, config.rollout, data, device=device, dtype=self.dtype,
+                                  folder=run.stage_dir, **options)
         self.encode = encoder(data, processor)
         self.build = BuildUpdates(batch=config.batch, objective=config.objective, processor=processor, device=device,
                                   aggregation=config.objective.aggregation if config.stage else "token")
@@ -120,19 +122,21 @@ class Trainer:
             self.journal.warn(self.step + 1, [
                 f"{config.reward.function}, or a module beside it, is not what it was at the checkpoint: rewards are "
                 "by the new one from here on"])
+        self._sync()
+        self.engine.check(probes(self.plan.rows, self.encode))
         self.measurements.before(self.step, self._save)
         self._train()
         save_pretrained(self.policy, self.processor, self.run_dir.hf, getattr(torch, config.model.export_dtype))
         on_main(lambda: write_card(self.run_dir.hf, config, self.start))
         logger.info("saved to %s", self.run_dir.hf)
         self.measurements.after(self.step)
-        self.engine.close()
         on_main(lambda: self.metrics.close())
         on_main(lambda: finish_report(folder, config, seconds=self.trained_s, by_words=ruled,
                                       left_out=self.measurements.left_out))
 
     def close(self) -> None:
-        """Give up what is not scored yet; however the run has ended."""
+        """Give up what is not scored yet, and what samples; however the run has ended."""
+        self.engine.close()
         if self.scorer:
             self.scorer.close()
 
@@ -179,7 +183,7 @@ class Trainer:
         save(self.run_dir.checkpoints, self.step, self.policy, self.optimizer, state, self.config.checkpoint.keep)
 
     def _sync(self) -> None:
-        self.engine.sync(full_state_dict(self.policy, dtype=self.dtype), self.step)
+        self.engine.sync(partial(full_state_dict, self.policy, dtype=self.dtype), self.step)
 
     # -- stage 0 ------------------------------------------------------------------------------------------------------
 

@@ -45,11 +45,11 @@ class VllmServer:
         """Start it; it answers when `wait` returns."""
         environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
         environ |= {
-            "PYTHONPATH": str(ROOT / "tests" / "vllm_site"), "PYTHONSAFEPATH": "1",
+            "PYTHONPATH": str(ROOT / "cpgd" / "rollout" / "vllm" / "worker"), "PYTHONSAFEPATH": "1",
             "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
             "VLLM_CACHE_ROOT": str(ENVIRONMENT / "cache"), "VLLM_HOST_IP": "127.0.0.1",
             "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "COSMO_RL_PARENT": str(os.getpid()),
         }
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environ,

@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from time import perf_counter
 from typing import TypeVar
 
@@ -33,6 +34,8 @@ from ..update import BuildUpdates
 from .engine import Engine, form_batches
 from .selection import pass_rates, select
 from .values import Group, Request, Response, Rollout, Sample, request_seed
+
+PROBED, PROBES = 64, 8
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -60,6 +63,17 @@ def prompts_of(rows: Sequence[Row], numbers: Sequence[int],
 
     together(read)
     return found
+
+
+def probes(rows: Sequence[Row], encode: Callable[[Row], EncodedPrompt]) -> Iterator[tuple[Row, EncodedPrompt]]:
+    """Of the first PROBED rows one without a picture, and one of each set of picture shapes, at most PROBES in all."""
+    shapes: set[bytes] = set()
+    for row in islice(rows, PROBED):
+        prompt = encode(row)
+        shape = b"" if prompt.image_grid_thw is None else prompt.image_grid_thw.tobytes()
+        if shape not in shapes and len(shapes) < PROBES:
+            shapes.add(shape)
+            yield row, prompt
 
 
 def dealt(batches: Sequence[Sequence[T]], work: Callable[[Sequence[Sequence[T]]], dict[T, U]]) -> dict[T, U]:

@@ -3,12 +3,14 @@
 The hf engine (`hf.py`) is always there. An engine keeps nothing computed from older weights past a `sync`.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import torch
 
+from cosmo_rl.data.collate import EncodedPrompt
 from cosmo_rl.data.errors import UserError
+from cosmo_rl.data.schema import Row
 
 from .values import Request, Response
 
@@ -16,12 +18,16 @@ from .values import Request, Response
 class Engine(Protocol):
     """A sampler of responses. `stream` is called by each rank for itself and holds no collective."""
 
-    def sync(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+    def sync(self, weights: Callable[[], Iterable[tuple[str, torch.Tensor]]], version: int) -> None:
         """Take new weights by Hugging Face name; responses then carry `version`.
 
-        `weights` (`model.weights.full_state_dict`) gathers shards as it is read: all ranks sync together, each reads it
-        to the end and keeps no tensor of it.
+        What `weights()` returns (`model.weights.full_state_dict`) gathers shards as it is read: all ranks sync
+        together, each reads it to the end and keeps no tensor of it. It may be called again until the next sync.
         """
+        ...
+
+    def check(self, samples: Iterable[tuple[Row, EncodedPrompt]]) -> None:
+        """Prove on a few prompts, after a sync, that the engine sees what the trainer sees; all ranks together."""
         ...
 
     def stream(self, requests: Sequence[Request], *, greedy: bool = False,
@@ -32,7 +38,13 @@ class Engine(Protocol):
             requests: any number of them; each meets the noise of its own `seed`, whatever is beside it.
             greedy: take the likeliest token instead of sampling; log-probs stay those of the sampling temperature.
             batch_size: requests decoded together; None: the engine's own.
+
+        A request is left unanswered where what was at it has died: `recover`, then ask again.
         """
+        ...
+
+    def recover(self) -> None:
+        """Bring back what has died, with the weights of the last sync; all ranks together."""
         ...
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ the K requests that share it. M-RoPE positions are passed explicitly, so `genera
 so a request meets the same noise in any batch; its logits may still differ in the last bits between batches.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from transformers import (
 
 from cosmo_rl.data.collate import EncodedPrompt
 from cosmo_rl.data.errors import UserError
+from cosmo_rl.data.schema import Row
 from cosmo_rl.model.load import Processor
 from cosmo_rl.model.weights import load_into
 
@@ -58,10 +59,16 @@ class HFEngine:
         self.suppressed = torch.from_numpy(processor.suppressed_ids).to(model.device)
         self.version = 0
 
-    def sync(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+    def sync(self, weights: Callable[[], Iterable[tuple[str, torch.Tensor]]], version: int) -> None:
         """Copy the policy's full tensors in; nothing computed from the old ones is kept between calls."""
-        load_into(self.model, weights)
+        load_into(self.model, weights())
         self.version = version
+
+    def check(self, samples: Iterable[tuple[Row, EncodedPrompt]]) -> None:
+        """It is given the trainer's own ids, positions and pixels."""
+
+    def recover(self) -> None:
+        """It dies with the trainer only."""
 
     def stream(self, requests: Sequence[Request], *, greedy: bool = False,
                batch_size: int | None = None) -> Iterator[list[Response]]:

@@ -1,0 +1,80 @@
+"""One vLLM server as rank 0 of a run steers it: its routes as methods, its answers as errors that say what to mend."""
+
+import logging
+from collections.abc import Mapping
+from itertools import count
+from typing import Any
+
+import httpx2
+
+from cosmo_rl.data.errors import UserError
+
+START = "start it with `python -m cosmo_rl.cpgd.rollout.vllm.serve`, which shows the whole command"
+CONNECT_S, ANSWER_S = 10.0, 900.0
+"""Longest wait for a connection, and for an answer: a weight update may take minutes."""
+_births = count()
+
+for _name in ("httpx2", "httpcore2"):  # at INFO they write a line a request
+    logging.getLogger(_name).setLevel(logging.WARNING)
+
+
+class ServerDown(Exception):
+    """A server that does not answer, or whose engine has died: another try may find it alive again."""
+
+
+class Control:
+    """A server at a URL. `workers` says what it is, once `meet` was called."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self.workers: list[dict[str, Any]] = []
+        self.born = -1
+        """Another number whenever the server may be another process than before."""
+        self._client = httpx2.Client(timeout=httpx2.Timeout(ANSWER_S, connect=CONNECT_S))
+
+    def alive(self) -> bool:
+        """Whether it answers, and its engine lives."""
+        try:
+            return self._client.get(f"{self.url}/health", timeout=CONNECT_S).status_code == 200
+        except httpx2.TransportError:
+            return False
+
+    def meet(self) -> None:
+        """Ask what it is.
+
+        Raises:
+            ServerDown: nothing answers. UserError: it is no server that can be trained with.
+        """
+        self.workers, self.born = self.rpc("cosmo_describe"), next(_births)
+
+    def post(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """The answer of a route, None where it has no content; raises as `meet`."""
+        try:
+            answer = self._client.post(self.url + path, json=body)
+        except httpx2.TransportError as error:
+            raise ServerDown(f"{self.url}: {type(error).__name__} {error}".rstrip()) from error
+        if answer.status_code == 404:
+            raise UserError(f"{self.url} has no {path}: it is no vLLM server of 0.32 or newer, or lacks "
+                            f"VLLM_SERVER_DEV_MODE=1 or --enable-scale-out; {START}")
+        if answer.status_code >= 500 and not self.alive():
+            raise ServerDown(f"{self.url}{path}: {answer.status_code}, and its engine has died")
+        if answer.status_code != 200:
+            raise UserError(f"{self.url}{path} answers {answer.status_code}: {_told(answer)}; {START}")
+        try:
+            return answer.json() if answer.content else None
+        except ValueError as error:
+            raise UserError(f"{self.url}{path} answers something that is not JSON; {START}") from error
+
+    def rpc(self, method: str, *arguments: Any) -> list[Any]:
+        """What every worker returns."""
+        found = self.post("/collective_rpc", {"method": method, "args": list(arguments)})
+        if not isinstance(found, dict) or not isinstance(found.get("results"), list):
+            raise UserError(f"{self.url}: {method} returns {str(found)[:80]}; {START}")
+        return found["results"]
+
+    def close(self) -> None:
+        self._client.close()
+
+
+def _told(answer: httpx2.Response) -> str:
+    return " ".join(answer.text.split())[:300] or "nothing more"

@@ -1,0 +1,290 @@
+"""Rollout by vLLM servers, in an environment of their own: engine `server`.
+
+Rank 0 of the run steers the servers (weights, checks, starting them again); every rank sends them its own requests, all
+at once, and hands on each response as it comes. A server that dies loses the requests that it was at: another server
+takes them, else they stay unanswered, the ranks come together, `recover` starts the server again and sends the weights,
+and these requests alone are asked once more.
+"""
+
+import asyncio
+import json
+import logging
+import queue
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import torch
+
+from cosmo_rl.data.collate import EncodedPrompt
+from cosmo_rl.data.errors import UserError
+from cosmo_rl.data.schema import Row
+from cosmo_rl.model.load import Processor
+from cosmo_rl.model.parallel import rank, together
+
+from ...config import DataConfig, RolloutConfig
+from ...judges.loop import LoopThread
+from ..values import Request, Response
+from .control import START, Control, ServerDown
+from .serve import Served
+from .sync import Named, WeightSync
+from .wire import ReplyError, Wire, mm_limits, unnormalised
+
+logger = logging.getLogger(__name__)
+
+IN_FLIGHT = 512
+"""Most requests of one rank at a time; a server queues what it cannot batch yet."""
+REPLY_S = 3600.0
+"""Longest wait for one reply, its time in the queue included."""
+TRIES = 3
+"""Most tries of a sync, each after what had died was started again."""
+PIXELS, TOLERANCE = 4096, {"float32": 1e-5, "bfloat16": 2e-2}
+"""Values of a picture that are compared with the engine's, and how far they may be apart where it has normalised them:
+two implementations differ in the last bit, another size or resampling by far more."""
+ON_CPU = "VLLM_CPU_KVCACHE_SPACE=2 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_HOST_IP=127.0.0.1"
+"""For servers that are started beside a trainer on the CPU: they would take 9 tenths of memory and pin all cores."""
+
+
+class ServerEngine:
+    """Samples with vLLM servers; see `cosmo_rl.cpgd.rollout.engine.Engine`. All ranks make it together."""
+
+    def __init__(self, path: Path, processor: Processor, rollout: RolloutConfig, data: DataConfig, *,
+                 device: torch.device, dtype: torch.dtype, folder: Path) -> None:
+        """
+        Args:
+            path: model folder, for the servers that are started.
+            device, dtype: of the weights that come by `sync`.
+            folder: for the logs of servers that are started.
+        Raises:
+            UserError: on every rank: a server does not start or answer, or it is of another model, dtype, length or
+                version than the run needs.
+        """
+        self.processor, self.rollout, self.data = processor, rollout, data
+        self.dtype = str(dtype).removeprefix("torch.")
+        self.wire, self.version = Wire(processor, rollout), 0
+        self._served: list[Served] = []
+        self._loop = LoopThread()
+        self._syncs, self._weights = 0, None
+        try:
+            found = together(lambda: self._open(path, device, folder) if rank() == 0 else ([], ""))
+        except UserError:
+            self.close()
+            raise
+        self.urls, self._nonce = found[0]
+        self.tag = ""
+
+    def _open(self, path: Path, device: torch.device, folder: Path) -> tuple[list[str], str]:
+        """Start and meet all servers; rank 0 only."""
+        length = self.data.max_prompt_tokens + self.rollout.max_new_tokens
+        options = ["--dtype", self.dtype, "--max-model-len", str(length),
+                   "--mm-processor-kwargs", mm_limits(self.processor)]
+        if device.type == "cpu":
+            options += ["--enforce-eager", "--distributed-executor-backend", "uni"]
+        for i, launch in enumerate(self.rollout.serve):
+            launch = f"{ON_CPU} {launch}" if device.type == "cpu" else launch
+            self._served.append(Served(launch, path, folder / f"vllm{i}.log", options))
+        for served in self._served:
+            logger.info("starting a vLLM server: %s (its log: %s)", served.launch, served.log)
+            served.start()
+        for served in self._served:
+            served.wait()
+        self._servers = [*(Control(url) for url in self.rollout.servers), *(s.control for s in self._served)]
+        for server in self._servers:
+            try:
+                self._meet(server, length)
+            except ServerDown as error:
+                raise UserError(f"--rollout.servers: nothing answers at {error}; {START}") from error
+        self._sync = WeightSync(self._servers, device, self.rollout.verify_every)
+        return [server.url for server in self._servers], secrets.token_hex(4)
+
+    def _meet(self, server: Control, length: int) -> None:
+        server.meet()
+        said = server.workers[0]
+        wanted = {"model": "Qwen2_5_VLForConditionalGeneration", "dtype": self.dtype,
+                  "vocab_size": self.processor.vocab_size, "logprobs_mode": "processed_logprobs"}
+        options = {"dtype": "--dtype", "logprobs_mode": "--logprobs-mode"}
+        for name, value in wanted.items():
+            if said.get(name) != value:
+                mend = f"give it {options[name]} {value}" if name in options else "serve the run's own model folder"
+                raise UserError(f"{server.url} has {name} {said.get(name)}, and the run {value}; {mend}")
+        if said["max_model_len"] < length:
+            raise UserError(f"{server.url} takes {said['max_model_len']} tokens, and --data.max-prompt-tokens "
+                            f"{self.data.max_prompt_tokens} with --rollout.max-new-tokens "
+                            f"{self.rollout.max_new_tokens} needs {length}; give it --max-model-len {length}")
+
+    # -- weights ------------------------------------------------------------------------------------------------------
+
+    def sync(self, weights: Callable[[], Iterable[Named]], version: int) -> None:
+        """See `Engine.sync`.
+
+        Raises:
+            UserError: a server does not come back. WeightsDiffer: it does not have what was sent.
+        """
+        self._weights = weights
+        for _ in range(TRIES):
+            self._syncs += 1
+            tag = f"{self._nonce}-{self._syncs}-step{version}"
+            problem = together(partial(self._send, weights(), tag))[0]
+            if not problem:
+                self.version, self.tag = version, tag
+                return
+            if rank() == 0:
+                logger.warning("WARNING: %s; sending all weights again", problem)
+        raise UserError(f"{problem}: {TRIES} times in a row; look at the server's log, or repeat the command to go on "
+                        "from the last checkpoint")
+
+    def recover(self) -> None:
+        """See `Engine.recover`."""
+        assert self._weights
+        self.sync(self._weights, self.version)
+
+    def _send(self, weights: Iterable[Named], tag: str) -> str:
+        """One try; what has died, if so. Every rank reads `weights` to the end, or the others would wait for it."""
+        left = iter(weights)
+        try:
+            if rank() == 0:
+                self._revive()
+                self._sync.send(left, tag)
+        except ServerDown as error:
+            return str(error)
+        finally:
+            for _ in left:
+                pass
+        return ""
+
+    def _revive(self) -> None:
+        for served in self._served:
+            if not served.control.alive():
+                logger.warning("WARNING: the vLLM server at %s is gone (its log: %s); starting it again",
+                               served.control.url, served.log)
+                served.start()
+        for served in self._served:
+            served.wait()
+        for server in self._servers:
+            if not self._knows(server):
+                self._meet(server, self.data.max_prompt_tokens + self.rollout.max_new_tokens)
+
+    @staticmethod
+    def _knows(server: Control) -> bool:
+        """Whether it is still the process that was met."""
+        return server.workers == server.rpc("cosmo_describe")
+
+    # -- requests -----------------------------------------------------------------------------------------------------
+
+    def stream(self, requests: Sequence[Request], *, greedy: bool = False,
+               batch_size: int | None = None) -> Iterator[list[Response]]:
+        """See `Engine.stream`; the servers form their batches themselves, so `batch_size` says nothing.
+
+        Greedy log-probs are those of temperature 1.
+
+        Raises:
+            ReplyError: see `Wire.read`.
+        """
+        done: queue.SimpleQueue[tuple[Request, Any] | None] = queue.SimpleQueue()
+        asking = self._loop.submit(self._ask_all(list(requests), greedy, done))
+        asking.add_done_callback(lambda _: done.put(None))
+        try:
+            while (answer := done.get()) is not None:
+                yield [self.wire.read(*answer, self.tag, self.version)]
+            asking.result()
+        finally:
+            asking.cancel()
+
+    async def _ask_all(self, requests: Sequence[Request], greedy: bool, done: "queue.SimpleQueue[Any]") -> None:
+        slots, bodies, dead = asyncio.Semaphore(IN_FLIGHT), dict[int, dict[str, Any]](), set[str]()
+        timeout = httpx2.Timeout(REPLY_S, connect=30.0)
+        limits = httpx2.Limits(max_connections=IN_FLIGHT, max_keepalive_connections=IN_FLIGHT)
+        async with httpx2.AsyncClient(timeout=timeout, limits=limits) as client:
+            async def one(i: int, request: Request) -> None:
+                async with slots:
+                    prompt = request.prompt
+                    if id(prompt) not in bodies:
+                        bodies[id(prompt)] = self.wire.prompt(prompt, self.tag)
+                    body = json.dumps(bodies[id(prompt)] | {"sampling_params": self.wire.sampling(request, greedy)})
+                    turn = (i + rank()) % len(self.urls)
+                    for url in [*self.urls[turn:], *self.urls[:turn]]:
+                        if url not in dead:
+                            reply = await self._ask(client, url, request, body)
+                            if reply is not None:
+                                done.put((request, reply))
+                                return
+                            dead.add(url)
+
+            await asyncio.gather(*(one(i, request) for i, request in enumerate(requests)))
+
+    @staticmethod
+    async def _ask(client: httpx2.AsyncClient, url: str, request: Request, body: str) -> Any:
+        """The reply; None: the server is gone.
+
+        Raises:
+            ReplyError: it refuses the request.
+        """
+        try:
+            answer = await client.post(f"{url}/inference/v1/generate", content=body,
+                                       headers={"Content-Type": "application/json"})
+        except httpx2.TransportError:
+            return None
+        if answer.status_code >= 500:  # its engine has died, which it tells each of its requests
+            return None
+        if answer.status_code != 200:
+            raise ReplyError(f"request {request.id}: {url} answers {answer.status_code}: "
+                             f"{' '.join(answer.text.split())[:300]}")
+        try:
+            return answer.json()
+        except ValueError as error:
+            raise ReplyError(f"request {request.id}: {url} answers something that is not JSON") from error
+
+    # -- checks -------------------------------------------------------------------------------------------------------
+
+    def check(self, samples: Iterable[tuple[Row, EncodedPrompt]]) -> None:
+        """See `Engine.check`: every server returns the prompt's ids, and its tower sees the trainer's pixels."""
+        together(lambda: [self._probe(row, prompt) for row, prompt in samples] if rank() == 0 else None)
+
+    def _probe(self, row: Row, prompt: EncodedPrompt) -> None:
+        request = Request(row=row, prompt=prompt, k=0, seed=0)
+        for server in self._servers:
+            server.rpc("cosmo_watch_pixels", PIXELS)
+            # under a tag of its own: features that are there already would not be made again
+            body = self.wire.prompt(prompt, f"{self.tag}-probe") | {
+                "sampling_params": self.wire.sampling(request, True)}
+            try:
+                reply = server.post("/inference/v1/generate", body)
+                seen = server.rpc("cosmo_pixels_seen")[0]
+            except ServerDown as error:
+                raise UserError(f"{error}, while the first prompt was tried") from error
+            self.wire.read(request, reply, self.tag, self.version)
+            if prompt.pixel_values is not None:
+                self._compare_pixels(request, server, seen)
+
+    def _compare_pixels(self, request: Request, server: Control, seen: list[Any]) -> None:
+        assert request.prompt.pixel_values is not None
+        if not seen:
+            logger.warning("WARNING: %s ran its vision tower unseen; the pixels are not compared", server.url)
+            return
+        rows = sum(count for count, _, _ in seen)
+        ours = request.prompt.pixel_values
+        if rows != len(ours):
+            raise ReplyError(f"request {request.id}: {server.url} sees {rows} patches, and the trainer {len(ours)}: it "
+                             f"resizes pictures by other limits; start it with --mm-processor-kwargs "
+                             f"'{mm_limits(self.processor)}'")
+        start = 0
+        for count, raw, values in seen:
+            mine = ours[start:start + count]
+            mine = (unnormalised(mine, self.processor) if raw else mine).ravel()
+            gap = float(np.abs(mine[::max(1, mine.size // PIXELS)] - np.array(values)).max())
+            if not gap <= (0 if raw else TOLERANCE[self.dtype]):
+                raise ReplyError(f"request {request.id}: pixels that {server.url} sees are up to {gap:.3g} from the "
+                                 "trainer's: it resamples or normalises pictures in another way; serve the run's own "
+                                 "preprocessor_config.json")
+            start += count
+
+    def close(self) -> None:
+        """End the servers that this run has started."""
+        self._loop.close()
+        for served in self._served:
+            served.stop()
+            served.control.close()

@@ -1,0 +1,252 @@
+"""Weights of the policy into vLLM servers, and the proof that they are there.
+
+Over vLLM's weight-transfer routes: pause, start, buckets, finish with the version, resume. A bucket is one broadcast in
+a group of rank 0 of the run and all workers of all servers: by NCCL where they are on GPUs of their own, else by gloo.
+worker/cosmo_rl_worker.py is the other half. Nothing is ever pickled.
+
+After each sync the servers are asked for the SHA-256 of what they compute with, which must be that of the bytes sent:
+of one layer of every kind of tensor in turn, and of all at the first sync and every N-th. So a tensor that never
+arrives is seen when it has changed for the first time, at any learning rate.
+"""
+
+import hashlib
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+import torch.distributed as dist
+
+from cosmo_rl.data.errors import UserError
+
+from .control import Control, ServerDown
+
+BUCKET_BYTES = 256 << 20
+TIMEOUT_S = 600.0
+"""Longest wait for one bucket, and for the group to form."""
+
+EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
+
+Named = tuple[str, torch.Tensor]
+
+
+class WeightsDiffer(UserError):
+    """A server computes with other weights than the trainer has: the run stops."""
+
+
+class WeightSync:
+    """The trainer's half, on rank 0 of the run."""
+
+    def __init__(self, servers: Sequence[Control], device: torch.device, verify_every: int) -> None:
+        """
+        Args:
+            servers: that were met.
+            device: where the trainer's weights are.
+            verify_every: syncs between comparisons of all tensors.
+        """
+        self.servers, self.device, self.verify_every = servers, device, verify_every
+        self._group: Any = None
+        self._store: Any = None
+        self._members: list[int] = []
+        self._groups = self._syncs = 0
+        self._names: list[str] = []  # in the order in which they come, known after the first sync
+
+    def send(self, weights: Iterable[Named], tag: str) -> None:
+        """Send all, compare, and let the servers sample again, by weights `tag`.
+
+        Raises:
+            ServerDown: a server has died; call it again when all live.
+            WeightsDiffer: a server computes with other weights.
+        """
+        with ThreadPoolExecutor(len(self.servers)) as pool:
+            each = lambda *call: _all([pool.submit(server.post, *call) for server in self.servers])
+            try:
+                each("/pause")  # aborts what runs, and resets the caches of prefixes, pictures and their features
+                if self._group is None or self._members != [server.born for server in self.servers]:
+                    self._join(pool)
+                each("/start_weight_update")
+                kept = self._stream(weights, lambda info: [pool.submit(server.post, "/update_weights",
+                                                                       {"update_info": info})
+                                                           for server in self.servers])
+                each("/finish_weight_update", {"weight_version": tag})
+                self._compare(kept)
+                each("/resume")
+            except ServerDown:
+                self.leave()
+                raise
+        self._syncs += 1
+
+    def leave(self) -> None:
+        """Give the group up: its members see their connections close."""
+        if self._group is not None and self._staging.type == "cuda":
+            self._group.abort()
+        self._group = None
+
+    def _join(self, pool: ThreadPoolExecutor) -> None:
+        self.leave()
+        workers = [worker for server in self.servers for worker in server.workers]
+        transport = "gloo"
+        if self.device.type == "cuda":  # NCCL has no two ranks on one GPU
+            mine = str(torch.cuda.get_device_properties(self.device).uuid)
+            transport = "nccl" if all(w["gpu"] not in ("", mine) for w in workers) else "gloo"
+        self._staging = self.device if transport == "nccl" else torch.device("cpu")
+        timeout, size, self._groups = timedelta(seconds=TIMEOUT_S), 1 + len(workers), self._groups + 1
+        host = own_address([server.url for server in self.servers])
+        if self._store is None:
+            self._store = dist.TCPStore(host, 0, is_master=True, timeout=timeout, wait_for_workers=False)
+        join = {"host": host, "port": self._store.port, "prefix": f"group{self._groups}", "world_size": size,
+                "transport": transport, "timeout_s": TIMEOUT_S}
+        offset, calls = 1, []
+        for server in self.servers:
+            calls.append(pool.submit(server.post, "/init_weight_transfer_engine",
+                                     {"init_info": join | {"rank_offset": offset}}))
+            offset += len(server.workers)
+        store, forming = dist.PrefixStore(join["prefix"], self._store), Future[Any]()
+        # a daemon: it waits for all members, and one that has died must not keep this process from ending
+        threading.Thread(target=_open_group, args=(forming, store, size, transport, timeout), daemon=True).start()
+        _wait(calls, forming.done)
+        self._group = forming.result()
+        _all(calls)
+        self._members = [server.born for server in self.servers]
+
+    def _stream(self, weights: Iterable[Named], announce: Callable[[dict[str, Any]], list[Future[Any]]],
+                ) -> dict[str, torch.Tensor]:
+        """Send the buckets; returns the tensors to be compared, on the CPU."""
+        wanted = None if self._syncs % self.verify_every == 0 else chosen(self._names, self._syncs)
+        kept: dict[str, torch.Tensor] = {}
+        names, bucket, held = [], list[Named](), 0
+
+        def flush() -> None:
+            info = {"names": [name for name, _ in bucket], "nbytes": held,
+                    "dtypes": [str(t.dtype).removeprefix("torch.") for _, t in bucket],
+                    "shapes": [list(t.shape) for _, t in bucket]}
+            flat = torch.cat([t.reshape(-1).view(torch.uint8) for _, t in bucket])
+            bucket.clear()
+            calls = announce(info)
+            work = self._group.broadcast([flat], dist.BroadcastOptions())  # from rank 0
+            try:
+                _wait(calls, work.is_completed)
+                work.wait()
+            except RuntimeError as error:  # gloo's, of a connection that broke
+                raise ServerDown(f"the connection to a server broke: {str(error)[:200]}") from error
+            _all(calls)
+
+        for name, tensor in weights:
+            names.append(name)
+            tensor = tensor.detach().to(self._staging, copy=True)
+            if wanted is None or name in wanted:
+                kept[name] = tensor.cpu()
+            bucket.append((name, tensor))
+            held += tensor.nbytes
+            if held >= BUCKET_BYTES:
+                flush()
+                held = 0
+        if bucket:
+            flush()
+        self._names = names
+        if HEAD not in names and EMBEDDING in kept:
+            kept[HEAD] = kept[EMBEDDING]  # tied: sent once, and to be held in both places
+        return kept
+
+    def _compare(self, kept: dict[str, torch.Tensor]) -> None:
+        for server in self.servers:
+            for found in server.rpc("cosmo_digests", list(kept)):
+                at, of = found["tp_rank"], found["tp_size"]
+                wrong = [name for name, tensor in kept.items()
+                         if not same(tensor, found["tensors"].get(name), at, of)]
+                if wrong:
+                    raise WeightsDiffer(
+                        f"{server.url} computes with other weights than the trainer in {len(wrong)} of {len(kept)} "
+                        f"tensors compared after a sync, as {wrong[0]} (worker {at} of {of}): they did not arrive, "
+                        "were changed since, or the server quantizes or casts them; give it the trainer's --dtype")
+
+
+def same(tensor: torch.Tensor, parts: Sequence[Sequence[Any]] | None, rank: int, size: int) -> bool:
+    """Whether worker `rank` of `size` holds its part of a full tensor.
+
+    Args:
+        parts: [SHA-256, shape, first row or None] of each of equal pieces of the tensor; None: it has none.
+    """
+    if parts is None:
+        return False
+    for piece, (digest, shape, start) in zip(tensor.chunk(len(parts)), parts, strict=True):
+        mine = shard(piece, shape, start, rank, size)
+        if mine is None or sha256(mine) != digest:
+            return False
+    return True
+
+
+def shard(tensor: torch.Tensor, shape: Sequence[int], start: int | None, rank: int, size: int) -> torch.Tensor | None:
+    """The part of this shape that worker `rank` of `size` holds; None: there is none. Workers more than key heads share
+    these, so there may be fewer parts than workers."""
+    differ = [d for d, (full, part) in enumerate(zip(tensor.shape, shape, strict=False)) if full != part]
+    if tensor.ndim != len(shape) or len(differ) > 1:
+        return None
+    if not differ:
+        return tensor
+    full, part = tensor.shape[differ[0]], shape[differ[0]]
+    if start is None:
+        if part == 0 or full % part or size % (full // part):
+            return None
+        start = rank // (size // (full // part)) * part
+    return tensor.narrow(differ[0], start, part) if start + part <= full else None
+
+
+def sha256(tensor: torch.Tensor) -> str:
+    """Of the bytes, 0 for -0; as the worker's digest."""
+    tensor = (tensor.detach() + 0.0).cpu().contiguous()
+    return hashlib.sha256(tensor.view(-1).view(torch.uint8).numpy()).hexdigest()
+
+
+def chosen(names: Iterable[str], turn: int) -> set[str]:
+    """One tensor of every kind, a kind being a name without its layer's number; of another layer each turn."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(re.sub(r"\.\d+\.", ".N.", name), []).append(name)
+    return {layers[turn % len(layers)] for layers in kinds.values()}
+
+
+def own_address(urls: Sequence[str]) -> str:
+    """This host's address as the servers reach it: by the way to the first that is not on this host."""
+    targets = [urlsplit(url) for url in urls]
+    target = next((t for t in targets if t.hostname not in ("127.0.0.1", "localhost", "::1")), targets[0])
+    with socket.create_connection((target.hostname or "127.0.0.1", target.port or 80), timeout=10) as connection:
+        return connection.getsockname()[0]
+
+
+def _open_group(forming: "Future[Any]", store: Any, size: int, transport: str, timeout: timedelta) -> None:
+    """A group beside the default one, this process being rank 0."""
+    try:
+        if transport == "gloo":
+            forming.set_result(dist.ProcessGroupGloo(store, 0, size, timeout))
+        else:
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = timeout
+            forming.set_result(dist.ProcessGroupNCCL(store, 0, size, options))
+    except RuntimeError as error:  # torch's, for members that do not come
+        forming.set_exception(ServerDown(f"no group with the servers: {str(error)[:200]}"))
+
+
+def _wait(calls: Sequence[Future[Any]], done: Callable[[], bool]) -> None:
+    """Until `done`; raises what a call raises before, since then it never will be."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while not done():
+        for call in calls:
+            if call.done():
+                call.result()
+        if time.monotonic() > deadline:
+            raise ServerDown(f"no server has taken weights for {TIMEOUT_S:g} s")
+        time.sleep(0.0005)
+
+
+def _all(calls: Sequence[Future[Any]]) -> None:
+    """Wait for all, then raise what the first to fail raised: none goes on behind the caller's back."""
+    problems = [problem for problem in [call.exception() for call in calls] if problem]
+    if problems:
+        raise problems[0]
