@@ -57,6 +57,7 @@ from cosmo_rl.cpgd.config import (
     ({"data": DataConfig(max_prompt_tokens=0)}, r"--data\.max-prompt-tokens is 0"),
     ({"rollout": RolloutConfig(max_new_tokens=0)}, r"--rollout\.max-new-tokens is 0"),
     ({"rollout": RolloutConfig(batch_size=0)}, r"--rollout\.batch-size is 0"),
+    ({"rollout": RolloutConfig(cache_gib=0.0)}, r"--rollout\.cache-gib is 0\.0; give a value above 0"),
     ({"rollout": RolloutConfig(canary_limit=0.0)}, r"--rollout\.canary-limit is 0\.0; give a value above 0"),
     ({"batch": BatchConfig(max_tokens=0)}, r"--batch\.max-tokens is 0"),
 ])
@@ -99,7 +100,7 @@ def test_what_a_resumed_run_may_change():
     assert free_fields() == {
         "run_dir", "resume", "steps", "model.gradient_checkpointing", "model.attention", "model.liger",
         "model.export_dtype", "data.max_prompt_tokens", "data.max_image_pixels", "rollout.batch_size",
-        "rollout.canary_limit",
+        "rollout.cache_gib", "rollout.canary_limit",
         "reward.judge_cache", "reward.failure_budget", "optim.max_nonfinite", "batch.layout", "batch.max_tokens",
         "checkpoint.every", "checkpoint.keep", "eval.every", "eval.batch_size", "eval.guard", "eval.guard_drop",
         "log.tensorboard", "log.samples"}

@@ -1,7 +1,8 @@
 """One rollout, over all ranks together: rows -> requests -> responses -> samples -> advantages.
 
 Generate calls are formed over the requests of all ranks and handed out whole, so responses have the same bits at any
-number of ranks. Each rank has what it samples scored while it samples on; every rank ends with the whole rollout.
+number of ranks up to that of the calls; with more ranks the calls are smaller, so that none is idle. Each rank has what
+it samples scored while it samples on; every rank ends with the whole rollout.
 """
 
 from collections import Counter
@@ -24,13 +25,13 @@ from cosmo_rl.model.parallel import rank, together, world
 from cosmo_rl.model.policy import Policy
 
 from ..advantages import group_advantages
-from ..config import Config, DataConfig, ObjectiveConfig
+from ..config import Config, DataConfig, ObjectiveConfig, RolloutConfig
 from ..rewards.base import Evidence, Outcome, check_budget
 from ..rewards.format import answer_start
 from ..rewards.scorer import Scorer
 from ..rewards.visual_focus import blank_prompt
 from ..update import BuildUpdates
-from .engine import Engine, form_batches
+from .engine import Engine, Fits, cache_fits, for_all_ranks, form_batches, shares
 from .selection import pass_rates, select
 from .values import Group, Request, Response, Rollout, Sample, request_seed
 
@@ -62,29 +63,36 @@ def prompts_of(rows: Sequence[Row], numbers: Sequence[int],
     return found
 
 
-def dealt(batches: Sequence[Sequence[T]], work: Callable[[Sequence[Sequence[T]]], dict[T, U]]) -> dict[T, U]:
+def dealt(batches: Sequence[Sequence[T]], tokens: Callable[[T], int],
+          work: Callable[[Sequence[Sequence[T]]], dict[T, U]]) -> dict[T, U]:
     """What `work` makes of this rank's batches, of all ranks on every rank; all must call it together.
 
+    Args:
+        tokens: expected of a member, by which the ranks' shares are evened out.
     Raises:
         UserError: on every rank, once all have come to their end, what `work` raised on one.
     """
+    share = shares([sum(map(tokens, batch)) for batch in batches], world())[rank()]
+
     def mine() -> dict[T, U]:
-        done = work(batches[rank()::world()])
+        done = work([batches[i] for i in share])
         torch.cuda.empty_cache()  # the KV caches' many sizes would stay reserved: nothing left for NCCL's buffers
         return done
 
     return {key: value for part in together(mine) for key, value in part.items()}
 
 
-def sample(engine: Engine, requests: Sequence[Request], batch_size: int, scorer: Scorer,
+def sample(engine: Engine, requests: Sequence[Request], rollout: RolloutConfig, fits: Fits, scorer: Scorer,
            clock: Clock) -> tuple[list[Response], Pending]:
     """One response per request on every rank, in the order of the requests; each rank's are being scored already."""
+    lengths = [len(r.prompt.input_ids) for r in requests]
     own: dict[int, Response] = {}
     pending: Pending = []
 
     def stream(batches: Sequence[Sequence[int]]) -> dict[int, tuple]:
         index = {id(requests[i]): i for batch in batches for i in batch}
-        for part in engine.stream([requests[i] for batch in batches for i in batch], batch_size=batch_size):
+        size = max(map(len, batches), default=1)
+        for part in engine.stream([requests[i] for batch in batches for i in batch], batch_size=size):
             done = {index[id(response.request)]: response for response in part}
             with timed(clock, "reward"):  # a plain function of the user's is called here
                 pending.append((list(done), scorer.submit(part)))
@@ -92,7 +100,9 @@ def sample(engine: Engine, requests: Sequence[Request], batch_size: int, scorer:
         # the request is there on every rank, pictures and all
         return {i: (r.ids, r.logprobs, r.text, r.finish_reason, r.version) for i, r in own.items()}
 
-    found = dealt(form_batches([len(r.prompt.input_ids) for r in requests], batch_size), stream)
+    batches = for_all_ranks(lambda size: form_batches(lengths, size, fits), rollout.batch_size, len(requests), world())
+    # How long a response will be is not known, so all are expected at their longest: a call lasts as long as its last.
+    found = dealt(batches, lambda i: lengths[i] + rollout.max_new_tokens, stream)
 
     def response(i: int) -> Response:
         ids, logprobs, text, finish_reason, version = found[i]
@@ -167,6 +177,7 @@ class Collector:
         self.config, self.rows, self.sampler, self.engine, self.scorer = config, rows, sampler, engine, scorer
         self.policy, self.processor, self.encode = policy, processor, encode
         self.build = replace(build, aggregation="token")
+        self.fits = cache_fits(config.rollout, processor.config, getattr(torch, config.model.dtype))
 
     def collect(self, version: int, clock: Clock) -> Rollout:
         """The next rollout, of the weights that the engine has, which are those of step `version`."""
@@ -185,7 +196,7 @@ class Collector:
             prompts = prompts_of(self.rows, numbers, self.encode)
             requests = self._requests(prompts, version, Counter(s.row.id for s in sampled))
         with timed(clock, "rollout"):
-            responses, pending = sample(self.engine, requests, self.config.rollout.batch_size, self.scorer, clock)
+            responses, pending = sample(self.engine, requests, self.config.rollout, self.fits, self.scorer, clock)
         with timed(clock, "reward"):
             evidence = {}
             if self.scorer.needs_policy:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from cosmo_rl.model.load import Processor, load_model
+from cosmo_rl.model.load import Processor, unfilled_model
 
 from ..config import RolloutConfig
 from .engine import Engine
@@ -17,7 +17,6 @@ def open_engine(path: Path, processor: Processor, rollout: RolloutConfig, *, dev
     """The engine of a run, on this rank's device.
 
     Args:
-        path: model folder, for the shapes; the weights come by `sync`. options: of `load_model`.
+        path: model folder; the weights come by `sync`. options: of `unfilled_model`.
     """
-    model: Any = load_model(path, dtype=dtype, **options)
-    return HFEngine(model.to(device), processor, rollout)
+    return HFEngine(unfilled_model(processor.config, device=device, dtype=dtype, **options), processor, rollout)

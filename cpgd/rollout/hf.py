@@ -1,8 +1,9 @@
 """Rollout by transformers' `generate`, from an unsharded copy of the policy: no collective while sampling.
 
 A batch is left-padded. The vision tower and the prompt run once per distinct prompt, and the KV cache is then copied to
-the K requests that share it. M-RoPE positions are passed explicitly, so `generate` neither reads nor writes the model's
-`rope_deltas` (stale after another batch) and needs no mm_token_type_ids. A response is drawn by inverse CDF,
+the K requests that share it, into memory for the longest response that never grows. M-RoPE positions are passed
+explicitly, so `generate` neither reads nor writes the model's `rope_deltas` (stale after another batch) and needs no
+mm_token_type_ids. A response is drawn by inverse CDF,
 
     token_t = min{v : sum_{j<=v} p_t(j) > u_t},     u_t = t-th number of Philox(request.seed),
 
@@ -10,11 +11,13 @@ so a request meets the same noise in any batch; its logits may still differ in t
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import (
-    DynamicCache,
+    Cache,
+    DynamicLayer,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -27,7 +30,7 @@ from cosmo_rl.model.load import Processor
 from cosmo_rl.model.weights import load_into
 
 from ..config import RolloutConfig
-from .engine import form_batches
+from .engine import cache_fits, form_batches
 from .values import Request, Response
 
 
@@ -40,7 +43,7 @@ class HFEngine:
             model: the engine's own copy, unsharded; its weights are overwritten by `sync`.
             processor: tokenizer, pad_id, eos_ids and suppressed_ids are read. A suppressed token is never sampled:
                 probability 0, outside the normaliser of the log-probs.
-            rollout: temperature, max_new_tokens and batch_size are read.
+            rollout: temperature, max_new_tokens, batch_size and cache_gib are read.
         """
         suppressed = set(processor.suppressed_ids.tolist())
         vision = {model.config.image_token_id, model.config.video_token_id}
@@ -53,6 +56,7 @@ class HFEngine:
             eos_token_id=list(processor.eos_ids),
         )
         self.rollout, self.tokenizer = rollout, processor.tokenizer
+        self.fits = cache_fits(rollout, model.config, model.dtype)
         self.pad_id = processor.pad_id
         self.eos_ids = np.array(processor.eos_ids)
         self.suppressed = torch.from_numpy(processor.suppressed_ids).to(model.device)
@@ -70,7 +74,8 @@ class HFEngine:
         Raises:
             UserError: the weights give NaN or infinite logits; names the first prompt.
         """
-        for batch in form_batches([len(r.prompt.input_ids) for r in requests], batch_size or self.rollout.batch_size):
+        lengths = [len(r.prompt.input_ids) for r in requests]
+        for batch in form_batches(lengths, batch_size or self.rollout.batch_size, self.fits):
             yield self._generate_batch([requests[i] for i in batch], greedy)
 
     def close(self) -> None:
@@ -82,8 +87,7 @@ class HFEngine:
         row = {id(prompt): i for i, prompt in enumerate(prompts)}
         rows = torch.tensor([row[id(r.prompt)] for r in requests], device=self.model.device)
         ids, mask, positions = _left_pad(prompts, self.pad_id, self.model.device)
-        cache = self._prefill(prompts, ids, mask, positions)
-        cache.batch_select_indices(rows)
+        cache = _roomy(self._prefill(prompts, ids, mask, positions), rows, self.rollout.max_new_tokens)
         sampler = _Sampler(
             None if greedy else _uniforms(requests, self.rollout.max_new_tokens).to(self.model.device),
             self.rollout.temperature, self.suppressed,
@@ -104,7 +108,7 @@ class HFEngine:
         ]
 
     def _prefill(self, prompts: list[EncodedPrompt], ids: torch.Tensor, mask: torch.Tensor,
-                 positions: torch.Tensor) -> DynamicCache:
+                 positions: torch.Tensor) -> Cache:
         """KV cache of every prompt but its last token, which `generate` needs to run itself."""
         pixels = [torch.from_numpy(p.pixel_values) for p in prompts if p.pixel_values is not None]
         grids = [torch.from_numpy(p.image_grid_thw) for p in prompts if p.image_grid_thw is not None]
@@ -125,6 +129,47 @@ class HFEngine:
                 "again in another --run-dir with a lower --optim.learning-rate, from weights before the run diverged"
             )
         return length
+
+
+class _RoomyLayer(DynamicLayer):
+    """One layer's keys and values in memory that is theirs from the start, handed out as views of its filled part.
+
+    transformers' own layer copies all of them to append one token; its static one attends to the empty places too.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, more: int) -> None:
+        """
+        Args:
+            keys, values: (B, heads, filled, channels).
+            rows: (R,) of B, which are taken. more: tokens to come.
+        """
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.filled, shape = keys.shape[2], (len(rows), keys.shape[1], keys.shape[2] + more, keys.shape[3])
+        self.room = [states.new_empty(shape) for states in (keys, values)]
+        for room, states in zip(self.room, (keys, values), strict=True):
+            torch.index_select(states, 0, rows, out=room[:, :, :self.filled])
+        self._show()
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any,
+               **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        start, self.filled = self.filled, self.filled + key_states.shape[2]
+        for room, states in zip(self.room, (key_states, value_states), strict=True):
+            room[:, :, start:self.filled] = states
+        return self._show()
+
+    def _show(self) -> tuple[torch.Tensor, torch.Tensor]:
+        self.keys, self.values = (room[:, :, :self.filled] for room in self.room)
+        return self.keys, self.values
+
+
+def _roomy(cache: Cache, rows: torch.Tensor, more: int) -> Cache:
+    """The cache of these rows of `cache`, which is emptied, with room for `more` tokens."""
+    layers = []
+    for layer in cache.layers:
+        layers.append(_RoomyLayer(layer.keys, layer.values, rows, more))
+        layer.keys = layer.values = None  # or both caches would be there whole at the end
+    return Cache(layers=layers)
 
 
 class _Sampler(LogitsProcessor):
