@@ -6,10 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen2_5_VLConfig
+from test_cache import SIZES, published
 
-from cosmo_rl.cpgd.rollout.engine import cache_bytes, cache_fits, for_all_ranks, form_batches, generate, shares
+from cosmo_rl.cpgd.rollout.engine import cache_fits, for_all_ranks, form_batches, generate
+from cosmo_rl.cpgd.run.evaluation import call_size
 from cosmo_rl.cpgd.run.recipes import recipe
+from cosmo_rl.data.collate import deal
+from cosmo_rl.model.cache import cache_bytes
 
 
 def test_batches_hold_every_request_once_in_order_of_length():
@@ -32,7 +35,7 @@ def test_a_rank_that_gets_whole_batches_forms_the_same_ones(world_size, room):
     """Though it knows no more of the others than the size of its own largest one."""
     lengths, fits = np.random.default_rng(1).integers(5, 40, 50).tolist(), lambda n, longest: n * (longest + 3) <= room
     batches = form_batches(lengths, 8, fits)
-    dealt = shares([sum(lengths[i] for i in batch) for batch in batches], world_size)
+    dealt = deal([sum(lengths[i] for i in batch) for batch in batches], world_size, 50)
     assert sorted(i for share in dealt for i in share) == list(range(len(batches)))
     for share in dealt:
         mine = [batches[i] for i in share]
@@ -55,42 +58,19 @@ def test_every_rank_has_work():
     for ranks, size, busy in ((17, 61, 17), (48, 22, 47), (64, 16, 64)):  # none could do with smaller ones
         batches = for_all_ranks(form, 64, 1024, ranks)
         assert batches == form(size) and len(batches) == busy
-        assert sum(map(bool, shares([len(batch) for batch in batches], ranks))) == busy
+        assert sum(map(bool, deal([len(batch) for batch in batches], ranks, 64))) == busy
     assert for_all_ranks(lambda size: form_batches([9] * 3, size), 64, 3, 64) == [[0], [1], [2]]
     assert for_all_ranks(lambda size: form_batches([], size), 64, 0, 64) == []
 
 
-def test_shares_are_even_in_tokens():
-    """Round robin, as the batches come, would give one rank 50 and the other 96; these have 74 and 72."""
-    assert shares([4, 4, 6, 8, 10, 30, 30, 54], 2) == [[1, 2, 4, 7], [0, 3, 5, 6]]
-    tokens = np.random.default_rng(3).integers(1, 1000, 200).tolist()
-    loads = [sum(tokens[i] for i in share) for share in shares(tokens, 16)]
-    assert max(loads) - min(loads) < 0.02 * max(loads)
-    assert shares([5] * 5, 3) == [[0, 3], [1, 4], [2]] and shares([], 2) == [[], []]
-
-
-def published(layers, hidden, heads, keys) -> Qwen2_5_VLConfig:
-    return Qwen2_5_VLConfig(text_config={"num_hidden_layers": layers, "hidden_size": hidden,
-                                         "num_attention_heads": heads, "num_key_value_heads": keys})
-
-
-SIZES = {"3b": (36, 2048, 16, 2), "7b": (28, 3584, 28, 4), "72b": (80, 8192, 64, 8)}
-
-
-def test_the_cache_of_a_token():
-    by_hand = {"3b": 2 * 36 * 2 * 128 * 2, "7b": 2 * 28 * 4 * 128 * 2, "72b": 2 * 80 * 8 * 128 * 2}
-    assert {name: cache_bytes(published(*size), torch.bfloat16) for name, size in SIZES.items()} == by_hand
-    assert cache_bytes(published(*SIZES["7b"]), torch.float32) == 2 * by_hand["7b"]
-
-
 @pytest.mark.parametrize("preset", SIZES)
 def test_no_call_of_a_preset_is_over_its_budget(preset):
-    """In rollouts and evaluation, whose 256 requests at 7B would take 225 GiB; short prompts go in full batches."""
+    """In rollouts and evaluation, whose 128 requests at 7B would take 112 GiB; short prompts go in full batches."""
     config, model_config = recipe(preset, 2), published(*SIZES[preset])
     rollout = config.rollout
     fits = cache_fits(rollout, model_config, torch.bfloat16)
     longest = config.data.max_prompt_tokens
-    for size in (rollout.batch_size, config.eval.batch_size):
+    for size in (rollout.batch_size, call_size(config)):
         (most, *_) = form_batches([longest] * 300, size, fits)
         in_gib = (longest + rollout.max_new_tokens) * cache_bytes(model_config, torch.bfloat16) / 2**30
         assert len(most) * in_gib <= 32 < (len(most) + 1) * in_gib

@@ -13,11 +13,12 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from cosmo_rl.cpgd.config import RolloutConfig
 from cosmo_rl.cpgd.rollout import hf
-from cosmo_rl.cpgd.rollout.engine import cache_bytes, form_batches, generate
+from cosmo_rl.cpgd.rollout.engine import form_batches, generate
 from cosmo_rl.cpgd.rollout.hf import HFEngine, _Sampler, _uniforms
 from cosmo_rl.cpgd.rollout.values import Request, request_seed
 from cosmo_rl.data.collate import encode_prompt
 from cosmo_rl.data.schema import Row
+from cosmo_rl.model.cache import RoomyLayer, cache_bytes
 from cosmo_rl.model.load import Processor
 from cosmo_rl.model.tiny import INIT_RANGE, build_config, build_tokenizer
 
@@ -151,7 +152,7 @@ def test_a_cache_that_never_grows_gives_the_bits_of_one_that_does(model, process
         engine = HFEngine(model, processor, replace(ROLLOUT, max_new_tokens=new, batch_size=size))
         found = generate(engine, requests)
         with monkeypatch.context() as patch:
-            patch.setattr(hf, "_roomy", lambda cache, rows, more: cache.batch_select_indices(rows) or cache)
+            patch.setattr(hf, "roomy", lambda cache, rows, more: cache.batch_select_indices(rows) or cache)
             grown = generate(engine, requests)
         assert tokens(found) == tokens(grown)
         assert [r.logprobs.tobytes() for r in found] == [r.logprobs.tobytes() for r in grown]
@@ -160,7 +161,7 @@ def test_a_cache_that_never_grows_gives_the_bits_of_one_that_does(model, process
 def test_the_cache_is_allocated_once(model, processor, requests, monkeypatch):
     """Its bytes are those of the budget, and after the prompt nothing of it moves or is left over."""
     made, places = [], set()
-    init, update = hf._RoomyLayer.__init__, hf._RoomyLayer.update
+    init, update = RoomyLayer.__init__, RoomyLayer.update
 
     def record(self, *args):
         init(self, *args)
@@ -172,8 +173,8 @@ def test_the_cache_is_allocated_once(model, processor, requests, monkeypatch):
         places.update({keys.untyped_storage().data_ptr(), values.untyped_storage().data_ptr()})
         return keys, values
 
-    monkeypatch.setattr(hf._RoomyLayer, "__init__", record)
-    monkeypatch.setattr(hf._RoomyLayer, "update", follow)
+    monkeypatch.setattr(RoomyLayer, "__init__", record)
+    monkeypatch.setattr(RoomyLayer, "update", follow)
     responses = generate(HFEngine(model, processor, ROLLOUT), requests)
     assert max(len(r.ids) for r in responses) == ROLLOUT.max_new_tokens
     layers = model.config.text_config.num_hidden_layers

@@ -17,7 +17,8 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from cosmo_rl.data.collate import EncodedPrompt, TokenSequence, encode_prompt
+from cosmo_rl.data.collate import EncodedPrompt, TokenSequence, deal, encode_prompt
+from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.sampler import PromptSampler
 from cosmo_rl.data.schema import Row
 from cosmo_rl.model.load import Processor
@@ -28,10 +29,11 @@ from ..advantages import group_advantages
 from ..config import Config, DataConfig, ObjectiveConfig, RolloutConfig
 from ..rewards.base import Evidence, Outcome, check_budget
 from ..rewards.format import answer_start
+from ..rewards.overlong import punished
 from ..rewards.scorer import Scorer
 from ..rewards.visual_focus import blank_prompt
 from ..update import BuildUpdates
-from .engine import Engine, Fits, cache_fits, for_all_ranks, form_batches, shares
+from .engine import Engine, Fits, cache_fits, for_all_ranks, form_batches
 from .selection import pass_rates, select
 from .values import Group, Request, Response, Rollout, Sample, request_seed
 
@@ -72,7 +74,7 @@ def dealt(batches: Sequence[Sequence[T]], tokens: Callable[[T], int],
     Raises:
         UserError: on every rank, once all have come to their end, what `work` raised on one.
     """
-    share = shares([sum(map(tokens, batch)) for batch in batches], world())[rank()]
+    share = deal([sum(map(tokens, batch)) for batch in batches], world(), len(batches))[rank()]
 
     def mine() -> dict[T, U]:
         done = work([batches[i] for i in share])
@@ -185,9 +187,15 @@ class Collector:
         attempt = partial(self._attempt, version, clock, sampled)
         groups, first, refill = select(self.sampler.take(rollout.prompts), attempt, self.sampler.replace,
                                        rollout.dynamic_sampling)
-        return Rollout(version=version, groups=tuple(groups), first=tuple(first), refill=refill,
-                       advantages=rollout_advantages(groups, self.config.objective),
-                       sampled_tokens=sum(len(s.response.ids) for s in sampled))
+        found = Rollout(version=version, groups=tuple(groups), first=tuple(first), refill=refill,
+                        advantages=rollout_advantages(groups, self.config.objective),
+                        sampled_tokens=sum(len(s.response.ids) for s in sampled),
+                        filtered=rollout.overlong == "filter")
+        if found.filtered and not any(map(found.teaches, found.samples)):
+            raise UserError("every response of the rollout was cut off or not rewarded, and --rollout.overlong filter "
+                            "leaves none to learn from; start again in another --run-dir with a larger "
+                            "--rollout.max-new-tokens, or without it")
+        return found
 
     def _attempt(self, version: int, clock: Clock, sampled: list[Sample], numbers: Sequence[int]) -> list[Group]:
         """A group of samples for each of these rows; `sampled` holds, and takes, those of the same rollout."""
@@ -202,6 +210,8 @@ class Collector:
             if self.scorer.needs_policy:
                 evidence = gather_evidence(self.policy, responses, self.processor, self.build)
             samples = score(responses, pending, self.scorer, evidence)
+            if self.config.rollout.overlong == "punish":
+                samples = [punished(s, self.config.rollout.max_new_tokens) for s in samples]
             sampled += samples
             check_budget([f"{s.id}: {s.failure}" for s in sampled if s.reward is None], len(sampled),
                          self.config.reward.failure_budget)

@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from cosmo_rl.data.errors import UserError
+from cosmo_rl.model.cache import cache_bytes
 
 from ..config import RolloutConfig
 from .values import Request, Response
@@ -53,18 +54,6 @@ def generate(engine: Engine, requests: Sequence[Request], *, greedy: bool = Fals
     return [found[id(request)] for request in requests]
 
 
-def cache_bytes(model_config: Any, dtype: torch.dtype) -> int:
-    """Bytes that the KV cache takes of one token: keys and values of every layer.
-
-    Args:
-        model_config: a Qwen2_5_VLConfig.
-        dtype: of the weights.
-    """
-    text = model_config.text_config
-    channels = text.hidden_size // text.num_attention_heads * text.num_key_value_heads
-    return 2 * text.num_hidden_layers * channels * dtype.itemsize
-
-
 def cache_fits(rollout: RolloutConfig, model_config: Any, dtype: torch.dtype) -> Fits:
     """Whether a call's KV cache, all its prompts and responses at their longest, stays within `cache_gib`."""
     tokens = int(rollout.cache_gib * 2**30) // cache_bytes(model_config, dtype)
@@ -102,17 +91,3 @@ def for_all_ranks(form: Callable[[int], list[B]], batch_size: int, requests: int
     """
     batches = form(batch_size)
     return batches if len(batches) >= min(ranks, requests) else form(-(-requests // ranks))
-
-
-def shares(tokens: Sequence[int], ranks: int) -> list[list[int]]:
-    """Indices of the batches of each rank, ascending: the largest first, each to the rank with the least so far.
-
-    Args:
-        tokens: expected of each batch.
-    """
-    out, load = [list[int]() for _ in range(ranks)], [0] * ranks
-    for i in sorted(range(len(tokens)), key=lambda i: (-tokens[i], i)):
-        least = load.index(min(load))
-        out[least].append(i)
-        load[least] += tokens[i]
-    return [sorted(share) for share in out]

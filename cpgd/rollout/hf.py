@@ -11,13 +11,11 @@ so a request meets the same noise in any batch; its logits may still differ in t
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from transformers import (
     Cache,
-    DynamicLayer,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -26,6 +24,7 @@ from transformers import (
 
 from cosmo_rl.data.collate import EncodedPrompt
 from cosmo_rl.data.errors import UserError
+from cosmo_rl.model.cache import roomy
 from cosmo_rl.model.load import Processor
 from cosmo_rl.model.weights import load_into
 
@@ -87,7 +86,7 @@ class HFEngine:
         row = {id(prompt): i for i, prompt in enumerate(prompts)}
         rows = torch.tensor([row[id(r.prompt)] for r in requests], device=self.model.device)
         ids, mask, positions = _left_pad(prompts, self.pad_id, self.model.device)
-        cache = _roomy(self._prefill(prompts, ids, mask, positions), rows, self.rollout.max_new_tokens)
+        cache = roomy(self._prefill(prompts, ids, mask, positions), rows, self.rollout.max_new_tokens)
         sampler = _Sampler(
             None if greedy else _uniforms(requests, self.rollout.max_new_tokens).to(self.model.device),
             self.rollout.temperature, self.suppressed,
@@ -129,47 +128,6 @@ class HFEngine:
                 "again in another --run-dir with a lower --optim.learning-rate, from weights before the run diverged"
             )
         return length
-
-
-class _RoomyLayer(DynamicLayer):
-    """One layer's keys and values in memory that is theirs from the start, handed out as views of its filled part.
-
-    transformers' own layer copies all of them to append one token; its static one attends to the empty places too.
-    """
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, more: int) -> None:
-        """
-        Args:
-            keys, values: (B, heads, filled, channels).
-            rows: (R,) of B, which are taken. more: tokens to come.
-        """
-        super().__init__()
-        self.lazy_initialization(keys, values)
-        self.filled, shape = keys.shape[2], (len(rows), keys.shape[1], keys.shape[2] + more, keys.shape[3])
-        self.room = [states.new_empty(shape) for states in (keys, values)]
-        for room, states in zip(self.room, (keys, values), strict=True):
-            torch.index_select(states, 0, rows, out=room[:, :, :self.filled])
-        self._show()
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any,
-               **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        start, self.filled = self.filled, self.filled + key_states.shape[2]
-        for room, states in zip(self.room, (key_states, value_states), strict=True):
-            room[:, :, start:self.filled] = states
-        return self._show()
-
-    def _show(self) -> tuple[torch.Tensor, torch.Tensor]:
-        self.keys, self.values = (room[:, :, :self.filled] for room in self.room)
-        return self.keys, self.values
-
-
-def _roomy(cache: Cache, rows: torch.Tensor, more: int) -> Cache:
-    """The cache of these rows of `cache`, which is emptied, with room for `more` tokens."""
-    layers = []
-    for layer in cache.layers:
-        layers.append(_RoomyLayer(layer.keys, layer.values, rows, more))
-        layer.keys = layer.values = None  # or both caches would be there whole at the end
-    return Cache(layers=layers)
 
 
 class _Sampler(LogitsProcessor):

@@ -41,7 +41,7 @@ from ..rewards.task_aware import rules
 from ..rewards.word_rules import CAUTION, by_words
 from ..rollout.engine import cache_fits, form_batches
 from .ending import fail, leave
-from .evaluation import eval_batches, eval_suite
+from .evaluation import call_size, eval_batches, eval_suite
 from .footprint import NOTHING, Calls, Load, Parameters, Term, by_phase, count_parameters, footprint, peak
 from .guard import WATCHED, no_rows
 from .plan import Faults, Plan, RowSize, given_path, plan
@@ -55,7 +55,7 @@ MENDS = {
     "always": "give more ranks, --model.dtype bfloat16 or a smaller model",
     "update": "lower --batch.max-tokens, or give --model.gradient-checkpointing True or more ranks",
     "rollout": "lower --rollout.cache-gib or --rollout.batch-size",
-    "evaluation": "lower --eval.batch-size or --rollout.cache-gib",
+    "evaluation": "lower --rollout.cache-gib or --rollout.batch-size",
 }
 EXAMPLES = 3
 """Rows named for each reason."""
@@ -264,7 +264,7 @@ def _calls(found: Findings, config: Config, processor: Processor, parameters: Pa
                    sum(prompts[i].image for i in batch) * patches)
              for prompts in found.asked.values()
              for batch in eval_batches([size.prompt for size in prompts], config, processor.config,
-                                       config.eval.batch_size)]
+                                       call_size(config))]
     if asked:
         takes = lambda call: by_phase(footprint(processor.config, parameters, config, NOTHING, {"evaluation": call}, 1))
         calls["evaluation"] = max(asked, key=lambda call: takes(call).get("evaluation", 0))

@@ -36,10 +36,10 @@ from typing import Any, NamedTuple
 import torch
 
 from cosmo_rl.kernels.gemm import plan_chunks
+from cosmo_rl.model.cache import cache_bytes
 from cosmo_rl.model.folder import empty_model
 
 from ..config import Config
-from ..rollout.engine import cache_bytes
 
 
 @dataclass(frozen=True, slots=True)
