@@ -149,10 +149,16 @@ class RolloutConfig:
     max_new_tokens: int = bounded(4096, at_least(1))
     """Longest response in tokens."""
     batch_size: int = free(64, at_least(1))
-    """Requests per generate call; formed over all ranks, so that results do not depend on their number. Of another size
-    they differ in the last bits of logits, so that now and then another token is drawn."""
+    """Requests per generate call at most, in evaluation twice that. Calls are formed over all ranks, and smaller where
+    there are more ranks than calls: up to then results do not depend on the number of ranks. Of another size they
+    differ in the last bits of logits, so that now and then another token is drawn."""
+    cache_gib: float = free(32.0, POSITIVE)
+    """KV cache of a generate call at most, in training and evaluation, in GiB: longer prompts make smaller calls."""
     dynamic_sampling: int = bounded(0, at_least(0))
     """Most rounds in which prompts with equal rewards are replaced by others of their domain (DAPO); 0: none."""
+    overlong: Literal["keep", "filter", "punish"] = "keep"
+    """Responses that max_new_tokens cuts off: trained on as others; left out of the loss; or, with those that come near
+    it, rewarded less. The last two are DAPO's filter and soft punishment: rewards/overlong.py."""
     canary_limit: float = free(0.5, POSITIVE)
     """Largest mean |log-prob difference| of engine and trainer on one response, nats; beyond it the run stops."""
 
@@ -346,8 +352,6 @@ class EvalConfig:
     """Embedded split of the report; recipes are tuned on `validation` only."""
     max_rows: int = bounded(0, at_least(0))
     """At most this many rows per group in the report; 0: all."""
-    batch_size: int = free(256, at_least(1))
-    """Requests per generate call in evaluation; of another size, answers differ as those of rollout.batch_size do."""
     guard: Literal["off", "warn", "stop"] = free("off")
     """What a fall of general accuracy or benign acceptance, measured every `every` steps, leads to: run/guard.py."""
     guard_drop: float = free(0.05, (lambda value: 0 <= value < 1, "a share of at least 0, below 1"))

@@ -72,7 +72,7 @@ class BuildUpdates:
 
 
 class Part(NamedTuple):
-    """What one optimizer step of a rollout is made of: whole groups, without the samples whose reward failed."""
+    """What one optimizer step of a rollout is made of: whole groups, without the samples that do not teach."""
 
     samples: list[Sample]
     advantages: list[float]
@@ -81,7 +81,7 @@ class Part(NamedTuple):
 
     @property
     def num_prompts(self) -> int:
-        """A group counts as a prompt when at least one of its samples has a reward, degenerate or not."""
+        """A group counts as a prompt when at least one of its samples teaches, degenerate or not."""
         return len(set(self.groups))
 
     def updates(self, build: BuildUpdates) -> list[Update]:
@@ -91,12 +91,12 @@ class Part(NamedTuple):
 
 
 def split_updates(rollout: Rollout, count: int) -> list[Part]:
-    """The parts of `count` optimizer steps: contiguous groups in prompt order; one without a reward is left out."""
+    """The parts of `count` optimizer steps: contiguous groups in prompt order; one that teaches nothing is left out."""
     parts = []
     for groups in np.array_split(np.arange(len(rollout.groups)), count):
         kept = [(sample, advantage, int(g)) for g in groups
                 for sample, advantage in zip(rollout.groups[g], rollout.advantages[g].tolist(), strict=True)
-                if sample.reward is not None]
+                if rollout.teaches(sample)]
         if kept:
             parts.append(Part(*map(list, zip(*kept, strict=True))))
     return parts

@@ -282,13 +282,18 @@ def plan_microbatches(lengths: Sequence[int], *, max_tokens: int, layout: str,
         per_rank += 1
 
     bins.sort(key=lambda members: -sum(lengths[i] for i in members))
-    plan: list[list[list[int]]] = [[] for _ in range(world_size)]
-    loads = [0] * world_size
-    for members in bins:  # heaviest first, to the least loaded rank that has room
-        rank = min((r for r in range(world_size) if len(plan[r]) < per_rank), key=lambda r: (loads[r], r))
-        plan[rank].append(members)
-        loads[rank] += sum(lengths[i] for i in members)
-    return plan
+    shares = deal([sum(lengths[i] for i in members) for members in bins], world_size, per_rank)
+    return [[bins[i] for i in share] for share in shares]
+
+
+def deal(weights: Sequence[int], ranks: int, most: int) -> list[list[int]]:
+    """Indices for each rank, ascending, at most `most`: the heaviest first, each to the lightest rank that has room."""
+    out, loads = [list[int]() for _ in range(ranks)], [0] * ranks
+    for i in sorted(range(len(weights)), key=lambda i: (-weights[i], i)):
+        rank = min((r for r in range(ranks) if len(out[r]) < most), key=lambda r: (loads[r], r))
+        out[rank].append(i)
+        loads[rank] += weights[i]
+    return [sorted(share) for share in out]
 
 
 def _split_packed(lengths: Sequence[int], order: list[int], count: int, max_tokens: int) -> list[list[int]] | None:

@@ -6,6 +6,7 @@ demands torchvision, whose wheel does not load beside a CPU build of torch.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,6 +18,7 @@ import transformers
 from PIL import Image
 from torch import nn
 from transformers import (
+    AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedTokenizerBase,
@@ -217,6 +219,33 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, attentio
     if freeze_vision:
         model.model.visual.requires_grad_(False)
         model.model.visual.merger.requires_grad_(True)
+    return _with_kernels(model, liger)
+
+
+def unfilled_model(config: Any, *, device: torch.device, dtype: torch.dtype, attention: str = "sdpa",
+                   liger: bool = False) -> Qwen2_5_VLForConditionalGeneration:
+    """A model on `device` as `load_model` makes it, but for its weights, which are NaN until they are copied in.
+
+    Nothing is read from disk, and nothing of it is ever on another device.
+
+    Args:
+        config: a Qwen2_5_VLConfig, as that of a Processor. The others are those of `load_model`, which checks them.
+    """
+    with torch.device("meta"):
+        model: Any = AutoModelForImageTextToText.from_config(
+            deepcopy(config), dtype=dtype, attn_implementation=attention, trust_remote_code=False)
+    model.to_empty(device=device)
+    model.tie_weights()  # each tensor has been given memory of its own
+    for parameter in model.parameters():
+        parameter.data.fill_(torch.nan)
+    for module in model.modules():
+        if list(module.buffers(recurse=False)):  # rotary frequencies are in no checkpoint: loading makes them so too
+            model._init_weights(module)
+    return _with_kernels(model.eval(), liger)
+
+
+def _with_kernels(model: Any, liger: bool) -> Qwen2_5_VLForConditionalGeneration:
+    """The model, some of its modules with another forward."""
     if liger:
         use_liger(model)
     patches = model.model.visual.patch_embed

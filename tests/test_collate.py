@@ -10,7 +10,7 @@ import tiny_case
 import torch
 from PIL import Image
 
-from cosmo_rl.data.collate import TokenSequence, check_prompt, encode_prompt, mrope_positions, plan_microbatches
+from cosmo_rl.data.collate import TokenSequence, check_prompt, deal, encode_prompt, mrope_positions, plan_microbatches
 from cosmo_rl.model.load import load_model
 
 LAYOUTS = ("packed", "padded")
@@ -177,3 +177,13 @@ def test_plan_gives_the_heavier_microbatch_to_the_lighter_rank():
 def test_plan_names_a_sequence_beyond_the_budget(layout):
     with pytest.raises(ValueError, match=r"601 tokens.*--batch.max-tokens 600.*max-new-tokens"):
         plan_microbatches([5, 601], max_tokens=600, layout=layout, world_size=1)
+
+
+def test_shares_are_even_in_tokens():
+    """Round robin, as the batches come, would give one rank 50 and the other 96; these have 74 and 72."""
+    assert deal([4, 4, 6, 8, 10, 30, 30, 54], 2, 8) == [[1, 2, 4, 7], [0, 3, 5, 6]]
+    tokens = np.random.default_rng(3).integers(1, 1000, 200).tolist()
+    loads = [sum(tokens[i] for i in share) for share in deal(tokens, 16, 200)]
+    assert max(loads) - min(loads) < 0.02 * max(loads)
+    assert deal([5] * 5, 3, 5) == [[0, 3], [1, 4], [2]] and deal([], 2, 0) == [[], []]
+    assert deal([9, 1, 1, 1], 2, 2) == [[0, 3], [1, 2]], "no more than two each"

@@ -104,7 +104,8 @@ def test_ranks_share_whole_batches(monkeypatch):
     """Two ranks' parts are the one rank's responses, bit for bit; each rank scores what it samples."""
     record = runs.rollout()
     requests = [s.response.request for s in record.samples]
-    whole, _ = sample(record.engine, requests, 5, Fixed(), {})
+    rollout, fits = replace(runs.config().rollout, batch_size=5), lambda requests, longest: True
+    whole, _ = sample(record.engine, requests, rollout, fits, Fixed(), {})
     parts, seen = [], []
     monkeypatch.setattr(collect, "world", lambda: 2)
     filler = dict.fromkeys(range(24), (np.array([1]), np.zeros(1), "", "stop", 0))
@@ -112,13 +113,30 @@ def test_ranks_share_whole_batches(monkeypatch):
         scorer = Fixed()
         monkeypatch.setattr(collect, "rank", lambda number=number: number)
         monkeypatch.setattr(collect, "together", lambda action: [filler, parts.append(action()) or parts[-1]])
-        _, pending = sample(record.engine, requests, 5, scorer, {})
+        _, pending = sample(record.engine, requests, rollout, fits, scorer, {})
         assert sorted(i for indices, _ in pending for i in indices) == sorted(parts[-1])
         assert [r.request for r in scorer.seen] == [requests[i] for indices, _ in pending for i in indices]
         seen.append(len(scorer.seen))
     assert sum(seen) == len(parts[0]) + len(parts[1]) == 24 and not parts[0].keys() & parts[1].keys()
     for i, (ids, logprobs, *_) in {**parts[0], **parts[1]}.items():
         assert ids.tolist() == whole[i].ids.tolist() and logprobs.tobytes() == whole[i].logprobs.tobytes()
+
+
+def test_more_ranks_than_calls_share_smaller_ones(monkeypatch):
+    """24 requests in one call: each of 7 ranks gets as even a part as there is, and all are sampled once."""
+    requests = [s.response.request for s in runs.rollout().samples]
+    rollout, shares = replace(runs.config().rollout, batch_size=64), []
+    monkeypatch.setattr(collect, "world", lambda: 7)
+    monkeypatch.setattr(collect, "together", lambda action: [
+        dict.fromkeys(range(24), (np.array([1]), np.zeros(1), "", "stop", 0)), action()])
+    for number in range(7):
+        engine = Recorded()
+        monkeypatch.setattr(collect, "rank", lambda number=number: number)
+        found, _ = sample(engine, requests, rollout, lambda requests, longest: True, Fixed(), {})
+        assert [response.request for response in found] == requests
+        shares.append(engine.asked)
+    assert sorted(map(len, shares)) == [0, 4, 4, 4, 4, 4, 4], "calls of 24 / 7, rounded up"
+    assert {id(r) for share in shares for r in share} == set(map(id, requests))
 
 
 def test_a_failed_reward_leaves_its_group():

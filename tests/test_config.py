@@ -51,12 +51,12 @@ from cosmo_rl.cpgd.config import (
     ({"optim": OptimConfig(warmup_steps=-1)}, r"--optim\.warmup-steps is -1"),
     ({"eval": EvalConfig(max_rows=-1)}, r"--eval\.max-rows is -1"),
     ({"eval": EvalConfig(every=-1)}, r"--eval\.every is -1"),
-    ({"eval": EvalConfig(batch_size=0)}, r"--eval\.batch-size is 0"),
     ({"log": LogConfig(samples=-1)}, r"--log\.samples is -1"),
     ({"data": DataConfig(resize_pixels=0)}, r"--data\.resize-pixels is 0"),
     ({"data": DataConfig(max_prompt_tokens=0)}, r"--data\.max-prompt-tokens is 0"),
     ({"rollout": RolloutConfig(max_new_tokens=0)}, r"--rollout\.max-new-tokens is 0"),
     ({"rollout": RolloutConfig(batch_size=0)}, r"--rollout\.batch-size is 0"),
+    ({"rollout": RolloutConfig(cache_gib=0.0)}, r"--rollout\.cache-gib is 0\.0; give a value above 0"),
     ({"rollout": RolloutConfig(canary_limit=0.0)}, r"--rollout\.canary-limit is 0\.0; give a value above 0"),
     ({"batch": BatchConfig(max_tokens=0)}, r"--batch\.max-tokens is 0"),
 ])
@@ -99,9 +99,9 @@ def test_what_a_resumed_run_may_change():
     assert free_fields() == {
         "run_dir", "resume", "steps", "model.gradient_checkpointing", "model.attention", "model.liger",
         "model.export_dtype", "data.max_prompt_tokens", "data.max_image_pixels", "rollout.batch_size",
-        "rollout.canary_limit",
+        "rollout.cache_gib", "rollout.canary_limit",
         "reward.judge_cache", "reward.failure_budget", "optim.max_nonfinite", "batch.layout", "batch.max_tokens",
-        "checkpoint.every", "checkpoint.keep", "eval.every", "eval.batch_size", "eval.guard", "eval.guard_drop",
+        "checkpoint.every", "checkpoint.keep", "eval.every", "eval.guard", "eval.guard_drop",
         "log.tensorboard", "log.samples"}
 
 

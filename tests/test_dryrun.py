@@ -306,9 +306,9 @@ def with_memory(monkeypatch, num_bytes: int) -> None:
 
 
 def test_an_evaluation_that_cannot_fit_is_refused(rows, held, monkeypatch):
-    """Its largest call is that of the held-out rows, in batches of --eval.batch-size."""
+    """Its largest call is that of the held-out rows, twice as many as of a rollout."""
     config = settings(rows, eval_path=(str(held),))
-    config = replace(config, rollout=replace(config.rollout, batch_size=1, prompts=4, group_size=2),
+    config = replace(config, rollout=replace(config.rollout, batch_size=2, prompts=4, group_size=2),
                      batch=replace(config.batch, max_tokens=100))
     found = look(config)
     calls = dryrun._calls(found, config, runs.policy_processor(), PARAMETERS)
@@ -321,8 +321,8 @@ def test_an_evaluation_that_cannot_fit_is_refused(rows, held, monkeypatch):
     of_phase = lambda config, phase: [text for text in look(config).settings if text.startswith(f"the {phase} takes")]
     with_memory(monkeypatch, sizes["evaluation"] - 1)
     (problem,) = of_phase(config, "evaluation")
-    assert "an estimated 0.0 GiB of a rank's memory, and this GPU has 0.0; lower --eval.batch-size" in problem
-    single = replace(config, eval=replace(config.eval, batch_size=1))
+    assert "an estimated 0.0 GiB of a rank's memory, and this GPU has 0.0; lower --rollout.cache-gib or" in problem
+    single = replace(config, rollout=replace(config.rollout, batch_size=1))
     assert not of_phase(single, "evaluation"), "the mend works"
     assert not of_phase(config, "rollout") and len(of_phase(config, "update")) == 1
     with_memory(monkeypatch, sizes["evaluation"])

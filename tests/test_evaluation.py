@@ -3,11 +3,13 @@
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import runs
 from scoring import outcome_of
+from transformers import Qwen2_5_VLConfig
 
 from cosmo_rl.cpgd.config import Config, DataConfig, EvalConfig
 from cosmo_rl.cpgd.rewards.base import NotApplicable
@@ -20,6 +22,7 @@ from cosmo_rl.cpgd.run import evaluation
 from cosmo_rl.cpgd.run.evaluation import (
     MEASURES,
     Answered,
+    call_size,
     divided,
     eval_batches,
     eval_suite,
@@ -191,24 +194,27 @@ def test_the_demo_keeps_its_batches(split):
         lengths = [check_prompt(row, processor, max_prompt_tokens=512)[0] for row in rows]
         for stage in (0, 1, 2):
             config = recipe("tiny", stage)
-            assert eval_batches(lengths, config) == form_batches(lengths, config.eval.batch_size)
+            found = eval_batches(lengths, config, processor.config, call_size(config))
+            assert found == form_batches(lengths, 384)
 
 
 def test_a_batch_takes_no_more_than_training_does():
     config = recipe("7b", 2)
-    new, most = config.rollout.max_new_tokens, config.rollout.batch_size * (8192 + config.rollout.max_new_tokens)
+    text = {"num_hidden_layers": 28, "hidden_size": 3584, "num_attention_heads": 28, "num_key_value_heads": 4}
+    new, most = config.rollout.max_new_tokens, 32 * 2**30 // (2 * 28 * 4 * 128 * 2)
+    eval_batches = partial(evaluation.eval_batches, config=config, model_config=Qwen2_5_VLConfig(text_config=text),
+                           batch_size=call_size(config))
     lengths = [*range(20, 4000, 7), *[1300] * 300, *[40_000] * 2]  # the last are over any budget, and go alone
-    batches = eval_batches(lengths, config)
+    batches = eval_batches(lengths)
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     for batch in batches:
         longest = max(lengths[i] for i in batch)
         assert len(batch) == 1 or (len(batch) * longest <= 2 * config.batch.max_tokens
                                    and len(batch) * (longest + new) <= most)
         assert [lengths[i] for i in batch] == sorted(lengths[i] for i in batch)
-    assert max(map(len, eval_batches([1300] * 300, config))) == 2 * 16_384 // 1300, "photographs of a megapixel"
-    assert max(map(len, eval_batches([20] * 300, config))) == min(most // (20 + new), 256)
-    few = replace(config, eval=EvalConfig(batch_size=3))
-    assert eval_batches([20] * 7, few) == [[0, 1, 2], [3, 4, 5], [6]]
+    assert max(map(len, eval_batches([1300] * 300))) == 2 * 16_384 // 1300, "photographs of a megapixel"
+    assert max(map(len, eval_batches([20] * 300))) == most // (20 + new) < 128
+    assert eval_batches([20] * 7, batch_size=3) == [[0, 1, 2], [3, 4, 5], [6]]
 
 
 def encode(row):
@@ -233,8 +239,9 @@ class Watching:
             return list(self.engine.stream(requests, greedy=greedy, batch_size=batch_size))
 
 
-def measure(watching=None, encode=encode, seed=0):
-    record, config = runs.rollout(), replace(runs.config(), seed=seed, eval=EvalConfig(batch_size=3))
+def measure(watching=None, encode=encode, seed=0, batch_size=1):
+    record, config = runs.rollout(), replace(runs.config(), seed=seed)
+    config = replace(config, rollout=replace(config.rollout, batch_size=batch_size))
     return evaluate(watching or record.engine, suite_of(runs.held_rows()), encode, record.processor, config)
 
 
@@ -255,10 +262,10 @@ def test_evaluation_meets_the_same_noise_each_time(measured):
     assert not any(a.row.images for a in measured[0][0]), "pictures are not kept"
 
 
-def test_rows_are_encoded_batch_by_batch(measured):
+def test_rows_are_encoded_batch_by_batch():
     """Each row once, just before its batch is sampled and answered greedily: never the pixels of two batches."""
     watching = Watching()
-    assert measure(watching, watching.encode) == measured[0]
+    measure(watching, watching.encode, batch_size=2)
     sizes = []
     while watching.events:
         encoded = []
@@ -268,7 +275,7 @@ def test_rows_are_encoded_batch_by_batch(measured):
         assert (first, second) == ("sampled", "greedy") and encoded == ids == same
         del watching.events[:2]
         sizes.append(len(ids))
-    assert sizes == [2, 3, 1, 3, 1], "groups do not mix"
+    assert sizes == [2, 4, 4], "groups do not mix"
 
 
 class Ranks:
@@ -323,6 +330,15 @@ def test_batches_are_dealt_over_ranks(monkeypatch, measured):
     assert results == [measured[0]] * 2, "the same bits, on every rank"
     encoded = [(name, what) for kind, name, what in watching.events if kind == "encode"]
     assert {name for name, _ in encoded} == {"0", "1"} and len(encoded) == len({what for _, what in encoded}) == 10
+
+
+def test_more_ranks_than_batches_share_smaller_ones(monkeypatch, measured):
+    """Ten rows in three groups, each a batch: eight ranks want more."""
+    watching = Watching()
+    results = Ranks(monkeypatch, 8).run(lambda: measure(watching, watching.encode, batch_size=2))
+    assert results == [results[0]] * 8 and [a.row.id for a in results[0][0]] == [a.row.id for a in measured[0][0]]
+    asked = [what for kind, _, what in watching.events if kind == "sampled"]
+    assert sorted(map(len, asked)) == [2] * 5 and len({name for _, name, _ in watching.events}) == 5
 
 
 def test_a_row_that_one_host_cannot_read_ends_every_rank(monkeypatch):

@@ -1,6 +1,7 @@
 """The hf engine against plain full forwards of transformers: positions, log-probs, noise, endings, fresh weights."""
 
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,11 +12,13 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from cosmo_rl.cpgd.config import RolloutConfig
+from cosmo_rl.cpgd.rollout import hf
 from cosmo_rl.cpgd.rollout.engine import form_batches, generate
 from cosmo_rl.cpgd.rollout.hf import HFEngine, _Sampler, _uniforms
 from cosmo_rl.cpgd.rollout.values import Request, request_seed
 from cosmo_rl.data.collate import encode_prompt
 from cosmo_rl.data.schema import Row
+from cosmo_rl.model.cache import RoomyLayer, cache_bytes
 from cosmo_rl.model.load import Processor
 from cosmo_rl.model.tiny import INIT_RANGE, build_config, build_tokenizer
 
@@ -139,6 +142,59 @@ def test_ranks_with_whole_batches_give_the_same_bits(model, processor, requests)
         for i, response in zip(mine, generate(engine, [requests[i] for i in mine], batch_size=5), strict=True):
             assert response.ids.tolist() == single[i].ids.tolist()
             assert response.logprobs.tobytes() == single[i].logprobs.tobytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cache_that_never_grows_gives_the_bits_of_one_that_does(model, processor, requests, dtype, monkeypatch):
+    """transformers' own DynamicCache: prompts of unequal length, padded, with and without images; one token too."""
+    model.to(dtype)
+    for new, size in ((12, 16), (40, 5), (1, 16)):
+        engine = HFEngine(model, processor, replace(ROLLOUT, max_new_tokens=new, batch_size=size))
+        found = generate(engine, requests)
+        with monkeypatch.context() as patch:
+            patch.setattr(hf, "roomy", lambda cache, rows, more: cache.batch_select_indices(rows) or cache)
+            grown = generate(engine, requests)
+        assert tokens(found) == tokens(grown)
+        assert [r.logprobs.tobytes() for r in found] == [r.logprobs.tobytes() for r in grown]
+
+
+def test_the_cache_is_allocated_once(model, processor, requests, monkeypatch):
+    """Its bytes are those of the budget, and after the prompt nothing of it moves or is left over."""
+    made, places = [], set()
+    init, update = RoomyLayer.__init__, RoomyLayer.update
+
+    def record(self, *args):
+        init(self, *args)
+        made.append(self)
+
+    def follow(self, *args, **options):
+        keys, values = update(self, *args, **options)
+        assert keys.shape == values.shape == self.keys.shape and self.get_seq_length() == keys.shape[2]
+        places.update({keys.untyped_storage().data_ptr(), values.untyped_storage().data_ptr()})
+        return keys, values
+
+    monkeypatch.setattr(RoomyLayer, "__init__", record)
+    monkeypatch.setattr(RoomyLayer, "update", follow)
+    responses = generate(HFEngine(model, processor, ROLLOUT), requests)
+    assert max(len(r.ids) for r in responses) == ROLLOUT.max_new_tokens
+    layers = model.config.text_config.num_hidden_layers
+    assert len(made) == layers and len(places) == 2 * layers
+    longest = max(len(r.prompt.input_ids) for r in requests)
+    assert {layer.filled for layer in made} == {layer.room[0].shape[2] for layer in made} == {longest + 11}
+    held = sum(room.untyped_storage().nbytes() for layer in made for room in layer.room)
+    assert held == len(requests) * (longest + 11) * cache_bytes(model.config, torch.float32)
+
+
+def test_calls_stay_within_the_budget_of_the_cache(model, processor, requests, monkeypatch):
+    rollout = replace(ROLLOUT, cache_gib=4 * 100 * cache_bytes(model.config, torch.float32) / 2**30)
+    calls, real = [], HFEngine._generate_batch
+    monkeypatch.setattr(HFEngine, "_generate_batch", lambda self, batch, greedy: calls.append(
+        [len(r.prompt.input_ids) for r in batch]) or real(self, batch, greedy))
+    assert len(generate(HFEngine(model, processor, rollout), requests)) == len(requests)
+    assert sum(map(len, calls)) == len(requests) and len(calls) > 1
+    assert all(len(batch) * (max(batch) + 12) <= 400 for batch in calls)
+    for batch, after in pairwise(calls):
+        assert (len(batch) + 1) * (after[0] + 12) > 400, "as large as they may be"
 
 
 def test_stale_rope_deltas_are_neither_read_nor_written(model, processor, requests):

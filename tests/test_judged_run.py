@@ -163,6 +163,6 @@ def test_judging_begins_before_sampling_ends():
             order.append("ask")
             return SimpleNamespace(result=lambda: [{"helpful": Score(1.0)} for _ in responses])
 
-    _, pending = sample(Engine(), requests, 12, Scorer(), {})
+    _, pending = sample(Engine(), requests, runs.config().rollout, lambda requests, longest: True, Scorer(), {})
     assert order == ["sample", "ask", "sample", "ask"], order
     assert sorted(i for indices, _ in pending for i in indices) == list(range(len(requests)))

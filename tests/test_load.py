@@ -16,8 +16,9 @@ from transformers import AutoModelForImageTextToText
 
 from cosmo_rl.data.collate import TokenSequence, collate, encode_prompt
 from cosmo_rl.data.errors import UserError
-from cosmo_rl.model.load import load_model, load_processor
+from cosmo_rl.model.load import load_model, load_processor, unfilled_model
 from cosmo_rl.model.policy import Policy
+from cosmo_rl.model.weights import load_into
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +83,38 @@ def test_freeze_vision_leaves_the_merger_trainable():
 
 def test_dtype():
     assert {p.dtype for p in load_model(tiny_case.folder(), dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_is_filled_is_the_loaded_one(copy, dtype, tied):
+    """Without its folder, once the config is read: every buffer, what is shared, and what comes out, bit for bit."""
+    if not tied:
+        change(copy / "config.json", tie_word_embeddings=False)
+        weights = load_file(copy / "model.safetensors")
+        head = {"lm_head.weight": 2 * weights["model.embed_tokens.weight"]}
+        save_file(weights | head, copy / "model.safetensors", {"format": "pt"})
+    loaded: Any = load_model(copy, dtype=dtype)
+    config = load_processor(copy).config
+    before = config.to_dict()
+    shutil.rmtree(copy)
+    model: Any = unfilled_model(config, device=torch.device("cpu"), dtype=dtype)
+    assert config.to_dict() == before and not model.training
+    assert all(p.isnan().all() and p.dtype == dtype for p in model.parameters())
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+    load_into(model, ((name, p.detach()) for name, p in loaded.named_parameters()))
+    buffers = dict(model.named_buffers())
+    assert {name.rsplit(".", 2)[-2] for name in buffers} == {"rotary_emb", "rotary_pos_emb"} and len(buffers) == 4
+    for name, buffer in loaded.named_buffers():
+        found = buffers.pop(name)
+        assert found.dtype == buffer.dtype == torch.float32 and torch.equal(found, buffer) and buffer.any(), name
+    assert not buffers
+    assert {name: p.shape for name, p in model.state_dict().items()} == {
+        name: p.shape for name, p in loaded.state_dict().items()}
+    sequences = [TokenSequence(prompt, np.arange(20, 24)) for prompt in tiny_case.prompts()]
+    batch = collate(sequences, layout="padded", pad_id=0, dummy_image=tiny_case.processor().dummy_image())
+    rows = [Policy(each, suppressed_ids=np.empty(0, dtype=np.int64))(batch).logprobs for each in (model, loaded)]
+    assert torch.equal(*rows) and rows[0].isfinite().all() and len(rows[0]) == 16
 
 
 def test_missing_folder(tmp_path):
@@ -265,7 +298,7 @@ def test_code_in_the_folder_is_not_run(copy):
                        ("config.json", {"AutoConfig": "x.Y", "AutoModelForImageTextToText": "x.Y"}),
                        ("preprocessor_config.json", {"AutoImageProcessor": "x.Y", "AutoProcessor": "x.Y"})):
         change(copy / name, auto_map=auto)
-    load_processor(copy)
+    unfilled_model(load_processor(copy).config, device=torch.device("cpu"), dtype=torch.float32)
     load_model(copy)
 
 

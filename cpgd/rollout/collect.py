@@ -1,13 +1,14 @@
 """One rollout, over all ranks together: rows -> requests -> responses -> samples -> advantages.
 
 Generate calls are formed over the requests of all ranks and handed out whole, so responses have the same bits at any
-number of ranks. Each rank has what it samples scored while it samples on; every rank ends with the whole rollout.
+number of ranks up to that of the calls; with more ranks the calls are smaller, so that none is idle. Each rank has what
+it samples scored while it samples on; every rank ends with the whole rollout.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -17,7 +18,8 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from cosmo_rl.data.collate import EncodedPrompt, TokenSequence, encode_prompt
+from cosmo_rl.data.collate import EncodedPrompt, TokenSequence, deal, encode_prompt
+from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.sampler import PromptSampler
 from cosmo_rl.data.schema import Row
 from cosmo_rl.model.load import Processor
@@ -25,17 +27,18 @@ from cosmo_rl.model.parallel import rank, together, world
 from cosmo_rl.model.policy import Policy
 
 from ..advantages import group_advantages
-from ..config import Config, DataConfig, ObjectiveConfig
+from ..config import Config, DataConfig, ObjectiveConfig, RolloutConfig
 from ..rewards.base import Evidence, Outcome, check_budget
 from ..rewards.format import answer_start
+from ..rewards.overlong import punished
 from ..rewards.scorer import Scorer
 from ..rewards.visual_focus import blank_prompt
 from ..update import BuildUpdates
-from .engine import Engine, form_batches
+from .engine import Engine, Fits, Lost, cache_fits, for_all_ranks, form_batches
 from .selection import pass_rates, select
 from .values import Group, Request, Response, Rollout, Sample, request_seed
 
-PROBED, PROBES = 64, 8
+PROBED, PROBES, RECOVERIES = 64, 8, 3
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -76,37 +79,53 @@ def probes(rows: Sequence[Row], encode: Callable[[Row], EncodedPrompt]) -> Itera
             yield row, prompt
 
 
-def dealt(batches: Sequence[Sequence[T]], work: Callable[[Sequence[Sequence[T]]], dict[T, U]]) -> dict[T, U]:
+def dealt(engine: Engine, batches: Sequence[Sequence[T]], tokens: Callable[[T], int],
+          work: Callable[[Sequence[Sequence[T]]], dict[T, U]]) -> dict[T, U]:
     """What `work` makes of this rank's batches, of all ranks on every rank; all must call it together.
 
+    Args:
+        engine: recovers when `work` leaves members out, for which it is then called again.
+        tokens: expected of a member, by which the ranks' shares are evened out.
     Raises:
         UserError: on every rank, once all have come to their end, what `work` raised on one.
     """
-    def mine() -> dict[T, U]:
-        done = work(batches[rank()::world()])
+    found: dict[T, U] = {}
+    for attempt in range(1 + RECOVERIES):
+        left = [kept for batch in batches if (kept := [member for member in batch if member not in found])]
+        if not left:
+            return found
+        if attempt:
+            engine.recover()
+        share = deal([sum(map(tokens, batch)) for batch in left], world(), len(left))[rank()]
+        done = together(partial(work, [left[i] for i in share]))
+        found |= {key: value for part in done for key, value in part.items()}
         torch.cuda.empty_cache()  # the KV caches' many sizes would stay reserved: nothing left for NCCL's buffers
-        return done
+    raise UserError(f"the engine has died {1 + RECOVERIES} times in one rollout; look at its log, then repeat the "
+                    "command to go on from the last checkpoint")
 
-    return {key: value for part in together(mine) for key, value in part.items()}
 
-
-def sample(engine: Engine, requests: Sequence[Request], batch_size: int, scorer: Scorer,
+def sample(engine: Engine, requests: Sequence[Request], rollout: RolloutConfig, fits: Fits, scorer: Scorer,
            clock: Clock) -> tuple[list[Response], Pending]:
     """One response per request on every rank, in the order of the requests; each rank's are being scored already."""
+    lengths = [len(r.prompt.input_ids) for r in requests]
     own: dict[int, Response] = {}
     pending: Pending = []
 
     def stream(batches: Sequence[Sequence[int]]) -> dict[int, tuple]:
         index = {id(requests[i]): i for batch in batches for i in batch}
-        for part in engine.stream([requests[i] for batch in batches for i in batch], batch_size=batch_size):
-            done = {index[id(response.request)]: response for response in part}
-            with timed(clock, "reward"):  # a plain function of the user's is called here
-                pending.append((list(done), scorer.submit(part)))
-            own.update(done)
+        size = max(map(len, batches), default=1)
+        with suppress(Lost):
+            for part in engine.stream([requests[i] for batch in batches for i in batch], batch_size=size):
+                done = {index[id(response.request)]: response for response in part}
+                with timed(clock, "reward"):  # a plain function of the user's is called here
+                    pending.append((list(done), scorer.submit(part)))
+                own.update(done)
         # the request is there on every rank, pictures and all
         return {i: (r.ids, r.logprobs, r.text, r.finish_reason, r.version) for i, r in own.items()}
 
-    found = dealt(form_batches([len(r.prompt.input_ids) for r in requests], batch_size), stream)
+    batches = for_all_ranks(lambda size: form_batches(lengths, size, fits), rollout.batch_size, len(requests), world())
+    # How long a response will be is not known, so all are expected at their longest: a call lasts as long as its last.
+    found = dealt(engine, batches, lambda i: lengths[i] + rollout.max_new_tokens, stream)
 
     def response(i: int) -> Response:
         ids, logprobs, text, finish_reason, version = found[i]
@@ -181,6 +200,7 @@ class Collector:
         self.config, self.rows, self.sampler, self.engine, self.scorer = config, rows, sampler, engine, scorer
         self.policy, self.processor, self.encode = policy, processor, encode
         self.build = replace(build, aggregation="token")
+        self.fits = cache_fits(config.rollout, processor.config, getattr(torch, config.model.dtype))
 
     def collect(self, version: int, clock: Clock) -> Rollout:
         """The next rollout, of the weights that the engine has, which are those of step `version`."""
@@ -188,9 +208,15 @@ class Collector:
         attempt = partial(self._attempt, version, clock, sampled)
         groups, first, refill = select(self.sampler.take(rollout.prompts), attempt, self.sampler.replace,
                                        rollout.dynamic_sampling)
-        return Rollout(version=version, groups=tuple(groups), first=tuple(first), refill=refill,
-                       advantages=rollout_advantages(groups, self.config.objective),
-                       sampled_tokens=sum(len(s.response.ids) for s in sampled))
+        found = Rollout(version=version, groups=tuple(groups), first=tuple(first), refill=refill,
+                        advantages=rollout_advantages(groups, self.config.objective),
+                        sampled_tokens=sum(len(s.response.ids) for s in sampled),
+                        filtered=rollout.overlong == "filter")
+        if found.filtered and not any(map(found.teaches, found.samples)):
+            raise UserError("every response of the rollout was cut off or not rewarded, and --rollout.overlong filter "
+                            "leaves none to learn from; start again in another --run-dir with a larger "
+                            "--rollout.max-new-tokens, or without it")
+        return found
 
     def _attempt(self, version: int, clock: Clock, sampled: list[Sample], numbers: Sequence[int]) -> list[Group]:
         """A group of samples for each of these rows; `sampled` holds, and takes, those of the same rollout."""
@@ -199,12 +225,14 @@ class Collector:
             prompts = prompts_of(self.rows, numbers, self.encode)
             requests = self._requests(prompts, version, Counter(s.row.id for s in sampled))
         with timed(clock, "rollout"):
-            responses, pending = sample(self.engine, requests, self.config.rollout.batch_size, self.scorer, clock)
+            responses, pending = sample(self.engine, requests, self.config.rollout, self.fits, self.scorer, clock)
         with timed(clock, "reward"):
             evidence = {}
             if self.scorer.needs_policy:
                 evidence = gather_evidence(self.policy, responses, self.processor, self.build)
             samples = score(responses, pending, self.scorer, evidence)
+            if self.config.rollout.overlong == "punish":
+                samples = [punished(s, self.config.rollout.max_new_tokens) for s in samples]
             sampled += samples
             check_budget([f"{s.id}: {s.failure}" for s in sampled if s.reward is None], len(sampled),
                          self.config.reward.failure_budget)

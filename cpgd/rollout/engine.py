@@ -4,15 +4,25 @@ The hf engine (`hf.py`) is always there. An engine keeps nothing computed from o
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from cosmo_rl.data.collate import EncodedPrompt
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.schema import Row
+from cosmo_rl.model.cache import cache_bytes
 
+from ..config import RolloutConfig
 from .values import Request, Response
+
+B = TypeVar("B")
+Fits = Callable[[int, int], bool]
+"""Whether this many requests, whose longest prompt has this many tokens, may be one call; if not, no more or longer."""
+
+
+class Lost(Exception):
+    """What was at some of the requests has died; the others are answered. `Engine.recover`, then ask for these again."""
 
 
 class Engine(Protocol):
@@ -39,7 +49,8 @@ class Engine(Protocol):
             greedy: take the likeliest token instead of sampling; log-probs stay those of the sampling temperature.
             batch_size: requests decoded together; None: the engine's own.
 
-        A request is left unanswered where what was at it has died: `recover`, then ask again.
+        Raises:
+            Lost: at the end, if some have no response.
         """
         ...
 
@@ -60,18 +71,40 @@ def generate(engine: Engine, requests: Sequence[Request], *, greedy: bool = Fals
     return [found[id(request)] for request in requests]
 
 
-def form_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+def cache_fits(rollout: RolloutConfig, model_config: Any, dtype: torch.dtype) -> Fits:
+    """Whether a call's KV cache, all its prompts and responses at their longest, stays within `cache_gib`."""
+    tokens = int(rollout.cache_gib * 2**30) // cache_bytes(model_config, dtype)
+    return lambda requests, longest: requests * (longest + rollout.max_new_tokens) <= tokens
+
+
+def form_batches(lengths: Sequence[int], batch_size: int, fits: Fits = lambda requests, longest: True,
+                 ) -> list[list[int]]:
     """Indices of requests in batches of equal or near prompt length: what is decoded together.
 
     Formed once over the requests of all ranks, then handed out as whole batches: an engine that forms batches again
-    from whole batches, given in this order, finds the same ones, so a response has the same bits at any number of
-    ranks.
+    from whole batches, given in this order, finds the same ones (one that has ended early has no room for a longer
+    prompt either), so a response has the same bits wherever it is sampled.
 
     Args:
         lengths: prompt tokens of each request.
-        batch_size: requests per batch, >= 1; only the last batch is smaller.
+        batch_size: requests per batch at most, >= 1.
+        fits: ends a batch early. A request that does not even fit alone is a batch.
     """
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; give at least 1")
-    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-    return [order[start:start + batch_size] for start in range(0, len(order), batch_size)]
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        if not batches or len(batches[-1]) == batch_size or not fits(len(batches[-1]) + 1, lengths[i]):
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
+def for_all_ranks(form: Callable[[int], list[B]], batch_size: int, requests: int, ranks: int) -> list[B]:
+    """The batches that `form` makes with `batch_size`, or smaller ones where some ranks would get none.
+
+    So they are the same at any number of ranks up to that of the batches; with more ranks, and more only, responses
+    are of other batches, and differ in the last bits of logits as those of another `batch_size` do.
+    """
+    batches = form(batch_size)
+    return batches if len(batches) >= min(ranks, requests) else form(-(-requests // ranks))

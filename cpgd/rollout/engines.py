@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from cosmo_rl.model.load import Processor, load_model
+from cosmo_rl.model.load import Processor, unfilled_model
 
 from ..config import DataConfig, RolloutConfig
 from .engine import Engine
@@ -18,10 +18,9 @@ def open_engine(path: Path, processor: Processor, rollout: RolloutConfig, data: 
     """The engine of a run, on this rank's device or in servers; all ranks open theirs together.
 
     Args:
-        path: model folder, for the shapes; the weights come by `sync`.
-        folder: for the logs of servers. options: of `load_model`.
+        path: model folder; the weights come by `sync`.
+        folder: for the logs of servers. options: of `unfilled_model`.
     """
     if rollout.engine == "server":
         return ServerEngine(path, processor, rollout, data, device=device, dtype=dtype, folder=folder)
-    model: Any = load_model(path, dtype=dtype, **options)
-    return HFEngine(model.to(device), processor, rollout)
+    return HFEngine(unfilled_model(processor.config, device=device, dtype=dtype, **options), processor, rollout)

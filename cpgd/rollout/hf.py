@@ -1,8 +1,9 @@
 """Rollout by transformers' `generate`, from an unsharded copy of the policy: no collective while sampling.
 
 A batch is left-padded. The vision tower and the prompt run once per distinct prompt, and the KV cache is then copied to
-the K requests that share it. M-RoPE positions are passed explicitly, so `generate` neither reads nor writes the model's
-`rope_deltas` (stale after another batch) and needs no mm_token_type_ids. A response is drawn by inverse CDF,
+the K requests that share it, into memory for the longest response that never grows. M-RoPE positions are passed
+explicitly, so `generate` neither reads nor writes the model's `rope_deltas` (stale after another batch) and needs no
+mm_token_type_ids. A response is drawn by inverse CDF,
 
     token_t = min{v : sum_{j<=v} p_t(j) > u_t},     u_t = t-th number of Philox(request.seed),
 
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 import torch
 from transformers import (
-    DynamicCache,
+    Cache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -24,11 +25,12 @@ from transformers import (
 from cosmo_rl.data.collate import EncodedPrompt
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.schema import Row
+from cosmo_rl.model.cache import roomy
 from cosmo_rl.model.load import Processor
 from cosmo_rl.model.weights import load_into
 
 from ..config import RolloutConfig
-from .engine import form_batches
+from .engine import cache_fits, form_batches
 from .values import Request, Response
 
 
@@ -41,7 +43,7 @@ class HFEngine:
             model: the engine's own copy, unsharded; its weights are overwritten by `sync`.
             processor: tokenizer, pad_id, eos_ids and suppressed_ids are read. A suppressed token is never sampled:
                 probability 0, outside the normaliser of the log-probs.
-            rollout: temperature, max_new_tokens and batch_size are read.
+            rollout: temperature, max_new_tokens, batch_size and cache_gib are read.
         """
         suppressed = set(processor.suppressed_ids.tolist())
         vision = {model.config.image_token_id, model.config.video_token_id}
@@ -54,6 +56,7 @@ class HFEngine:
             eos_token_id=list(processor.eos_ids),
         )
         self.rollout, self.tokenizer = rollout, processor.tokenizer
+        self.fits = cache_fits(rollout, model.config, model.dtype)
         self.pad_id = processor.pad_id
         self.eos_ids = np.array(processor.eos_ids)
         self.suppressed = torch.from_numpy(processor.suppressed_ids).to(model.device)
@@ -77,7 +80,8 @@ class HFEngine:
         Raises:
             UserError: the weights give NaN or infinite logits; names the first prompt.
         """
-        for batch in form_batches([len(r.prompt.input_ids) for r in requests], batch_size or self.rollout.batch_size):
+        lengths = [len(r.prompt.input_ids) for r in requests]
+        for batch in form_batches(lengths, batch_size or self.rollout.batch_size, self.fits):
             yield self._generate_batch([requests[i] for i in batch], greedy)
 
     def close(self) -> None:
@@ -89,8 +93,7 @@ class HFEngine:
         row = {id(prompt): i for i, prompt in enumerate(prompts)}
         rows = torch.tensor([row[id(r.prompt)] for r in requests], device=self.model.device)
         ids, mask, positions = _left_pad(prompts, self.pad_id, self.model.device)
-        cache = self._prefill(prompts, ids, mask, positions)
-        cache.batch_select_indices(rows)
+        cache = roomy(self._prefill(prompts, ids, mask, positions), rows, self.rollout.max_new_tokens)
         sampler = _Sampler(
             None if greedy else _uniforms(requests, self.rollout.max_new_tokens).to(self.model.device),
             self.rollout.temperature, self.suppressed,
@@ -111,7 +114,7 @@ class HFEngine:
         ]
 
     def _prefill(self, prompts: list[EncodedPrompt], ids: torch.Tensor, mask: torch.Tensor,
-                 positions: torch.Tensor) -> DynamicCache:
+                 positions: torch.Tensor) -> Cache:
         """KV cache of every prompt but its last token, which `generate` needs to run itself."""
         pixels = [torch.from_numpy(p.pixel_values) for p in prompts if p.pixel_values is not None]
         grids = [torch.from_numpy(p.image_grid_thw) for p in prompts if p.image_grid_thw is not None]

@@ -97,10 +97,16 @@ class Rollout:
     """Of all responses, dropped ones too."""
     refill: dict[str, object]
     """For metrics.jsonl: rounds, groups dropped and groups left without a signal by domain; {} without rounds."""
+    filtered: bool = False
+    """Whether responses that the length limit cut off are left out of the loss."""
 
     @property
     def samples(self) -> list[Sample]:
         return [sample for group in self.groups for sample in group]
+
+    def teaches(self, sample: Sample) -> bool:
+        """Whether the sample takes part in the loss."""
+        return sample.reward is not None and not (self.filtered and sample.response.finish_reason == "length")
 
 
 def request_seed(seed: int, stage: int, step: int, prompt_id: str, k: int) -> int:

@@ -39,8 +39,9 @@ from ..rewards.build import build_scorer
 from ..rewards.function import UserFunction
 from ..rewards.task_aware import rules
 from ..rewards.word_rules import CAUTION, by_words
+from ..rollout.engine import cache_fits, form_batches
 from .ending import fail, leave
-from .evaluation import eval_batches, eval_suite
+from .evaluation import call_size, eval_batches, eval_suite
 from .footprint import NOTHING, Calls, Load, Parameters, Term, by_phase, count_parameters, footprint, peak
 from .guard import WATCHED, no_rows
 from .plan import Faults, Plan, RowSize, given_path, plan
@@ -53,8 +54,8 @@ LARGEST_GPU = 288 * 2**30
 MENDS = {
     "always": "give more ranks, --model.dtype bfloat16 or a smaller model",
     "update": "lower --batch.max-tokens, or give --model.gradient-checkpointing True or more ranks",
-    "rollout": "lower --rollout.batch-size",
-    "evaluation": "lower --eval.batch-size",
+    "rollout": "lower --rollout.cache-gib or --rollout.batch-size",
+    "evaluation": "lower --rollout.cache-gib or --rollout.batch-size",
 }
 EXAMPLES = 3
 """Rows named for each reason."""
@@ -252,15 +253,18 @@ def _calls(found: Findings, config: Config, processor: Processor, parameters: Pa
     """The generate call of a rollout, and of the evaluation, that takes the most memory."""
     rollout, calls, patches = config.rollout, {}, processor.merge_size**2
     if config.stage:
-        requests = min(rollout.batch_size, rollout.prompts * rollout.group_size)
+        longest, count = max(size.prompt for size in found.sizes), rollout.prompts * rollout.group_size
+        fits = cache_fits(rollout, processor.config, getattr(torch, config.model.dtype))
+        requests = len(form_batches([longest] * count, rollout.batch_size, fits)[0])  # many ranks may have smaller ones
         prompts = -(-requests // rollout.group_size)
-        calls["rollout"] = Calls(requests, prompts, max(size.prompt for size in found.sizes),
+        calls["rollout"] = Calls(requests, prompts, longest,
                                  prompts * max(size.image for size in found.sizes) * patches)
     # all requests of an evaluation have prompts of their own
     asked = [Calls(len(batch), len(batch), max(prompts[i].prompt for i in batch),
                    sum(prompts[i].image for i in batch) * patches)
              for prompts in found.asked.values()
-             for batch in eval_batches([size.prompt for size in prompts], config)]
+             for batch in eval_batches([size.prompt for size in prompts], config, processor.config,
+                                       call_size(config))]
     if asked:
         takes = lambda call: by_phase(footprint(processor.config, parameters, config, NOTHING, {"evaluation": call}, 1))
         calls["evaluation"] = max(asked, key=lambda call: takes(call).get("evaluation", 0))

@@ -11,8 +11,11 @@ Rows are read and encoded where and when they are sampled, a batch at a time, ea
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
 
 from cosmo_rl.data.collate import EncodedPrompt, check_prompt
 from cosmo_rl.data.errors import UserError
@@ -28,7 +31,7 @@ from ..rewards.helpful import helps, warns
 from ..rewards.refusal import is_refusal
 from ..rewards.task_aware import TaskAware, is_right, rules, seen_problem
 from ..rollout.collect import dealt
-from ..rollout.engine import Engine, form_batches, generate
+from ..rollout.engine import Engine, Lost, cache_fits, for_all_ranks, form_batches, generate
 from ..rollout.values import Request, request_seed
 
 Encode = Callable[[Row], EncodedPrompt]
@@ -185,12 +188,13 @@ def evaluate(engine: Engine, suite: Mapping[str, Sequence[Row]], encode: Encode,
         UserError: on every rank, when a row is over the budget of tokens or its image cannot be read on one of them.
     """
     lengths = _lengths(suite, processor, config.data)
-    batches = [[(group, i) for i in batch] for group, rows in suite.items()
-               for batch in eval_batches([lengths[group, i] for i in range(len(rows))], config)]
-    told = _Told(len(lengths), len(batches))
+    batches = for_all_ranks(
+        lambda size: [[(group, i) for i in batch] for group, rows in suite.items() for batch in eval_batches(
+            [lengths[group, i] for i in range(len(rows))], config, processor.config, size)],
+        call_size(config), len(lengths), world())
     with rules() as right:
 
-        def answer(batch: Sequence[Key]) -> dict[Key, list[Answered]]:
+        def answer(batch: Sequence[Key], told: _Told) -> dict[Key, list[Answered]]:
             rows = [suite[group][i] for group, i in batch]
             requests = [Request(row=row, prompt=encode(row), k=0,
                                 seed=request_seed(config.seed, config.stage, EVAL_STEP, row.id, 0)) for row in rows]
@@ -205,7 +209,15 @@ def evaluate(engine: Engine, suite: Mapping[str, Sequence[Row]], encode: Encode,
             told.done()
             return {key: list(both) for key, *both in zip(batch, *passes, strict=True)}
 
-        found = dealt(batches, lambda mine: {key: both for batch in mine for key, both in answer(batch).items()})
+        def answers(mine: Sequence[Sequence[Key]]) -> dict[Key, list[Answered]]:
+            told = _Told(len(lengths), len(mine))
+            done: dict[Key, list[Answered]] = {}
+            with suppress(Lost):
+                for batch in mine:
+                    done |= answer(batch, told)
+            return done
+
+        found = dealt(engine, batches, lambda key: lengths[key] + config.rollout.max_new_tokens, answers)
     both = [found[group, i] for group, rows in suite.items() for i in range(len(rows))]
     return [sampled for sampled, _ in both], [greedy for _, greedy in both]
 
@@ -218,28 +230,23 @@ def judged(answered: Sequence[Answered], rules: TaskAware) -> list[Answered]:
             if outcome else a for a, outcome in zip(answered, found, strict=True)]
 
 
-def eval_batches(lengths: Sequence[int], config: Config) -> list[list[int]]:
-    """Indices of the rows of a group that one generate call answers: as `form_batches`, cut where one would not fit.
+def call_size(config: Config) -> int:
+    """Requests of an evaluation's call at most; the tiny preset's numbers were measured so."""
+    return 2 * config.rollout.batch_size
 
-    A call fits that takes no more than training does: its prompts, padded and all different, are at most two
-    micro-batches (nothing is kept for a backward), which bounds the pixels too; and its KV cache is at most that of a
-    rollout's call with prompts and responses at their longest.
+
+def eval_batches(lengths: Sequence[int], config: Config, model_config: Any, batch_size: int) -> list[list[int]]:
+    """Indices of the rows of a group that one generate call answers.
+
+    A call takes no more than training does: its KV cache is within the budget, and its prompts, padded and all
+    different, are at most two micro-batches (nothing is kept for a backward), which bounds the pixels too.
 
     Args:
         lengths: prompt tokens of each row.
     """
-    new, data, rollout = config.rollout.max_new_tokens, config.data, config.rollout
-    fits = lambda requests, longest: (
-        requests * longest <= 2 * config.batch.max_tokens
-        and requests * (longest + new) <= rollout.batch_size * (data.max_prompt_tokens + new))
-    out: list[list[int]] = []
-    for batch in form_batches(lengths, config.eval.batch_size):
-        out.append([])
-        for i in batch:  # the shortest first
-            if out[-1] and not fits(len(out[-1]) + 1, lengths[i]):
-                out.append([])
-            out[-1].append(i)
-    return out
+    cached = cache_fits(config.rollout, model_config, getattr(torch, config.model.dtype))
+    fits = lambda requests, longest: requests * longest <= 2 * config.batch.max_tokens and cached(requests, longest)
+    return form_batches(lengths, batch_size, fits)
 
 
 def _lengths(suite: Mapping[str, Sequence[Row]], processor: Processor, data: DataConfig) -> dict[Key, int]:
@@ -261,8 +268,12 @@ def _lengths(suite: Mapping[str, Sequence[Row]], processor: Processor, data: Dat
 class _Told:
     """Says on rank 0 how far an evaluation is."""
 
-    def __init__(self, rows: int, batches: int) -> None:
-        self.calls, self.finished = len(range(0, batches, world())), 0  # rank 0's
+    def __init__(self, rows: int, calls: int) -> None:
+        """
+        Args:
+            rows: of all ranks. calls: of this one.
+        """
+        self.calls, self.finished = calls, 0
         self.started = self.last = time.monotonic()
         if rows:
             self._say(f"{rows:,} rows, sampled and greedy")

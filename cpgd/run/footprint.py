@@ -33,7 +33,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
+
 from cosmo_rl.kernels.gemm import plan_chunks
+from cosmo_rl.model.cache import cache_bytes
 from cosmo_rl.model.folder import empty_model
 
 from ..config import Config
@@ -109,7 +112,8 @@ def footprint(model_config: Any, parameters: Parameters, config: Config, load: L
         calls: of "rollout" and "evaluation", where there is one.
     """
     text, vision = model_config.text_config, model_config.vision_config
-    b = {"float32": 4, "bfloat16": 2}[config.model.dtype]
+    dtype = getattr(torch, config.model.dtype)
+    b = dtype.itemsize
     hidden, vocab, layers = text.hidden_size, text.vocab_size, text.num_hidden_layers
     keys = hidden // text.num_attention_heads * text.num_key_value_heads
     every = parameters.trainable + parameters.frozen
@@ -141,11 +145,12 @@ def footprint(model_config: Any, parameters: Parameters, config: Config, load: L
     ]
     prefill = b * (2 * hidden + 3 * text.intermediate_size)
     pixels = 4 * channels + b * (2 * vision.hidden_size + 3 * vision.intermediate_size)
+    cached = cache_bytes(model_config, dtype)
     for phase, call in calls.items():
         length = call.prompt_tokens + config.rollout.max_new_tokens
         terms += [
-            Term(phase, "KV cache", f"{call.requests:,} x {length:,} tokens x {2 * b * layers * keys:,}",
-                 call.requests * length * 2 * b * layers * keys),
+            Term(phase, "KV cache", f"{call.requests:,} x {length:,} tokens x {cached:,}",
+                 call.requests * length * cached),
             Term(phase, "expanded KV", f"{call.requests:,} x {length:,} tokens x {2 * b * hidden:,}",
                  call.requests * length * 2 * b * hidden if sdpa and keys < hidden else 0),
             Term(phase, "prefill", f"{call.prompts:,} x {call.prompt_tokens:,} tokens x {prefill:,}",

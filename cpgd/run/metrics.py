@@ -101,7 +101,9 @@ def rollout_summary(rollout: Rollout) -> dict[str, Any]:
         "rewards": reward_stats(rollout.first), "failed": len(samples) - len(valid),
         "degenerate_groups": sum(degenerate) / max(len(degenerate), 1),
         "response_length": sum(len(s.response.ids) for s in samples) / len(samples),
-    } | ({"refill": rollout.refill} if rollout.refill else {})
+    } | ({"refill": rollout.refill} if rollout.refill else {}) | ({
+        "filtered": sum(s.reward is not None and not rollout.teaches(s) for s in rollout.samples),
+    } if rollout.filtered else {})
 
 
 def judges_took(scorer: Scorer) -> dict[str, Any]:

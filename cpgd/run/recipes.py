@@ -58,7 +58,6 @@ def tiny(stage: int) -> Config:
         "model": ModelConfig(gradient_checkpointing=False),
         "batch": BatchConfig(layout="padded", max_tokens=16_384),
         "checkpoint": CheckpointConfig(every=40 if stage else 600),
-        "eval": EvalConfig(batch_size=384),
     }
     data = lambda *mix: DataConfig(mix=mix, resize_pixels=56 * 56, max_prompt_tokens=512)
     if stage == 0:

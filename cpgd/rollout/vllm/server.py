@@ -28,6 +28,7 @@ from cosmo_rl.model.parallel import rank, together
 
 from ...config import DataConfig, RolloutConfig
 from ...judges.loop import LoopThread
+from ..engine import Lost
 from ..values import Request, Response
 from .control import START, Control, ServerDown
 from .serve import Served
@@ -182,17 +183,21 @@ class ServerEngine:
         Greedy log-probs are those of temperature 1.
 
         Raises:
-            ReplyError: see `Wire.read`.
+            ReplyError: see `Wire.read`. Lost: see `Engine.stream`.
         """
         done: queue.SimpleQueue[tuple[Request, Any] | None] = queue.SimpleQueue()
         asking = self._loop.submit(self._ask_all(list(requests), greedy, done))
         asking.add_done_callback(lambda _: done.put(None))
+        answered = 0
         try:
             while (answer := done.get()) is not None:
+                answered += 1
                 yield [self.wire.read(*answer, self.tag, self.version)]
             asking.result()
         finally:
             asking.cancel()
+        if answered < len(requests):
+            raise Lost
 
     async def _ask_all(self, requests: Sequence[Request], greedy: bool, done: "queue.SimpleQueue[Any]") -> None:
         slots, bodies, dead = asyncio.Semaphore(IN_FLIGHT), dict[int, dict[str, Any]](), set[str]()
