@@ -99,7 +99,7 @@ def test_what_a_resumed_run_may_change():
     assert free_fields() == {
         "run_dir", "resume", "steps", "model.gradient_checkpointing", "model.attention", "model.liger",
         "model.export_dtype", "data.max_prompt_tokens", "data.max_image_pixels", "rollout.batch_size",
-        "rollout.cache_gib", "rollout.canary_limit",
+        "rollout.cache_gib", "rollout.canary_limit", "rollout.serve", "rollout.servers", "rollout.verify_every",
         "reward.judge_cache", "reward.failure_budget", "optim.max_nonfinite", "batch.layout", "batch.max_tokens",
         "checkpoint.every", "checkpoint.keep", "eval.every", "eval.guard", "eval.guard_drop",
         "log.tensorboard", "log.samples"}
@@ -114,7 +114,8 @@ def test_a_free_field_has_default_help_and_no_part_in_the_hash(name):
             settings = settings[group]
     settings[last] = "another"
     assert identity(base) == identity(other)
-    assert type(Config().to_dict()[groups[0]][last] if groups else Config().to_dict()[last]) in (int, str, bool, float)
+    default = Config().to_dict()
+    assert type(default[groups[0]][last] if groups else default[last]) in (int, str, bool, float, list)
 
 
 ADVICE = re.compile(r"(?:raise|lower|give|or) (?:a larger |a smaller |a lower )?--([a-z]+(?:[.-][a-z-]+)*)")
@@ -222,7 +223,7 @@ def test_a_server_may_move_and_its_verdicts_may_not():
 
 
 def test_fields_are_explained_and_few():
-    """A docstring under each field, and fewer than 80 fields in all."""
+    """A docstring under each field, and fewer than 90 fields in all."""
     tree = ast.parse((ROOT / "cpgd" / "config.py").read_text())
     for node in (n for n in tree.body if isinstance(n, ast.ClassDef)):
         for at, statement in enumerate(node.body):
@@ -234,4 +235,4 @@ def test_fields_are_explained_and_few():
     def count(kind) -> int:
         return sum(count(f.default_factory) if is_dataclass(f.default_factory) else 1 for f in fields(kind))
 
-    assert 40 < count(Config) < 80
+    assert 40 < count(Config) < 90

@@ -32,14 +32,14 @@ CPGD_LAYERS = {
     "objective": {"config"},
     "update": {"config", "objective", "rollout"},  # of rollout the values
     "judges": {"judges", "config", "rollout", "rewards"},
-    "rollout": {"config", "advantages", "update", "rewards", "rollout"},
+    "rollout": {"config", "advantages", "update", "rewards", "rollout", "judges"},  # judges: its loop in a thread
     "rewards": {"config", "rollout", "judges", "rewards", "run"},  # run: check.py takes train.py's options
 }
 STEP = ("cpgd/*.py", "cpgd/rollout/*.py", "cpgd/rewards/base.py", "cpgd/rewards/scorer.py", "model/policy.py",
         "model/parallel.py", "model/weights.py", "data/sampler.py", "data/collate.py", "kernels/linear_cpgd.py")
 """The way of one step, from the row numbers drawn to the optimizer: what a newcomer reads, and in cpgd/ and
 cpgd/rollout/ there is nothing else."""
-STEP_LINES = 3200
+STEP_LINES = 3400
 OPTIONAL = {"vllm", "flash_attn", "liger_kernel", "wandb", "if_verifiable", "langdetect"}
 
 
@@ -74,7 +74,8 @@ def test_imports_follow_the_layers(path):
         head, *rest = name.split(".")
         where = f"{path.relative_to(ROOT)}:{line} imports {name}"
         assert head not in {"bench", "tests", "train", "evaluate"}, where
-        assert not (at_top and head in OPTIONAL), f"{where}: import it at first use, naming the pip line"
+        inside = "worker" in parts and head == "vllm"  # runs in the server's environment alone
+        assert inside or not (at_top and head in OPTIONAL), f"{where}: import it at first use, naming the pip line"
         if head != "cosmo_rl":
             continue
         assert rest, f"{where}: import modules, not the package"

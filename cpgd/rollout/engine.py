@@ -22,7 +22,7 @@ Fits = Callable[[int, int], bool]
 
 
 class Lost(Exception):
-    """What was at some of the requests has died; the others are answered. `Engine.recover`, then ask for these again."""
+    """What was at some of the requests has died; the others are answered. `Engine.recover`, then ask for these."""
 
 
 class Engine(Protocol):
