@@ -145,8 +145,12 @@ class RolloutConfig:
     they differ in the last bits of logits, so that now and then another token is drawn."""
     dynamic_sampling: int = bounded(0, at_least(0))
     """Most rounds in which prompts with equal rewards are replaced by others of their domain (DAPO); 0: none."""
-    canary_limit: float = free(0.5, POSITIVE)
-    """Largest mean |log-prob difference| of engine and trainer on one response, nats; beyond it the run stops."""
+    canary_limit: float = free(0.0, at_least(0))
+    """Largest mean |log-prob difference| of engine and trainer on one response, nats; beyond it the run stops. 0: by
+    dtype and by the noise of the first rollout (cpgd/canary.py)."""
+    correction: float = bounded(0.0, (lambda value: value == 0 or value >= 1, "0 or a cap of at least 1, as 2"))
+    """Cap of importance weights pi / pi_engine on the policy term, for engines of other rounding, as in bfloat16 (Yao
+    et al. 2025, see arXiv:2510.26788); 0: none. One more forward of a rollout's first update."""
 
 
 @dataclass(frozen=True, kw_only=True)
