@@ -30,10 +30,10 @@ from cosmo_rl.model.policy import Update
 from .config import RolloutConfig
 from .rollout.values import Rollout, Sample
 
-LIMITS = {"float32": (1e-4, 5e-4), "bfloat16": (0.02, 0.2)}
+LIMITS = {"float32": (1e-4, 5e-4), "bfloat16": (0.02, 0.1)}
 """Least and largest gap of a response that passes, by compute dtype, nats. Measured on tiny, hf engine, the largest of
 384 responses: float32 9e-7, bfloat16 5e-3; vLLM in float32 stays below 1e-5 a token."""
-NOISE_FACTOR = 10
+NOISE_FACTOR = 5
 """Between these the limit is this often the largest gap of the run's first rollout, whose weights are equal."""
 Z_LIMIT = 6.0
 BIAS_LIMIT = 0.01
@@ -42,8 +42,9 @@ KEEP = 0.9
 """What the sums of z keep of the rollouts before: some ten count."""
 SURE = 0.1
 """Entropy in nats below which a token is nearly sure."""
-RENORMALISED = 0.99
-"""Share of the tokens that differ, from which the engine's being the likelier is no chance."""
+RENORMALISED, ENOUGH = 0.99, 50
+"""Share of the tokens that differ from which, and number of them for which, the engine's being likelier is no chance.
+"""
 IMPOSSIBLE = 1e6
 """Nats: the policy gives a suppressed token a log-prob of some -1e30."""
 Stats = tuple[torch.Tensor, torch.Tensor]
@@ -137,9 +138,9 @@ class Canary:
         first = {id(sample) for group in rollout.first for sample in group}
         drawn = [one for one in seen if id(one.sample) in first]
         bad = [one for one, gap in zip(seen, gaps, strict=True) if not gap <= self.limit]  # NaN is bad
+        self.sampler.add(drawn)
         if bad:
             raise CanaryError(self._told(bad, seen, drawn, step))
-        self.sampler.add(drawn)
         if self.sampler.off:
             raise CanaryError(self._told_of_sampler(drawn, step))
         ahead = np.concatenate([one.ahead for one in seen])
@@ -172,21 +173,25 @@ class Canary:
                 f"{', '.join(one.sample.id for one in worst[:5])}; {self._cause(bad, seen, drawn)}")
 
     def _cause(self, bad: Sequence[Seen], seen: Sequence[Seen], drawn: Sequence[Seen]) -> str:
-        ahead = np.concatenate([one.ahead for one in bad])
+        ahead = np.concatenate([one.ahead for one in seen])
         if not np.isfinite(ahead).all():
             return "log-probs are not finite: the weights diverged, or the engine's reply is damaged"
         if ahead.max() > IMPOSSIBLE:
             return ("the engine sampled a token that the policy never does, as the placeholder of a picture: its "
                     "suppressed tokens are not those of the trainer")
         differing = ahead[np.abs(ahead) > self.limit]
-        likelier = float((differing > 0).mean())
-        if likelier >= RENORMALISED or (likelier > 0.8 and sum(one.surprise for one in drawn) < 0):
-            return ("the engine's are nearly always the larger, as where fewer tokens are left to draw from: look at "
-                    "its sampling settings, temperature, top-p, top-k, min_p, min_tokens, penalties")
+        likelier = float((differing > 0).mean()) if len(differing) else 0.0
+        surprise = sum(one.surprise for one in drawn)
+        renormalised = len(differing) >= ENOUGH and (likelier >= RENORMALISED or (likelier > 0.8 and surprise < 0))
+        if renormalised or (self.sampler.off and surprise < 0):
+            return ("what the engine draws is likelier by its own account or to the policy, as where fewer tokens are "
+                    "left to draw from: look at its sampling settings, temperature, top-p, top-k, min_p, min_tokens, "
+                    "penalties")
         pictures = [bool(one.sample.row.images) for one in bad]
         text = [one for one in seen if not one.sample.row.images]
         if all(pictures) and text:
-            return "rows without a picture agree, so that positions or images differ, not the language model's weights"
+            return ("rows without a picture agree, so that positions, images or features kept of them differ, not the "
+                    "language model's weights")
         return "the engine holds other weights" + (", positions or images" if any(pictures) else " or positions")
 
     def _told_of_sampler(self, drawn: Sequence[Seen], step: int) -> str:

@@ -222,7 +222,7 @@ class Trainer:
                 result = self._optimizer_step(updates)
             if not results:
                 if updates[0].old_logprobs is None:  # read by the step itself, at the policy that sampled
-                    read.append(Reading(part.samples, updates, result.stats))
+                    read.insert(0, Reading(part.samples, updates, result.stats))
                 with timed(clock, "old_logprobs"):
                     told |= self.canary.check(rollout, read, self.step + 1)
             self._finish_step(result, [s.id for s in part.samples], told, clock, rollout.sampled_tokens)

@@ -5,6 +5,7 @@ The real trainer in this process, a few rollouts of the shipped policy; what is 
 
 # Parts of the engine are replaced here.
 # pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false, reportArgumentType=false
+# pyright: reportOperatorIssue=false
 
 import itertools
 import json
@@ -20,6 +21,7 @@ from cosmo_rl.cpgd import trainer
 from cosmo_rl.cpgd.canary import (
     KEEP,
     LIMITS,
+    NOISE_FACTOR,
     Canary,
     CanaryError,
     Reading,
@@ -159,9 +161,9 @@ FAULTS = {
     "a sync left out": (unsynced(""), 2, OTHERS),
     "q_proj never synced": (unsynced("q_proj"), 2, OTHERS),
     "norms never synced": (unsynced("norm"), 2, OTHERS),
-    "M-RoPE positions lost": (positions(TEXT_ONLY), 1, "rows without a picture agree, so that positions or images"),
-    "M-RoPE height and width swapped": (positions(SWAPPED), 1, "rows without a picture agree, so that positions"),
-    "top-p, renormalised": (sampler(top_p, "processed"), 1, "fewer tokens are left to draw from: " + SETTINGS),
+    "M-RoPE positions lost": (positions(TEXT_ONLY), 1, "rows without a picture agree, so that positions, images"),
+    "M-RoPE height and width swapped": (positions(SWAPPED), 1, "rows without a picture agree, so that positions,"),
+    "top-p, renormalised": (sampler(top_p, "processed"), 1, "as where fewer tokens are left to draw from: " + SETTINGS),
     "top-p, raw": (sampler(top_p), 4, SETTINGS),
     "temperature, processed": (sampler(COOLER, "processed"), 1, SETTINGS),
     "temperature, raw": (sampler(COOLER), 4, SETTINGS),
@@ -244,7 +246,7 @@ def test_rows_of_equal_text_stay_apart(run, twins, monkeypatch):
     assert part.groups == [number for number in range(6) for _ in range(8)] and part.num_prompts == 6
 
     merged(monkeypatch)
-    with pytest.raises(CanaryError, match="rows without a picture agree, so that positions or images differ"):
+    with pytest.raises(CanaryError, match="rows without a picture agree, so that positions, images or"):
         run(*options, rollouts=1)
 
 
@@ -343,7 +345,7 @@ def test_the_limit_follows_dtype_and_noise():
             one = canary(dtype)
             told = one.check(found, reading(gap), 1)["engine_gap"]
             assert one.noise == pytest.approx(gap, rel=2e-2)
-            assert one.limit == pytest.approx(np.clip(10 * one.noise, least, largest))
+            assert one.limit == pytest.approx(np.clip(NOISE_FACTOR * one.noise, least, largest))
             assert told["mean"] == pytest.approx(gap, rel=2e-2) and told["response"] == one.noise
             one.check(found, reading(0.9 * one.limit), 2)
             with pytest.raises(CanaryError, match=rf"at step 3, mean .* {dtype}, where the first rollout had"):

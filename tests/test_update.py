@@ -2,7 +2,7 @@
 
 # An old log-prob that is None, or a module that is none, fails these tests anyway.
 # pyright: reportArgumentType=false, reportOptionalMemberAccess=false, reportAttributeAccessIssue=false
-# pyright: reportIndexIssue=false, reportCallIssue=false
+# pyright: reportIndexIssue=false, reportCallIssue=false, reportOptionalOperand=false
 
 import functools
 import math
