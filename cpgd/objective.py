@@ -74,6 +74,20 @@ def clip_bounds(config: ObjectiveConfig, positions: torch.Tensor, lengths: torch
     return (low * ramp).float(), (high * ramp).float()
 
 
+def truncated_weights(logprobs: torch.Tensor, engine: torch.Tensor, cap: float) -> torch.Tensor:
+    """min(pi / pi_engine, cap) of each token: what an engine of other rounding samples, weighted back to the policy.
+
+    Truncated importance sampling at the token (Yao et al. 2025, "Your efficient RL framework secretly brings you
+    off-policy RL training"; arXiv:2510.26788 compares it with others).
+
+    Args:
+        logprobs: (N,) of the policy that should have sampled. engine: (N,) of the engine, as it reports them.
+    Returns:
+        (N,) float32; 0 where a log-prob is not finite, which the canary tells of.
+    """
+    return (logprobs.detach().double() - engine.double()).exp().clamp(max=cap).nan_to_num(nan=0.0).float()
+
+
 def policy_loss(config: ObjectiveConfig, update: Update, stats: TokenStats) -> CPGDOutput:
     """Loss of a micro-batch under the objective `config.name` (formulas at the top of this file), to be minimised.
 

@@ -22,6 +22,7 @@ from cosmo_rl.model.parallel import agree, on_main, rank, shard, together
 from cosmo_rl.model.policy import Policy, Update
 from cosmo_rl.model.weights import full_state_dict, save_pretrained
 
+from .canary import Canary, Reading, check_advantages, check_versions
 from .config import Config
 from .rewards.build import RowNeeds, build_scorer
 from .rewards.scorer import Scorer
@@ -41,7 +42,6 @@ from .run.watch import Watch
 from .update import (
     BuildUpdates,
     StepResult,
-    check_canary,
     learning_rate,
     make_optimizer,
     optimizer_step,
@@ -74,6 +74,7 @@ class Trainer:
         self.sampler = PromptSampler(self.plan.domains, mixture(config, self.plan.domains), config.seed,
                                      data.curriculum)
         self.watch = Watch()
+        self.canary = Canary(config.rollout, config.model.dtype)
 
         self.dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.model.dtype]
         options = {"attention": config.model.attention, "liger": wants_liger(config.model.liger, device)}
@@ -166,7 +167,7 @@ class Trainer:
         check_state(state, folder, steps=self.config.steps, fingerprint=self.plan.fingerprint,
                     model_fingerprint=self.model_fingerprint,
                     model_files=f"{', '.join(prompt_files(self.start))} of {self.start}")
-        restore(state, folder, sampler=self.sampler, guard=guard, watch=self.watch)
+        restore(state, folder, sampler=self.sampler, guard=guard, watch=self.watch, canary=self.canary)
         self.step, self.iteration = state["step"], state["iteration"]
         self.skipped_in_row, self.trained_s = state["skipped_in_row"], state["trained_s"]
         guard.enforce()
@@ -177,9 +178,10 @@ class Trainer:
         on_main(lambda: self.metrics.sync())
         state = {"iteration": self.iteration, "skipped_in_row": self.skipped_in_row, "trained_s": self.trained_s,
                  "sampler": self.sampler.state_dict(), "guard": self.measurements.guard.state_dict(),
-                 "watch": self.watch.state_dict(), "rows_fingerprint": self.plan.fingerprint,
-                 "model_fingerprint": self.model_fingerprint, "function_digest": self.function_digest,
-                 "config": self.config.to_dict(), "config_hash": self.config.hash()}
+                 "watch": self.watch.state_dict(), "canary": self.canary.state_dict(),
+                 "rows_fingerprint": self.plan.fingerprint, "model_fingerprint": self.model_fingerprint,
+                 "function_digest": self.function_digest, "config": self.config.to_dict(),
+                 "config_hash": self.config.hash()}
         save(self.run_dir.checkpoints, self.step, self.policy, self.optimizer, state, self.config.checkpoint.keep)
 
     def _sync(self) -> None:
@@ -206,6 +208,8 @@ class Trainer:
         with timed(clock, "rollout"):
             self._sync()
         rollout = self.collector.collect(self.step, clock)
+        check_versions(rollout, self.step)
+        check_advantages(rollout)
         told = rollout_summary(rollout) | judges_took(self.scorer)
         self.journal.samples(rollout, config.log.samples, self.step + 1)
         self.journal.warn(self.step + 1, self.watch.rollout(rollout, config.rollout.max_new_tokens))
@@ -214,14 +218,17 @@ class Trainer:
         if not parts:
             raise UserError(f"every reward of the rollout at step {self.step} failed: {rollout.samples[0].failure}")
         with timed(clock, "old_logprobs"):
-            plans = prepare(self.policy, rollout, parts, self.step, self.build, self.dtype, config.rollout.canary_limit)
+            plans, read = prepare(self.policy, rollout, parts, self.step, self.build, self.dtype,
+                                  config.rollout.correction)
         results: list[StepResult] = []
         for part, updates in zip(parts, plans, strict=True):
-            fresh = self.step == rollout.version
             with timed(clock, "update"):
                 result = self._optimizer_step(updates)
-            if fresh:  # the others were compared by their old log-probs
-                check_canary(part.samples, updates, result.logprobs, config.rollout.canary_limit)
+            if not results:
+                if updates[0].old_logprobs is None:  # read by the step itself, at the policy that sampled
+                    read.insert(0, Reading(part.samples, updates, result.stats))
+                with timed(clock, "old_logprobs"):
+                    told |= self.canary.check(rollout, read, self.step + 1)
             self._finish_step(result, [s.id for s in part.samples], told, clock, rollout.sampled_tokens)
             clock, told = {}, {name: value for name, value in told.items() if name != "judging"}
             results.append(result)

@@ -19,11 +19,12 @@ from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.schema import Row
 from cosmo_rl.kernels.linear_cpgd import CPGDOutput
 from cosmo_rl.model.load import Processor
-from cosmo_rl.model.parallel import clip_grad_norm, rank, together, world
+from cosmo_rl.model.parallel import clip_grad_norm, rank, world
 from cosmo_rl.model.policy import Policy, Update
 
+from .canary import Reading, Stats
 from .config import BatchConfig, ObjectiveConfig, OptimConfig
-from .objective import clip_bounds, policy_loss, token_weights
+from .objective import clip_bounds, policy_loss, token_weights, truncated_weights
 from .rollout.values import Rollout, Sample
 
 SUMS = ("loss", "clipped", "drift", "entropy", "tokens")
@@ -125,75 +126,69 @@ def sft_updates(prompts: Sequence[tuple[Row, EncodedPrompt]], build: BuildUpdate
 
 
 @torch.no_grad()
-def fill_old_logprobs(policy: Policy, updates: Sequence[Update], old_weight: torch.Tensor | None) -> None:
+def fill_old_logprobs(policy: Policy, updates: Sequence[Update], old_weight: torch.Tensor | None) -> list[Stats]:
     """Log-probs of the policy that sampled, by the same code path as training; all ranks must call it together.
 
     Args:
         old_weight: (V, D) copy of the head for the exact drift, which also keeps the hidden states; else None.
+    Returns:
+        Log-probs and entropies of each update.
     """
+    stats = []
     for update in updates:
         output, hidden = policy(update.batch, cpgd=update, return_hidden=True)
         update.old_logprobs = output.logprobs
         if old_weight is not None:
             update.old_hidden, update.old_weight = hidden, old_weight
+        stats.append((output.logprobs, output.entropy))
+    return stats
 
 
 def prepare(policy: Policy, rollout: Rollout, parts: Sequence[Part], step: int, build: BuildUpdates,
-            dtype: torch.dtype, canary_limit: float) -> list[list[Update]]:
-    """This rank's updates of each part; all ranks must call it together, before the first of them is trained on.
+            dtype: torch.dtype, correction: float = 0.0) -> tuple[list[list[Update]], list[Reading]]:
+    """This rank's updates of each part, and what was read for them; all ranks must call it together, before the first
+    of them is trained on.
 
     The ratio is 1 for the policy that sampled. A part that will meet a later one, as every part but the first does,
-    gets its old log-probs, by which engine and trainer are compared here.
+    gets its old log-probs; with a correction each does, at the cost of one more forward of the first. What no part
+    holds, failed samples and groups that were dropped, is read too, for the canary.
 
     Args:
         step: version of the policy, which the first part meets.
         dtype: that the policy computes in.
+        correction: see `RolloutConfig.correction`.
     """
     plans = [part.updates(build) for part in parts]
     later = [(part, updates) for i, (part, updates) in enumerate(zip(parts, plans, strict=True))
-             if step + i != rollout.version]
+             if correction or step + i != rollout.version]
     old_weight = None
     if later and build.objective.drift == "exact":
         weight = policy.model.lm_head.weight.detach()
         weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
         old_weight = weight.to(dtype, copy=True)
-    fill_old_logprobs(policy, [update for _, updates in later for update in updates], old_weight)
-    for part, updates in later:
-        check_canary(part.samples, updates, [u.old_logprobs for u in updates if u.old_logprobs is not None],
-                     canary_limit)
-    return plans
+    read = [Reading(part.samples, updates, fill_old_logprobs(policy, updates, old_weight)) for part, updates in later]
+    taken = {id(sample) for part in parts for sample in part.samples}
+    left = {id(sample): sample for group in (*rollout.first, *rollout.groups) for sample in group}
+    if rest := [sample for key, sample in left.items() if key not in taken]:
+        updates = Part(rest, [0.0] * len(rest), list(range(len(rest)))).updates(build)  # nothing is trained here
+        read.append(Reading(rest, updates, fill_old_logprobs(policy, updates, None)))
+    if correction:
+        for part, updates in zip(parts, plans, strict=True):
+            for update in updates:
+                correct(update, part.samples, correction)
+    return plans, read
 
 
-class CanaryError(UserError):
-    """Engine and trainer disagree about the same tokens."""
+def correct(update: Update, samples: Sequence[Sample], cap: float) -> None:
+    """Weigh the policy term of each token by the truncated importance weight of policy to engine.
 
-
-def check_canary(samples: Sequence[Sample], updates: Sequence[Update], logprobs: Sequence[torch.Tensor],
-                 limit: float) -> None:
-    """Stop on every rank when trainer and engine disagree on a response; all ranks must call it together.
-
-    Args:
-        samples: of the step. updates, logprobs: this rank's updates, and the trainer's log-probs of each.
-        limit: see `RolloutConfig.canary_limit`.
-    Raises:
-        CanaryError: the mean |trainer - engine| of a response of this rank is beyond the limit, or NaN; a rank without
-            one raises the same as UserError.
+    By way of the advantages, in which the term of every objective is linear for a factor above 0: drift, entropy
+    bonus, clips and the normaliser in the token weights stay as they are.
     """
-    def check() -> None:
-        bad: list[tuple[str, float]] = []
-        for update, values in zip(updates, logprobs, strict=True):
-            values, owner = values.cpu(), update.batch.sequence_ids
-            for place, member in enumerate(update.members):
-                response = samples[member].response
-                gap = (values[owner == place] - torch.from_numpy(response.logprobs)).abs().mean().item()
-                if not gap <= limit:
-                    bad.append((response.id, gap))
-        if bad:
-            raise CanaryError(
-                f"engine and trainer disagree on {len(bad)} responses, mean |difference of log-probs| up to "
-                f"{max(gap for _, gap in bad):.3g} nats (--rollout.canary-limit {limit}): "
-                f"{', '.join(name for name, _ in bad[:5])}; the engine holds other weights, positions or images")
-    together(check)
+    assert update.old_logprobs is not None, "fill_old_logprobs comes first"
+    engine = np.concatenate([samples[i].response.logprobs for i in update.members] or [np.zeros(0, dtype=np.float32)])
+    update.advantages = update.advantages * truncated_weights(
+        update.old_logprobs, torch.from_numpy(engine).to(update.old_logprobs.device), cap)
 
 
 LossFn = Callable[[Policy, Update], CPGDOutput]
@@ -236,8 +231,8 @@ class StepResult:
     entropy: float
     """Mean over response tokens, nats."""
     response_tokens: int
-    logprobs: list[torch.Tensor]
-    """(N,) of each update of this rank, at the policy before the step."""
+    stats: list[Stats]
+    """Of each update of this rank, at the policy before the step."""
 
     @property
     def finite(self) -> bool:
@@ -252,12 +247,12 @@ def optimizer_step(policy: Policy, optimizer: torch.optim.Optimizer, updates: Se
     All ranks must call it together. Side effects: advances `optimizer` at most once, leaves gradients None.
     """
     totals = torch.zeros(len(SUMS), dtype=torch.float64, device=updates[0].token_weights.device)
-    logprobs = []
+    stats = []
     for update in updates:
         output = loss_fn(policy, update)
         output.loss.backward()
         totals += _sums(output)
-        logprobs.append(output.logprobs)
+        stats.append((output.logprobs, output.entropy))
     grad_norm = clip_grad_norm(policy, max_grad_norm)
     if world() > 1:
         dist.all_reduce(totals)
@@ -269,7 +264,7 @@ def optimizer_step(policy: Policy, optimizer: torch.optim.Optimizer, updates: Se
     loss, clipped, drift, entropy, tokens = totals.tolist()
     count = max(tokens, 1)
     return StepResult(learning_rate, loss, grad_norm, clipped / count, drift / count, entropy / count, int(tokens),
-                      logprobs)
+                      stats)
 
 
 def make_optimizer(policy: Policy, optim: OptimConfig) -> torch.optim.AdamW:

@@ -57,7 +57,8 @@ from cosmo_rl.cpgd.config import (
     ({"rollout": RolloutConfig(max_new_tokens=0)}, r"--rollout\.max-new-tokens is 0"),
     ({"rollout": RolloutConfig(batch_size=0)}, r"--rollout\.batch-size is 0"),
     ({"rollout": RolloutConfig(cache_gib=0.0)}, r"--rollout\.cache-gib is 0\.0; give a value above 0"),
-    ({"rollout": RolloutConfig(canary_limit=0.0)}, r"--rollout\.canary-limit is 0\.0; give a value above 0"),
+    ({"rollout": RolloutConfig(canary_limit=-0.1)}, r"--rollout\.canary-limit is -0\.1; give at least 0"),
+    ({"rollout": RolloutConfig(correction=0.5)}, r"--rollout\.correction is 0\.5; give 0 or a cap of at least 1, as 2"),
     ({"batch": BatchConfig(max_tokens=0)}, r"--batch\.max-tokens is 0"),
 ])
 def test_bad_settings_are_named_with_their_values(changes, message):

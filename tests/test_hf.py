@@ -273,7 +273,7 @@ def test_sync_replaces_every_weight(model, processor, requests):
     before = generate(engine, requests)
     torch.manual_seed(1)
     policy = Qwen2_5_VLForConditionalGeneration(processor.config).eval()
-    engine.sync(((name, p.detach()) for name, p in policy.named_parameters()), version=7)
+    engine.sync(lambda: ((name, p.detach()) for name, p in policy.named_parameters()), version=7)
     after = generate(engine, requests)
     assert {r.version for r in before} == {0} and {r.version for r in after} == {7}
     assert tokens(after) == tokens(generate(HFEngine(policy, processor, ROLLOUT), requests)) != tokens(before)

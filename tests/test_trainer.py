@@ -139,6 +139,8 @@ def test_two_ranks_against_one(reference, reference_of_two):
         assert abs(left["loss"] - right["loss"]) <= 1e-4 * (abs(left["loss"]) + 1e-2), left["step"]
         assert right["grad_norm"] == pytest.approx(left["grad_norm"], rel=1e-3), left["step"]
         assert right["rewards"] == left["rewards"]
+        assert right["sampler_z"] == pytest.approx(left["sampler_z"], abs=1e-3) and left["sampler_z"] != 0
+        assert all(0 < line["engine_gap"]["mean"] < 1e-6 for line in (left, right))
 
 
 def gone(pids: list[int]) -> bool:
@@ -279,7 +281,7 @@ def _spoil_engine() -> None:
 
 @pytest.mark.parametrize("updates", [1, 2])
 def test_canary_stops_a_run(folder, data, updates):
-    """By the old log-probs before the first step, or, of a rollout's first update, by those of the step itself."""
+    """Before the first line is written and the first checkpoint made, however many updates a rollout has."""
     args = runs.small(*data, "--run-dir", folder / f"canary{updates}", "--optim.updates-per-rollout", updates)
     done = runs.train(args, folder / "logs", before=_spoil_engine)
     assert done.code == 1

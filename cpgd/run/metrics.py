@@ -5,6 +5,10 @@ Rank 0 only.
 One line of metrics.jsonl an optimizer step, with the keys
 
     step, iteration, loss, grad_norm, lr, reward, clip_fraction, drift, entropy, response_tokens, response_length
+    engine_gap         {"mean", "p99", "max": of |trainer - engine| log-prob over all tokens of the rollout, nats;
+                       "response": largest mean of one response, which the canary limits}
+    sampler_z          the canary's, over the last rollouts
+    correction         with --rollout.correction: {"mean": of the importance weights, "truncated": share of tokens}
     rewards            {domain: {"reward" or a term: {"mean", "std", "saturated"}}}, see `reward_stats`
     seconds            {phase: s}
     tokens_per_second  {phase: 1/s}

@@ -52,7 +52,7 @@ def tiny(stage: int) -> Config:
 
     No system prompt: stage 0 teaches the format, and one would be a good part of each short prompt.
     """
-    rollout = RolloutConfig(prompts=48, group_size=8, max_new_tokens=24, batch_size=192, canary_limit=0.05)
+    rollout = RolloutConfig(prompts=48, group_size=8, max_new_tokens=24, batch_size=192)
     common = {
         "stage": stage, "preset": "tiny", "rollout": rollout,
         "model": ModelConfig(gradient_checkpointing=False),
