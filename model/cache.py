@@ -53,8 +53,9 @@ class RoomyLayer(DynamicLayer):
 
 def roomy(cache: Cache, rows: torch.Tensor, more: int) -> Cache:
     """The cache of these rows of `cache`, which is emptied, with room for `more` tokens."""
+    given: Any = cache.layers
     layers = []
-    for layer in cache.layers:
+    for layer in given:
         layers.append(RoomyLayer(layer.keys, layer.values, rows, more))
         layer.keys = layer.values = None  # or both caches would be there whole at the end
     return Cache(layers=layers)

@@ -1,5 +1,7 @@
 """The KV cache of a call: its bytes by hand, and memory that is filled, never moved."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import DynamicCache, Qwen2_5_VLConfig
@@ -21,18 +23,19 @@ def test_bytes_of_a_token():
     assert cache_bytes(published(*SIZES["7b"]), torch.float32) == 2 * by_hand["7b"]
 
 
-def states(seed, rows, tokens):
+def states(seed, rows, tokens) -> Any:
     return tuple(torch.randn(rows, 2, tokens, 8, generator=torch.Generator().manual_seed(seed + i)) for i in (0, 50))
 
 
 def test_it_holds_what_a_growing_one_does_and_stays_where_it_is():
-    rows, growing, filled = torch.tensor([2, 0, 0, 1, 2]), DynamicCache(), DynamicCache()
-    for cache in (growing, filled):
+    rows = torch.tensor([2, 0, 0, 1, 2])
+    growing, filled = caches = [DynamicCache(), DynamicCache()]
+    for cache in caches:
         for layer in range(3):
             cache.update(*states(layer, 3, 5), layer)
     growing.batch_select_indices(rows)
-    cache = roomy(filled, rows, 4)
-    assert all(layer.keys is layer.values is None for layer in filled.layers), "the first one is given up"
+    cache: Any = roomy(filled, rows, 4)
+    assert all(keys is values is None for keys, values, _ in filled), "the first one is given up"
     assert len(cache) == 3 and cache.get_seq_length() == 5
     places = [layer.keys.data_ptr() for layer in cache.layers]
     for step in range(4):

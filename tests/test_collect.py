@@ -4,6 +4,7 @@ import time
 from concurrent.futures import Future
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -130,7 +131,7 @@ def test_more_ranks_than_calls_share_smaller_ones(monkeypatch):
     monkeypatch.setattr(collect, "together", lambda action: [
         dict.fromkeys(range(24), (np.array([1]), np.zeros(1), "", "stop", 0)), action()])
     for number in range(7):
-        engine = Recorded()
+        engine: Any = Recorded()
         monkeypatch.setattr(collect, "rank", lambda number=number: number)
         found, _ = sample(engine, requests, rollout, lambda requests, longest: True, Fixed(), {})
         assert [response.request for response in found] == requests

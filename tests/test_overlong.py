@@ -25,7 +25,7 @@ def sample(length: int, reward: float | None) -> Sample:
 @pytest.mark.parametrize(("length", "term"), [(1, 1.0), (80, 1.0), (85, 0.75), (90, 0.5), (99, 0.05), (100, 0.0)])
 def test_the_last_fifth_costs(length, term):
     for reward in (0.0, 0.3, 1.0):
-        found = punished(sample(length, reward), 100)
+        found: Any = punished(sample(length, reward), 100)
         assert found.terms == {"task_aware": 1.0, "length": pytest.approx(term, abs=1e-12)}
         assert found.reward == pytest.approx((reward + term / 2) / 1.5) and 0 <= found.reward <= 1
     failed = sample(length, None)
@@ -38,7 +38,7 @@ def test_advantages_are_those_of_the_papers_reward():
     lengths, right, most, cache = rng.integers(60, 101, 64), rng.integers(0, 2, 64), 100, 20
     both = list(zip(lengths, right, strict=True))
     paper = [2 * c - 1 + (0 if n <= most - cache else ((most - cache) - n) / cache) for n, c in both]
-    ours = [punished(sample(int(n), float(c)), most).reward for n, c in both]
+    ours: Any = [punished(sample(int(n), float(c)), most).reward for n, c in both]
     groups = np.arange(64) // 8
     advantages = group_advantages(ours, groups)
     np.testing.assert_allclose(advantages, group_advantages(paper, groups), rtol=0, atol=1e-12)
