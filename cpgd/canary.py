@@ -231,19 +231,20 @@ def _measured(engine: np.ndarray, logprobs: np.ndarray, entropy: np.ndarray) -> 
     return ahead, float(surprise.sum()), float(variance.sum()), float(entropy.sum())
 
 
-def check_versions(rollout: Rollout, step: int) -> None:
-    """The responses are of the weights of `step`, which the engine was given before.
+def check_versions(rollout: Rollout) -> None:
+    """The responses are of the weights that the rollout is of, which the engine was given before.
 
     Raises:
         CanaryError: some are of others.
     """
     stale = {s.id: s.response.version for group in (*rollout.first, *rollout.groups) for s in group
-             if s.response.version != step}
+             if s.response.version != rollout.version}
     if stale:
         name, version = next(iter(stale.items()))
-        raise CanaryError(f"{len(stale)} responses were sampled with weights of another version than {step}, as {name} "
-                          f"with {version}: the engine did not take the last weights; restart it, then repeat the "
-                          "command to continue from the last checkpoint")
+        raise CanaryError(
+            f"{len(stale)} responses were sampled with weights of another version than {rollout.version}, as {name} "
+            f"with {version}: the engine did not take the last weights; restart it, then repeat the command to "
+            "continue from the last checkpoint")
 
 
 def check_advantages(rollout: Rollout) -> None:

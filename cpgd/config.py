@@ -140,6 +140,9 @@ class RolloutConfig:
     """vLLM servers to start, watch, end: each "NAME=VALUE ... PYTHON [options of vLLM]", as .venv-vllm/bin/python."""
     verify_every: int = free(20, at_least(1))
     """Syncs between comparisons of all weights' checksums with the servers'; between them one layer's, in turn."""
+    staleness: Literal[0, 1] = 0
+    """1: vLLM servers sample the next rollout while the policy is trained on this one, so that it is one rollout older
+    than the weights it meets; none is sampled ahead over a checkpoint or a measurement."""
     prompts: int = 128
     """Prompts per rollout (iteration)."""
     group_size: int = 8
@@ -171,6 +174,12 @@ class RolloutConfig:
         _require(bool(given) == (self.engine == "server"),
                  f"--rollout.engine is {self.engine}, and --rollout.servers and --rollout.serve name "
                  f"{', '.join(given) or 'no server'}; engine server takes the URLs of some that run, or what to start")
+        _require(self.staleness == 0 or self.engine == "server",
+                 f"--rollout.staleness is {self.staleness}, and --rollout.engine {self.engine} samples in the "
+                 "trainer's own process; give it 0, or --rollout.engine server")
+        _require(self.staleness == 0 or self.correction == 0,
+                 f"--rollout.staleness is {self.staleness} and --rollout.correction {self.correction}; its ratios are "
+                 "to the engine's log-probs already, so give one of the two")
         for url in self.servers:
             _require(url.startswith(("http://", "https://")),
                      f"--rollout.servers holds {url!r}; give URLs, as http://127.0.0.1:8000")
@@ -415,6 +424,11 @@ class Config:
         _require(not rollout.dynamic_sampling or self.objective.name != "reinforce_pp",
                  f"--rollout.dynamic-sampling is {rollout.dynamic_sampling}, and --objective.name reinforce_pp learns "
                  "from prompts with equal rewards too, since it compares with the whole rollout; give 0")
+        told = ("--rollout.staleness is 1, and the policy that sampled, which {} needs, is gone when "
+                "its rollout comes; give it 0")
+        _require(rollout.staleness == 0 or self.objective.drift == "sampled", told.format("--objective.drift exact"))
+        _require(rollout.staleness == 0 or self.reward.visual_focus_mode == "elements",
+                 told.format("--reward.visual-focus-mode contrast"))
         low, high = self.data.curriculum
         _require((low, high) == (0, 1) or self.stage > 0,
                  f"--data.curriculum is {low} {high}, and stage 0 samples nothing that could pass; give 0 1")

@@ -27,8 +27,10 @@ from .config import Config
 from .rewards.build import RowNeeds, build_scorer
 from .rewards.scorer import Scorer
 from .rewards.word_rules import CAUTION, by_words
+from .rollout.ahead import Ahead
 from .rollout.collect import Clock, Collector, encoder, probes, prompts_of, timed
 from .rollout.engines import open_engine
+from .rollout.values import Rollout
 from .run.card import write_card
 from .run.checkpoint import check_state, load_latest, restore, save
 from .run.journal import Journal
@@ -92,11 +94,13 @@ class Trainer:
         self.loss_fn = rl_loss(config.objective) if config.stage else sft_loss
         self.collector = self.scorer and Collector(config, self.plan.rows, self.sampler, self.engine, self.scorer,
                                                    self.policy, processor, self.encode, self.build)
+        self.ahead = Ahead(self.collector) if self.collector and config.rollout.staleness else None
         self.metrics = MetricsWriter(run.stage_dir, config.log.tensorboard)  # used on rank 0 only
         self.journal = Journal(self.metrics, config.steps, f"stage {config.stage}")
         self.measurements = Measurements(config, self.plan.eval_rows, self.engine, self.encode, processor, self._sync,
                                          run.stage_dir, self.metrics)
         self.step, self.iteration, self.skipped_in_row, self.trained_s = 0, 0, 0, 0.0  # until `_resume`
+        self.saved_at, self.synced = 0, None  # steps of the last checkpoint, and of the weights that the engine has
 
     def _open_scorer(self, needs: RowNeeds) -> Scorer:
         """The scorer of this rank; its judges answer, or nothing is loaded for them."""
@@ -143,7 +147,7 @@ class Trainer:
 
     def _train(self) -> None:
         """The iterations that are left, with their checkpoints."""
-        config, since_saved = self.config, self.step
+        config, self.saved_at = self.config, self.step
         self.journal.open(self.step)
         try:
             while self.step < config.steps:
@@ -151,9 +155,8 @@ class Trainer:
                 (self._rl_iteration if config.stage else self._sft_iteration)()
                 self.trained_s += time.perf_counter() - started
                 self.measurements.between(before, self.step, self._save)
-                if self.step - since_saved >= config.checkpoint.every and self.step < config.steps:
+                if self.step - self.saved_at >= config.checkpoint.every and self.step < config.steps:
                     self._save()
-                    since_saved = self.step
             self._save()
         finally:
             self.journal.close()
@@ -183,9 +186,15 @@ class Trainer:
                  "function_digest": self.function_digest, "config": self.config.to_dict(),
                  "config_hash": self.config.hash()}
         save(self.run_dir.checkpoints, self.step, self.policy, self.optimizer, state, self.config.checkpoint.keep)
+        self.saved_at = self.step
 
     def _sync(self) -> None:
+        """Give the engine the policy's weights, if it does not have them."""
+        if self.synced == self.step:
+            return
+        self.synced = None  # until it is done
         self.engine.sync(partial(full_state_dict, self.policy, dtype=self.dtype), self.step)
+        self.synced = self.step
 
     # -- stage 0 ------------------------------------------------------------------------------------------------------
 
@@ -205,10 +214,9 @@ class Trainer:
     def _rl_iteration(self) -> None:
         config, clock = self.config, Clock()
         assert self.scorer and self.collector
-        with timed(clock, "rollout"):
-            self._sync()
-        rollout = self.collector.collect(self.step, clock)
-        check_versions(rollout, self.step)
+        rollout = self._next_rollout(self.collector, clock)
+        fresh = rollout.version == self.step
+        check_versions(rollout)
         check_advantages(rollout)
         told = rollout_summary(rollout) | judges_took(self.scorer)
         self.journal.samples(rollout, config.log.samples, self.step + 1)
@@ -224,7 +232,7 @@ class Trainer:
         for part, updates in zip(parts, plans, strict=True):
             with timed(clock, "update"):
                 result = self._optimizer_step(updates)
-            if not results:
+            if fresh and not results:
                 if updates[0].old_logprobs is None:  # read by the step itself, at the policy that sampled
                     read.insert(0, Reading(part.samples, updates, result.stats))
                 with timed(clock, "old_logprobs"):
@@ -234,6 +242,23 @@ class Trainer:
             results.append(result)
         self.journal.warn(self.step, self.watch.updated(results))
         self.iteration += 1
+
+    def _next_rollout(self, collector: Collector, clock: Clock) -> Rollout:
+        """The one that was begun ahead, or else one of the present weights; and the next is begun, where it may be."""
+        if self.ahead and self.ahead.under_way:
+            with timed(clock, "rollout"):
+                rollout = self.ahead.take()
+        else:
+            with timed(clock, "rollout"):
+                self._sync()
+            rollout = collector.collect(self.step, clock)
+        after = self.step + self.config.optim.updates_per_rollout
+        if (self.ahead and after < self.config.steps and not self.measurements.due(self.step, after)
+                and after - self.saved_at < self.config.checkpoint.every):  # a checkpoint holds no rollout under way
+            with timed(clock, "rollout"):
+                self._sync()
+            self.ahead.start(self.step, after)
+        return rollout
 
     def _optimizer_step(self, updates: Sequence[Update]) -> StepResult:
         optim = self.config.optim

@@ -151,7 +151,8 @@ def prepare(policy: Policy, rollout: Rollout, parts: Sequence[Part], step: int, 
 
     The ratio is 1 for the policy that sampled. A part that will meet a later one, as every part but the first does,
     gets its old log-probs; with a correction each does, at the cost of one more forward of the first. What no part
-    holds, failed samples and groups that were dropped, is read too, for the canary.
+    holds, failed samples and groups that were dropped, is read too, for the canary. A rollout of older weights takes
+    its old log-probs from the engine, and nothing is read.
 
     Args:
         step: version of the policy, which the first part meets.
@@ -159,8 +160,13 @@ def prepare(policy: Policy, rollout: Rollout, parts: Sequence[Part], step: int, 
         correction: see `RolloutConfig.correction`.
     """
     plans = [part.updates(build) for part in parts]
+    if rollout.version != step:  # the policy that sampled is gone, and its engine has told
+        for part, updates in zip(parts, plans, strict=True):
+            for update in updates:
+                update.old_logprobs = engine_logprobs(update, part.samples)
+        return plans, []
     later = [(part, updates) for i, (part, updates) in enumerate(zip(parts, plans, strict=True))
-             if correction or step + i != rollout.version]
+             if correction or i]
     old_weight = None
     if later and build.objective.drift == "exact":
         weight = policy.model.lm_head.weight.detach()
@@ -186,9 +192,14 @@ def correct(update: Update, samples: Sequence[Sample], cap: float) -> None:
     bonus, clips and the normaliser in the token weights stay as they are.
     """
     assert update.old_logprobs is not None, "fill_old_logprobs comes first"
-    engine = np.concatenate([samples[i].response.logprobs for i in update.members] or [np.zeros(0, dtype=np.float32)])
     update.advantages = update.advantages * truncated_weights(
-        update.old_logprobs, torch.from_numpy(engine).to(update.old_logprobs.device), cap)
+        update.old_logprobs, engine_logprobs(update, samples), cap)
+
+
+def engine_logprobs(update: Update, samples: Sequence[Sample]) -> torch.Tensor:
+    """(N,) float32, nats, what the engine says of the update's tokens. `samples`: of the optimizer step."""
+    found = np.concatenate([samples[i].response.logprobs for i in update.members] or [np.zeros(0, dtype=np.float32)])
+    return torch.from_numpy(found).to(update.advantages.device)
 
 
 LossFn = Callable[[Policy, Update], CPGDOutput]

@@ -6,7 +6,9 @@ merger form the root's group, which keeps a tied head tied. A frozen tower is re
 """
 
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
@@ -21,6 +23,7 @@ from cosmo_rl.data.errors import UserError
 from .policy import Policy
 
 T = TypeVar("T")
+_thread = threading.local()
 
 
 def init_distributed() -> torch.device:
@@ -78,11 +81,21 @@ def together(action: Callable[[], T]) -> list[T]:
     mine = (value, None if problem is None else str(problem))
     outcomes: list[Any] = [mine] * world()
     if world() > 1:
-        dist.all_gather_object(outcomes, mine)
+        dist.all_gather_object(outcomes, mine, group=getattr(_thread, "group", None))
     for _, found in outcomes:
         if found is not None:
             raise problem if problem is not None and str(problem) == found else UserError(found)
     return [cast(T, value) for value, _ in outcomes]
+
+
+@contextmanager
+def beside(group: Any) -> Iterator[None]:
+    """`together` of this thread by a group of its own: ranks would else meet each other in different calls."""
+    _thread.group = group
+    try:
+        yield
+    finally:
+        del _thread.group
 
 
 def agree(value: str, complaint: str) -> None:

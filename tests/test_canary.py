@@ -230,7 +230,7 @@ def merged(patch):
 def test_rows_of_equal_text_stay_apart(run, twins, monkeypatch):
     """Groups go by the prompt that was drawn; an engine that takes one picture for all of a text is stopped."""
     found = []
-    monkeypatch.setattr(trainer, "check_versions", lambda rollout, step: found.append(rollout))
+    monkeypatch.setattr(trainer, "check_versions", lambda rollout: found.append(rollout))
     options = ("--data.path", twins, "--rollout.prompts", 6, "--optim.updates-per-rollout", 1)
     run(*options, rollouts=1)
     groups = found[0].groups
@@ -305,7 +305,7 @@ def test_advantages_of_every_objective(name):
 
 
 def test_responses_of_other_weights(run, monkeypatch):
-    check_versions(runs.rollout().rollout, 0)
+    check_versions(runs.rollout().rollout)
 
     def sync(self, weights, version, real=HFEngine.sync):
         real(self, weights, 0)

@@ -202,10 +202,14 @@ class Collector:
         self.build = replace(build, aggregation="token")
         self.fits = cache_fits(config.rollout, processor.config, getattr(torch, config.model.dtype))
 
-    def collect(self, version: int, clock: Clock) -> Rollout:
-        """The next rollout, of the weights that the engine has, which are those of step `version`."""
+    def collect(self, version: int, clock: Clock, step: int | None = None) -> Rollout:
+        """The next rollout, of the weights that the engine has, which are those of step `version`.
+
+        Args:
+            step: at which it is trained on, for the seeds; None: `version`.
+        """
         rollout, sampled = self.config.rollout, list[Sample]()
-        attempt = partial(self._attempt, version, clock, sampled)
+        attempt = partial(self._attempt, version if step is None else step, clock, sampled)
         groups, first, refill = select(self.sampler.take(rollout.prompts), attempt, self.sampler.replace,
                                        rollout.dynamic_sampling)
         found = Rollout(version=version, groups=tuple(groups), first=tuple(first), refill=refill,
@@ -218,12 +222,12 @@ class Collector:
                             "--rollout.max-new-tokens, or without it")
         return found
 
-    def _attempt(self, version: int, clock: Clock, sampled: list[Sample], numbers: Sequence[int]) -> list[Group]:
+    def _attempt(self, step: int, clock: Clock, sampled: list[Sample], numbers: Sequence[int]) -> list[Group]:
         """A group of samples for each of these rows; `sampled` holds, and takes, those of the same rollout."""
         size = self.config.rollout.group_size
         with timed(clock, "data"):
             prompts = prompts_of(self.rows, numbers, self.encode)
-            requests = self._requests(prompts, version, Counter(s.row.id for s in sampled))
+            requests = self._requests(prompts, step, Counter(s.row.id for s in sampled))
         with timed(clock, "rollout"):
             responses, pending = sample(self.engine, requests, self.config.rollout, self.fits, self.scorer, clock)
         with timed(clock, "reward"):
@@ -240,14 +244,14 @@ class Collector:
         self.sampler.observe(pass_rates(numbers, groups))
         return groups
 
-    def _requests(self, prompts: Sequence[tuple[Row, EncodedPrompt]], version: int,
+    def _requests(self, prompts: Sequence[tuple[Row, EncodedPrompt]], step: int,
                   drawn: Counter[str]) -> list[Request]:
         """`group_size` of each prompt; `drawn`: how many of each row this rollout has already."""
         requests: list[Request] = []
         for row, prompt in prompts:
             for k in range(self.config.rollout.group_size):
                 # A prompt drawn twice goes on counting, or both groups would be the same responses.
-                seed = request_seed(self.config.seed, self.config.stage, version, row.id, drawn[row.id])
+                seed = request_seed(self.config.seed, self.config.stage, step, row.id, drawn[row.id])
                 requests.append(Request(row=row, prompt=prompt, k=k, seed=seed))
                 drawn[row.id] += 1
         return requests

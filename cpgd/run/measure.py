@@ -69,16 +69,20 @@ class Measurements:
         if self.config.eval.guard != "off" and not step:
             self._watch(step, save)
 
+    def due(self, earlier: int, step: int) -> bool:
+        """Whether a multiple of --eval.every is among the steps from `earlier` to `step`."""
+        every = self.config.eval.every
+        return every > 0 and step // every > earlier // every
+
     def between(self, earlier: int, step: int, save: Callable[[], None]) -> None:
-        """After the steps from `earlier` to `step`: the watched rows, if a multiple of --eval.every is among them.
+        """After the steps from `earlier` to `step`: the watched rows, if they are `due`.
 
         Args:
             save: writes the checkpoint of `step`, before the guard ends the run.
         Raises:
             GuardError: on every rank, see `Guard.enforce`.
         """
-        every = self.config.eval.every
-        if every and step // every > earlier // every:
+        if self.due(earlier, step):
             self._watch(step, save)
 
     def after(self, step: int) -> None:

@@ -50,6 +50,12 @@ ON_CPU = "VLLM_CPU_KVCACHE_SPACE=2 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_HOST_IP
 """For servers that are started beside a trainer on the CPU: they would take 9 tenths of memory and pin all cores."""
 
 
+def _kept(weights: Callable[[], Iterable[Named]]) -> Callable[[], Iterable[Named]]:
+    """The same, of a copy on rank 0: the policy is trained on while a rollout of these is made."""
+    copied = [(name, tensor.to("cpu", copy=True)) if rank() == 0 else ("", tensor[:0]) for name, tensor in weights()]
+    return lambda: copied if rank() == 0 else ()
+
+
 class ServerEngine:
     """Samples with vLLM servers; see `cosmo_rl.cpgd.rollout.engine.Engine`. All ranks make it together."""
 
@@ -125,7 +131,7 @@ class ServerEngine:
         Raises:
             UserError: a server does not come back. WeightsDiffer: it does not have what was sent.
         """
-        self._weights = weights
+        self._weights = weights = _kept(weights) if self.rollout.staleness else weights
         for _ in range(TRIES):
             self._syncs += 1
             tag = f"{self._nonce}-{self._syncs}-step{version}"
