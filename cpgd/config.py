@@ -164,7 +164,7 @@ class RolloutConfig:
     it, rewarded less. The last two are DAPO's filter and soft punishment: rewards/overlong.py."""
     canary_limit: float = free(0.0, at_least(0))
     """Largest mean |log-prob difference| of engine and trainer on one response, nats; beyond it the run stops. 0: by
-    dtype and by the noise of the first rollout (cpgd/canary.py)."""
+    dtype and by the noise of the first rollout (cpgd/run/canary.py)."""
     correction: float = bounded(0.0, (lambda value: value == 0 or value >= 1, "0 or a cap of at least 1, as 2"))
     """Cap of importance weights pi / pi_engine on the policy term, for engines of other rounding, as in bfloat16 (Yao
     et al. 2025, see arXiv:2510.26788); 0: none. One more forward of a rollout's first update."""

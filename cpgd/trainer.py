@@ -22,15 +22,14 @@ from cosmo_rl.model.parallel import agree, on_main, rank, shard, together
 from cosmo_rl.model.policy import Policy, Update
 from cosmo_rl.model.weights import full_state_dict, save_pretrained
 
-from .canary import Canary, Reading, check_advantages, check_versions
 from .config import Config
 from .rewards.build import RowNeeds, build_scorer
 from .rewards.scorer import Scorer
 from .rewards.word_rules import CAUTION, by_words
-from .rollout.ahead import Ahead
+from .rollout.ahead import Rollouts
 from .rollout.collect import Clock, Collector, encoder, probes, prompts_of, timed
 from .rollout.engines import open_engine
-from .rollout.values import Rollout
+from .run.canary import Canary, check_advantages, check_versions
 from .run.card import write_card
 from .run.checkpoint import check_state, load_latest, restore, save
 from .run.journal import Journal
@@ -43,6 +42,7 @@ from .run.rundir import RunDir
 from .run.watch import Watch
 from .update import (
     BuildUpdates,
+    Reading,
     StepResult,
     learning_rate,
     make_optimizer,
@@ -92,9 +92,9 @@ class Trainer:
         self.build = BuildUpdates(batch=config.batch, objective=config.objective, processor=processor, device=device,
                                   aggregation=config.objective.aggregation if config.stage else "token")
         self.loss_fn = rl_loss(config.objective) if config.stage else sft_loss
-        self.collector = self.scorer and Collector(config, self.plan.rows, self.sampler, self.engine, self.scorer,
-                                                   self.policy, processor, self.encode, self.build)
-        self.ahead = Ahead(self.collector) if self.collector and config.rollout.staleness else None
+        self.rollouts = self.scorer and Rollouts(
+            Collector(config, self.plan.rows, self.sampler, self.engine, self.scorer, self.policy, processor,
+                      self.encode, self.build), self._sync, config.rollout.staleness)
         self.metrics = MetricsWriter(run.stage_dir, config.log.tensorboard)  # used on rank 0 only
         self.journal = Journal(self.metrics, config.steps, f"stage {config.stage}")
         self.measurements = Measurements(config, self.plan.eval_rows, self.engine, self.encode, processor, self._sync,
@@ -213,8 +213,11 @@ class Trainer:
 
     def _rl_iteration(self) -> None:
         config, clock = self.config, Clock()
-        assert self.scorer and self.collector
-        rollout = self._next_rollout(self.collector, clock)
+        assert self.scorer and self.rollouts
+        after = self.step + config.optim.updates_per_rollout  # no rollout is under way at a checkpoint or a measurement
+        ends = (after >= config.steps or after - self.saved_at >= config.checkpoint.every
+                or self.measurements.due(self.step, after))
+        rollout = self.rollouts.next(self.step, clock, None if ends else after)
         fresh = rollout.version == self.step
         check_versions(rollout)
         check_advantages(rollout)
@@ -242,23 +245,6 @@ class Trainer:
             results.append(result)
         self.journal.warn(self.step, self.watch.updated(results))
         self.iteration += 1
-
-    def _next_rollout(self, collector: Collector, clock: Clock) -> Rollout:
-        """The one that was begun ahead, or else one of the present weights; and the next is begun, where it may be."""
-        if self.ahead and self.ahead.under_way:
-            with timed(clock, "rollout"):
-                rollout = self.ahead.take()
-        else:
-            with timed(clock, "rollout"):
-                self._sync()
-            rollout = collector.collect(self.step, clock)
-        after = self.step + self.config.optim.updates_per_rollout
-        if (self.ahead and after < self.config.steps and not self.measurements.due(self.step, after)
-                and after - self.saved_at < self.config.checkpoint.every):  # a checkpoint holds no rollout under way
-            with timed(clock, "rollout"):
-                self._sync()
-            self.ahead.start(self.step, after)
-        return rollout
 
     def _optimizer_step(self, updates: Sequence[Update]) -> StepResult:
         optim = self.config.optim

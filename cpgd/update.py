@@ -22,7 +22,6 @@ from cosmo_rl.model.load import Processor
 from cosmo_rl.model.parallel import clip_grad_norm, rank, world
 from cosmo_rl.model.policy import Policy, Update
 
-from .canary import Reading, Stats
 from .config import BatchConfig, ObjectiveConfig, OptimConfig
 from .objective import clip_bounds, policy_loss, token_weights, truncated_weights
 from .rollout.values import Rollout, Sample
@@ -70,6 +69,20 @@ class BuildUpdates:
             clip_eps_high=high.to(self.device) if isinstance(high, torch.Tensor) else high,
             drift_coef=self.objective.drift_coef, drift_clip=self.objective.drift_clip,
         )
+
+
+Stats = tuple[torch.Tensor, torch.Tensor]
+"""(N,) log-probs and (N,) entropies of an update."""
+
+
+class Reading(NamedTuple):
+    """Samples that the policy has read which should have sampled them; for the canary."""
+
+    samples: Sequence[Sample]
+    updates: Sequence[Update]
+    """This rank's."""
+    stats: Sequence[Stats]
+    """Of each update."""
 
 
 class Part(NamedTuple):

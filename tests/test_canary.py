@@ -18,7 +18,10 @@ import runs
 import torch
 
 from cosmo_rl.cpgd import trainer
-from cosmo_rl.cpgd.canary import (
+from cosmo_rl.cpgd.config import ObjectiveConfig, RolloutConfig
+from cosmo_rl.cpgd.rollout import collect, hf
+from cosmo_rl.cpgd.rollout.hf import HFEngine
+from cosmo_rl.cpgd.run.canary import (
     KEEP,
     LIMITS,
     NOISE_FACTOR,
@@ -30,9 +33,6 @@ from cosmo_rl.cpgd.canary import (
     check_advantages,
     check_versions,
 )
-from cosmo_rl.cpgd.config import ObjectiveConfig, RolloutConfig
-from cosmo_rl.cpgd.rollout import collect, hf
-from cosmo_rl.cpgd.rollout.hf import HFEngine
 from cosmo_rl.cpgd.run.metrics import read_metrics
 from cosmo_rl.cpgd.run.recipes import parse_command_line
 from cosmo_rl.cpgd.run.rundir import RunDir

@@ -30,8 +30,7 @@ CPGD_LAYERS = {
     "config": {"judges"},  # what an entry of --reward.judges may say
     "advantages": set(),
     "objective": {"config"},
-    "canary": {"config", "rollout"},  # of rollout the values
-    "update": {"config", "canary", "objective", "rollout"},  # of rollout the values
+    "update": {"config", "objective", "rollout"},  # of rollout the values
     "judges": {"judges", "config", "rollout", "rewards"},
     "rollout": {"config", "advantages", "update", "rewards", "rollout", "judges"},  # judges: its loop in a thread
     "rewards": {"config", "rollout", "judges", "rewards", "run"},  # run: check.py takes train.py's options
@@ -40,7 +39,7 @@ STEP = ("cpgd/*.py", "cpgd/rollout/*.py", "cpgd/rewards/base.py", "cpgd/rewards/
         "model/parallel.py", "model/weights.py", "data/sampler.py", "data/collate.py", "kernels/linear_cpgd.py")
 """The way of one step, from the row numbers drawn to the optimizer: what a newcomer reads, and in cpgd/ and
 cpgd/rollout/ there is nothing else."""
-STEP_LINES = 3600
+STEP_LINES = 3500
 OPTIONAL = {"vllm", "flash_attn", "liger_kernel", "wandb", "if_verifiable", "langdetect"}
 
 

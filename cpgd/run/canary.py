@@ -21,14 +21,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.model.parallel import together
-from cosmo_rl.model.policy import Update
 
-from .config import RolloutConfig
-from .rollout.values import Rollout, Sample
+from ..config import RolloutConfig
+from ..rollout.values import Rollout, Sample
+from ..update import Reading
 
 LIMITS = {"float32": (1e-4, 5e-4), "bfloat16": (0.02, 0.1)}
 """Least and largest gap of a response that passes, by compute dtype, nats. Measured on tiny, hf engine, the largest of
@@ -49,22 +48,10 @@ RENORMALISED, ENOUGH = 0.99, 50
 """
 IMPOSSIBLE = 1e6
 """Nats: the policy gives a suppressed token a log-prob of some -1e30."""
-Stats = tuple[torch.Tensor, torch.Tensor]
-"""(N,) log-probs and (N,) entropies of an update."""
 
 
 class CanaryError(UserError):
     """Engine and trainer disagree about the same tokens, or about how they are drawn."""
-
-
-class Reading(NamedTuple):
-    """Samples that the policy has read which should have sampled them."""
-
-    samples: Sequence[Sample]
-    updates: Sequence[Update]
-    """This rank's."""
-    stats: Sequence[Stats]
-    """Of each update."""
 
 
 class Seen(NamedTuple):
