@@ -45,7 +45,10 @@ def command(launch: str, model: Path, port: int, options: Sequence[str] = ()) ->
     Raises:
         UserError: there is no such program.
     """
-    words, environ = shlex.split(launch), dict(ENVIRON)
+    try:
+        words, environ = shlex.split(launch), dict(ENVIRON)
+    except ValueError as error:
+        raise UserError(f"--rollout.serve {launch!r}: {error}; write it as for a shell") from error
     while words and (found := re.fullmatch(r"([A-Za-z_]\w*)=(.*)", words[0], re.DOTALL)):
         environ[found[1]] = found[2]
         words.pop(0)

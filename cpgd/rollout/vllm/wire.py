@@ -115,6 +115,8 @@ class Wire:
             ids, content = choice["token_ids"], (choice["logprobs"] or {}).get("content") or []
             spans = [span["version"] for span in choice["weight_versions"] or []]
             prompt_ids, reason = reply["prompt_token_ids"], choice["finish_reason"]
+            named = [entry["token_id"] for entry in content]
+            logprobs = np.array([entry["logprob"] for entry in content], dtype=np.float32)
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise refuse(f"has no {error}; the server must be vLLM 0.32 or newer") from error
         self._check_prompt(request, prompt_ids or [], refuse)
@@ -124,14 +126,14 @@ class Wire:
                          "restarted; give each run servers of its own")
         if not ids or len(content) != len(ids):
             raise refuse(f"has {len(ids or [])} tokens and {len(content)} log-probs")
-        if [entry["token_id"] for entry in content] != ids:
+        if named != ids:
             raise refuse("has log-probs of other tokens than its own")
         if banned := self.suppressed & set(ids):
             token = self.processor.tokenizer.convert_ids_to_tokens(min(banned))
             raise refuse(f"holds {token}, which may never be sampled")
-        logprobs = np.array([entry["logprob"] for entry in content], dtype=np.float32)
-        if not (np.isfinite(logprobs) & (logprobs > -9000) & (logprobs <= 1e-4)).all():
-            raise refuse(f"has the log-prob {logprobs[np.argmin(logprobs)]:g}: its weights give NaN or infinite logits")
+        fits = np.isfinite(logprobs) & (logprobs > -9000) & (logprobs <= 1e-4)
+        if not fits.all():
+            raise refuse(f"has the log-prob {logprobs[~fits][0]:g}: its weights give NaN or infinite logits")
         eos = self.processor.eos_ids
         if reason not in ("stop", "length") or (reason == "stop") != (ids[-1] in eos) or set(ids[:-1]) & set(eos):
             raise refuse(f"ends by {reason!r} ({choice.get('stop_reason')!r}) with token {ids[-1]}, and {eos} end one")

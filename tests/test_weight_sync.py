@@ -1,0 +1,307 @@
+"""Weights into vLLM servers and the servers themselves, without vLLM: what is compared, how a server is started, ends,
+and is told wrong. tests/test_vllm_rollout.py has a real one."""
+
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+from conftest import ROOT
+
+from cosmo_rl.cpgd.config import DataConfig, RolloutConfig
+from cosmo_rl.cpgd.rollout.vllm import serve, sync
+from cosmo_rl.cpgd.rollout.vllm.control import Control, ServerDown
+from cosmo_rl.cpgd.rollout.vllm.serve import WORKER, Served, command
+from cosmo_rl.cpgd.rollout.vllm.server import ServerEngine
+from cosmo_rl.cpgd.rollout.vllm.sync import WeightsDiffer, WeightSync, chosen, same, sha256, shard
+from cosmo_rl.data.errors import UserError
+from cosmo_rl.model.load import load_model
+
+# -- what is compared -------------------------------------------------------------------------------------------------
+
+
+def test_every_kind_at_each_turn_and_every_layer_in_its_turn():
+    names = [name for name, _ in load_model(runs.MODEL).named_parameters()]
+    kinds = {re.sub(r"\.\d+\.", ".N.", name) for name in names}
+    layers = {re.search(r"layers\.(\d+)", name)[1] for name in names if ".layers." in name}
+    assert len(layers) > 1 and len(kinds) < len(names) - len(layers)
+    for turn in range(5):
+        found = chosen(names, turn)
+        assert len(found) == len(kinds) and {re.sub(r"\.\d+\.", ".N.", name) for name in found} == kinds
+    assert set().union(*(chosen(names, turn) for turn in range(8))) == set(names)
+    assert chosen(names, 3) == chosen(iter(names), 3)
+
+
+def held(tensor, dim, size, parts=None):
+    """What each of `size` workers holds: an equal part along `dim`, of which there may be fewer than workers."""
+    parts = parts or size
+    pieces = [tensor] * size if dim is None else tensor.chunk(parts, dim)
+    return [[sha256(piece), list(piece.shape), None] for piece in
+            (pieces[rank if dim is None else rank * parts // size] for rank in range(size))]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize(("shape", "dim", "heads"), [((8, 6), 0, None), ((8, 6), 1, None), ((8,), 0, None),
+                                                     ((8, 6), None, None), ((8, 6), 0, 2), ((8,), 0, 2)],
+                         ids=["columns", "rows", "bias", "replicated", "key heads", "bias of key heads"])
+def test_each_worker_holds_its_part(size, shape, dim, heads):
+    """With 2 key heads, 4 workers hold one in pairs."""
+    if dim == 1 and shape[1] % size:
+        shape = (8, 8)
+    tensor = torch.randn(shape)
+    parts = held(tensor, dim, size, heads and min(heads, size))
+    for rank in range(size):
+        assert same(tensor, [parts[rank]], rank, size)
+        changed = tensor.clone()
+        digest, mine, _ = parts[rank]
+        part = shard(changed, mine, None, rank, size)
+        last = (-1,) * part.ndim
+        part[last] = torch.nextafter(part[last], torch.tensor(9.0))  # the last bit of the last weight that it holds
+        assert sha256(part) != digest and not same(changed, [parts[rank]], rank, size)
+        for other in range(size):
+            if parts[other][0] != digest:
+                assert not same(tensor, [parts[other]], rank, size)  # another worker's part
+    if heads and size == 4:
+        assert parts[0] == parts[1] != parts[2] == parts[3]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_vocabulary_that_no_number_of_workers_divides(size):
+    """vLLM pads it: the last worker holds less, another says where its own rows begin."""
+    tensor, per = torch.randn(10, 3), -(-10 // size)
+    starts = range(0, 10, per)
+    for rank, start in enumerate(starts):
+        part = tensor[start:start + per]
+        assert same(tensor, [[sha256(part), list(part.shape), start]], rank, size)
+        for other in starts:
+            if other != start:
+                assert not same(tensor, [[sha256(part), list(part.shape), other]], rank, size)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_fused_qkv_is_three_parts_of_each_worker(size):
+    """As the tower's: q, k and v, each split over the workers."""
+    fused = torch.randn(12, 5)
+    for rank in range(size):
+        parts = [[sha256(part), list(part.shape), None] for part in
+                 (piece.chunk(size)[rank] for piece in fused.chunk(3))]
+        assert same(fused, parts, rank, size)
+        assert not same(fused, [parts[1], parts[0], parts[2]], rank, size)
+        assert not same(fused.roll(4, 0), parts, rank, size)
+
+
+def test_what_no_worker_can_hold():
+    tensor = torch.randn(8, 6)
+    digest = sha256(tensor)
+    assert not same(tensor, None, 0, 1)
+    for shape in ([8], [8, 6, 1], [4, 3], [3, 6], [0, 6], [16, 6]):
+        assert not same(tensor, [[digest, shape, None]], 0, 2), shape
+    assert not same(tensor, [[digest, [4, 6], None]], 0, 1)  # half of it, and one worker alone
+    assert not same(tensor, [[sha256(tensor[4:]), [4, 6], 6]], 1, 2)  # beyond its end
+    assert not same(tensor, [[sha256(tensor.bfloat16()), [8, 6], None]], 0, 1)  # cast
+    assert same(torch.tensor([0.0, 1.0]), [[sha256(torch.tensor([-0.0, 1.0])), [2], None]], 0, 1)
+
+
+def test_the_worker_and_the_trainer_hash_alike():
+    """The worker's file imports vLLM: its function is taken out of it."""
+    source = (WORKER / "cosmo_rl_worker.py").read_text()
+    scope = {"torch": torch, "hashlib": __import__("hashlib")}
+    exec(source[source.index("def digest("):], scope)
+    for tensor in (torch.randn(4, 3).t(), torch.randn(7).bfloat16(), torch.tensor([-0.0, 0.0]), torch.randn(3, 1)[:0]):
+        assert scope["digest"](tensor) == sha256(tensor)
+    assert sha256(torch.zeros(2)) != sha256(torch.zeros(3))
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+def test_a_launch_says_it_all_in_one_string(tmp_path):
+    environ, words = command(f"CUDA_VISIBLE_DEVICES=6,7 A='b c=d' EMPTY= {sys.executable} --dtype half --x 'y z'",
+                             tmp_path, 81, ["--dtype", "float32"])
+    assert environ == {**serve.ENVIRON, "CUDA_VISIBLE_DEVICES": "6,7", "A": "b c=d", "EMPTY": ""}
+    assert words[0] == sys.executable and words[words.index("--model") + 1] == str(tmp_path)
+    assert words[words.index("--port") + 1] == "81" and words[words.index("--host") + 1] == "127.0.0.1"
+    assert words[-6:] == ["--dtype", "float32", "--dtype", "half", "--x", "y z"]  # the user's come later, and win
+    assert command(f"PYTHONPATH=/a:/b {sys.executable}", tmp_path, 81)[0]["PYTHONPATH"] == "/a:/b"
+
+
+def test_a_program_keeps_its_links(tmp_path, monkeypatch):
+    """A virtual environment is where its python lies, which is a link."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    monkeypatch.chdir(tmp_path)
+    assert command("bin/python", tmp_path, 81)[1][0] == str(tmp_path / "bin" / "python")
+
+
+@pytest.mark.parametrize(("launch", "named"), [("", "nothing"), ("A=b", "nothing"), ("A=b no/python -x", "no/python"),
+                                               (".", r"\."), ("README.md", "README.md")])
+def test_no_program(launch, named, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match=rf"^--rollout.serve '{re.escape(launch)}': {named} is no program; give the "
+                                        r"python of an environment with vLLM, as \.venv-vllm/bin/python$"):
+        command(launch, tmp_path, 81)
+
+
+def test_a_launch_that_no_shell_would_read(tmp_path):
+    with pytest.raises(UserError, match="No closing quotation; write it as for a shell"):
+        command(f"{sys.executable} 'open", tmp_path, 81)
+
+
+def test_the_program_shows_its_command_and_becomes_it(tmp_path):
+    python = fake_vllm(tmp_path, "print('became', sys.argv[1:])")
+    line = [sys.executable, "-m", "cosmo_rl.cpgd.rollout.vllm.serve", f"A=b {python} --x y", str(tmp_path), "--port",
+            "123", "--dtype", "float16"]
+    done = subprocess.run(line, capture_output=True, text=True, check=True)
+    shown, became = done.stdout.splitlines()
+    assert " A=b " in shown and f"PYTHONPATH={WORKER}" in shown and "VLLM_SERVER_DEV_MODE=1" in shown
+    for words in (shown, became.replace("', '", " ")):
+        assert "--port 123" in words and "--dtype float16 --x y" in words and "--enable-scale-out" in words
+    done = subprocess.run([*line[:3], "nowhere/python", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: --rollout.serve 'nowhere/python'")
+    assert "Traceback" not in done.stderr
+
+
+# -- a server that is started -----------------------------------------------------------------------------------------
+
+LISTEN = """
+from http.server import BaseHTTPRequestHandler, HTTPServer
+class Health(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers()
+    def log_message(self, *args): pass
+import subprocess
+child = subprocess.Popen([real, "-c", f"import sys, time; sys.path.insert(0, {worker!r}); import sitecustomize; "
+                          "time.sleep(600)"], start_new_session=False)
+HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Health).serve_forever()
+"""
+"""Answers at /health, and has a child, as vLLM has its engine."""
+
+
+def fake_vllm(folder: Path, body: str) -> Path:
+    """A python for --rollout.serve that runs `body` instead of vLLM, with the worker's sitecustomize before it."""
+    script = folder / "fake.py"
+    script.write_text(f"import os, sys\nreal, worker = {sys.executable!r}, {str(WORKER)!r}\n"
+                      f"sys.path.insert(0, worker)\nimport sitecustomize\n{body}\n")
+    python = folder / "python"
+    python.write_text(f"#!/bin/sh\nexec {sys.executable} {script} \"$@\"\n")
+    python.chmod(python.stat().st_mode | stat.S_IXUSR)
+    return python
+
+
+def of_group(group: int) -> list[int]:
+    """Living processes of a process group."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, its = path.read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue
+        if int(its) == group and state != "Z":
+            found.append(int(path.parent.name))
+    return found
+
+
+def test_a_server_starts_answers_and_ends_with_its_children(tmp_path):
+    served = Served(str(fake_vllm(tmp_path, LISTEN)), tmp_path, tmp_path / "logs" / "a.log", [])
+    assert not served.running and not served.control.alive()
+    try:
+        served.start()
+        served.wait()
+        assert served.running and served.control.alive()
+        group = served._process.pid
+        runs.wait_until(lambda: len(of_group(group)) == 2, "its child", 10)
+        served.start()  # again: what was there is ended first
+        served.wait()
+        assert served._process.pid != group and served.control.alive()
+        runs.wait_until(lambda: not of_group(group), "the first to die", 5)
+        group = served._process.pid
+    finally:
+        served.stop()
+    assert not served.running and not served.control.alive()
+    runs.wait_until(lambda: not of_group(group), "all to die", 5)
+    served.stop()
+
+
+def test_a_server_that_does_not_heed_sigterm_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(serve, "ENDS_S", 0.3)
+    deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + LISTEN
+    served = Served(str(fake_vllm(tmp_path, deaf)), tmp_path, tmp_path / "a.log", [])
+    served.start()
+    served.wait()
+    group = served._process.pid
+    served.stop()
+    runs.wait_until(lambda: not of_group(group), "all to die", 5)
+
+
+@pytest.mark.parametrize(("body", "words"), [
+    ("print('starting'); raise ImportError('No module named vllm: x')", "ImportError: No module named vllm: x"),
+    ("print('ValueError: bad --dtype: half'); print('goodbye'); sys.exit(1)", "ValueError: bad --dtype: half"),
+    ("print('goodbye'); sys.exit(0)", "goodbye"), ("sys.exit(3)", "it wrote nothing")])
+def test_a_server_that_ends_before_it_is_ready(tmp_path, body, words):
+    """As where there is no vLLM in the environment: its own last words, and the place of the rest."""
+    served = Served(str(fake_vllm(tmp_path, body)), tmp_path, tmp_path / "a.log", [])
+    served.start()
+    with pytest.raises(UserError, match=f"ended before it was ready: {re.escape(words)} .*all of it in .*a.log"):
+        served.wait()
+    served.stop()
+    assert not served.running
+
+
+def test_a_server_that_is_never_ready(tmp_path, monkeypatch):
+    monkeypatch.setattr(serve, "START_S", 0.2)
+    served = Served(str(fake_vllm(tmp_path, "import time; print('loading', flush=True); time.sleep(600)")), tmp_path,
+                    tmp_path / "a.log", [])
+    served.start()
+    group = served._process.pid
+    try:
+        with pytest.raises(UserError, match=r"was not ready within 0\.2 s"):
+            served.wait()
+    finally:
+        served.stop()
+    runs.wait_until(lambda: not of_group(group), "all to die", 5)
+
+
+def _start_and_wait(launch: str, folder: str) -> None:
+    served = Served(launch, Path(folder), Path(folder) / "a.log", [])
+    served.start()
+    served.wait()
+    (Path(folder) / "pid.tmp").write_text(str(served._process.pid))
+    (Path(folder) / "pid.tmp").rename(Path(folder) / "pid")
+    signal.pause()
+
+
+def test_no_process_is_left_by_a_trainer_that_was_killed(tmp_path):
+    running = runs.Running(_start_and_wait, (str(fake_vllm(tmp_path, LISTEN)), str(tmp_path)), 1,
+                           tmp_path / "logs")
+    pid = tmp_path / "pid"
+    runs.wait_until(lambda: pid.exists() or running.processes[0].exitcode is not None, "the server", 30)
+    group = int(pid.read_text())
+    runs.wait_until(lambda: len(of_group(group)) == 2, "its child", 10)
+    running.processes[0].kill()
+    assert running.wait().code == -signal.SIGKILL
+    runs.wait_until(lambda: not of_group(group), "the server and its child to die", 10)
+
+
+def test_a_server_sees_nothing_of_torchrun_and_of_our_python(tmp_path, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", "PYTHONHOME",
+                 "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("KEPT", "yes")
+    served = Served("A=b " + str(fake_vllm(tmp_path, "print(sorted(os.environ))")), tmp_path, tmp_path / "a.log", [])
+    names = set(served._environ)
+    served.control.close()
+    assert {"KEPT", "A", "COSMO_RL_PARENT", "PYTHONPATH", "VLLM_SERVER_DEV_MODE"} <= names
+    assert not names & {"RANK", "WORLD_SIZE", "MASTER_ADDR", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", "PYTHONHOME",
+                        "OMP_NUM_THREADS"}
