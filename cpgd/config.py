@@ -132,12 +132,13 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
-    engine: Literal["hf", "server"] = "hf"
-    """What samples: transformers' generate in the trainer's process, or vLLM servers (docs/rollout.md)."""
+    engine: Literal["hf", "server", "vllm"] = "hf"
+    """What samples: transformers' generate, vLLM servers, or vLLM in the trainer's processes (docs/rollout.md)."""
     servers: tuple[str, ...] = free(())
     """URLs of vLLM servers that run already, for `engine` server; each for this run alone."""
     serve: tuple[str, ...] = free(())
-    """vLLM servers to start, watch, end: each "NAME=VALUE ... PYTHON [options of vLLM]", as .venv-vllm/bin/python."""
+    """vLLM servers to start, watch, end: each "NAME=VALUE ... PYTHON [options of vLLM]", as .venv-vllm/bin/python. For
+    `engine` vllm "vllm [options]", as "vllm --gpu-memory-utilization 0.4"."""
     verify_every: int = free(20, at_least(1))
     """Syncs between comparisons of all weights' checksums with the servers'; between them one layer's, in turn."""
     staleness: Literal[0, 1] = 0
@@ -170,7 +171,7 @@ class RolloutConfig:
     et al. 2025, see arXiv:2510.26788); 0: none. One more forward of a rollout's first update."""
 
     def check(self) -> None:
-        given = [*self.servers, *self.serve]
+        given = [*self.servers, *(self.serve if self.engine != "vllm" else ())]
         _require(bool(given) == (self.engine == "server"),
                  f"--rollout.engine is {self.engine}, and --rollout.servers and --rollout.serve name "
                  f"{', '.join(given) or 'no server'}; engine server takes the URLs of some that run, or what to start")
@@ -180,6 +181,10 @@ class RolloutConfig:
         _require(self.staleness == 0 or self.correction == 0,
                  f"--rollout.staleness is {self.staleness} and --rollout.correction {self.correction}; its ratios are "
                  "to the engine's log-probs already, so give one of the two")
+        if self.engine == "vllm":
+            _require(len(self.serve) <= 1 and all(launch.split()[:1] == ["vllm"] for launch in self.serve),
+                     f"--rollout.serve is {' '.join(map(repr, self.serve))}, and --rollout.engine vllm takes one "
+                     '"vllm [options]", as "vllm --gpu-memory-utilization 0.4"')
         for url in self.servers:
             _require(url.startswith(("http://", "https://")),
                      f"--rollout.servers holds {url!r}; give URLs, as http://127.0.0.1:8000")

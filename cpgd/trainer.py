@@ -188,6 +188,11 @@ class Trainer:
         save(self.run_dir.checkpoints, self.step, self.policy, self.optimizer, state, self.config.checkpoint.keep)
         self.saved_at = self.step
 
+    def _rest(self) -> None:
+        """The engine makes room for training."""
+        if self.engine.rest():
+            self.synced = None
+
     def _sync(self) -> None:
         """Give the engine the policy's weights, if it does not have them."""
         if self.synced == self.step:
@@ -218,6 +223,7 @@ class Trainer:
         ends = (after >= config.steps or after - self.saved_at >= config.checkpoint.every
                 or self.measurements.due(self.step, after))
         rollout = self.rollouts.next(self.step, clock, None if ends else after)
+        self._rest()
         fresh = rollout.version == self.step
         check_versions(rollout)
         check_advantages(rollout)

@@ -13,14 +13,15 @@ import runs
 from cosmo_rl.cpgd.rewards.base import Failed, NotApplicable, RewardBudgetError, Score, combine
 from cosmo_rl.cpgd.rollout import collect
 from cosmo_rl.cpgd.rollout.collect import sample
+from cosmo_rl.cpgd.rollout.engine import Replica, alone
 from cosmo_rl.cpgd.rollout.values import Response, Sample, request_seed
 
 
 class Recorded:
     """An engine that answers at once, in batches and backwards."""
 
-    def __init__(self):
-        self.asked = []
+    def __init__(self, replica=None):
+        self.asked, self.replica = [], replica or alone()
 
     def stream(self, requests, *, greedy=False, batch_size=None):
         self.asked += requests
@@ -108,11 +109,10 @@ def test_ranks_share_whole_batches(monkeypatch):
     rollout, fits = replace(runs.config().rollout, batch_size=5), lambda requests, longest: True
     whole, _ = sample(record.engine, requests, rollout, fits, Fixed(), {})
     parts, seen = [], []
-    monkeypatch.setattr(collect, "world", lambda: 2)
     filler = dict.fromkeys(range(24), (np.array([1]), np.zeros(1), "", "stop", 0))
     for number in (0, 1):
         scorer = Fixed()
-        monkeypatch.setattr(collect, "rank", lambda number=number: number)
+        monkeypatch.setattr(type(record.engine), "replica", Replica(number, 2, True))
         monkeypatch.setattr(collect, "together", lambda action: [filler, parts.append(action()) or parts[-1]])
         _, pending = sample(record.engine, requests, rollout, fits, scorer, {})
         assert sorted(i for indices, _ in pending for i in indices) == sorted(parts[-1])
@@ -127,12 +127,10 @@ def test_more_ranks_than_calls_share_smaller_ones(monkeypatch):
     """24 requests in one call: each of 7 ranks gets as even a part as there is, and all are sampled once."""
     requests = [s.response.request for s in runs.rollout().samples]
     rollout, shares = replace(runs.config().rollout, batch_size=64), []
-    monkeypatch.setattr(collect, "world", lambda: 7)
     monkeypatch.setattr(collect, "together", lambda action: [
         dict.fromkeys(range(24), (np.array([1]), np.zeros(1), "", "stop", 0)), action()])
     for number in range(7):
-        engine: Any = Recorded()
-        monkeypatch.setattr(collect, "rank", lambda number=number: number)
+        engine: Any = Recorded(Replica(number, 7, True))
         found, _ = sample(engine, requests, rollout, lambda requests, longest: True, Fixed(), {})
         assert [response.request for response in found] == requests
         shares.append(engine.asked)

@@ -17,6 +17,7 @@ from cosmo_rl.cpgd.rewards.format import split_thinking
 from cosmo_rl.cpgd.rewards.helpful import Helpful
 from cosmo_rl.cpgd.rewards.task_aware import TaskAware, is_right
 from cosmo_rl.cpgd.rollout import collect
+from cosmo_rl.cpgd.rollout import engine as engines
 from cosmo_rl.cpgd.rollout.engine import form_batches
 from cosmo_rl.cpgd.run import evaluation
 from cosmo_rl.cpgd.run.evaluation import (
@@ -227,6 +228,10 @@ class Watching:
     def __init__(self):
         self.engine, self.events, self.lock = runs.rollout().engine, [], threading.Lock()
 
+    @property
+    def replica(self):
+        return self.engine.replica
+
     def encode(self, row):
         with self.lock:
             self.events.append(("encode", threading.current_thread().name, row.id))
@@ -284,9 +289,10 @@ class Ranks:
     def __init__(self, monkeypatch, number):
         self.number, self.barrier = number, threading.Barrier(number, timeout=60)
         self.said: list[Any] = [None] * number
-        for module in (collect, evaluation):
+        for module in (engines, evaluation):
             monkeypatch.setattr(module, "rank", self.rank)
             monkeypatch.setattr(module, "world", lambda: number)
+        for module in (collect, evaluation):
             monkeypatch.setattr(module, "together", self.together)
 
     @staticmethod

@@ -17,6 +17,7 @@ from cosmo_rl.cpgd.config import RewardConfig
 from cosmo_rl.cpgd.rewards.base import Score
 from cosmo_rl.cpgd.rewards.build import RowNeeds, build_scorer
 from cosmo_rl.cpgd.rollout.collect import sample
+from cosmo_rl.cpgd.rollout.engine import alone
 from cosmo_rl.cpgd.run import main
 from cosmo_rl.cpgd.run.metrics import judges_took, read_metrics
 from cosmo_rl.cpgd.trainer import Trainer
@@ -104,14 +105,14 @@ def test_the_judges_are_closed_when_a_run_fails(monkeypatch):
 
     class Failing(Trainer):
         def __init__(self, *args):
-            self.scorer = SimpleNamespace(close=lambda: closed.append(True))
+            self.scorer = self.engine = SimpleNamespace(close=lambda: closed.append(True))
 
         def run(self):
             raise UserError("swordfish")
 
     monkeypatch.setattr(main, "Trainer", Failing)
     monkeypatch.setattr(main, "RunDir", lambda *args: SimpleNamespace(finished=False))
-    assert main.main(runs.config()) == 1 and closed == [True]
+    assert main.main(runs.config()) == 1 and closed == [True, True]
 
 
 def test_what_the_judges_took_is_told_by_endpoint_and_since_the_last_time():
@@ -152,6 +153,8 @@ def test_judging_begins_before_sampling_ends():
     order = []
 
     class Engine:
+        replica = alone()
+
         def stream(self, requests, batch_size):
             for start in range(0, len(requests), batch_size):
                 order.append("sample")

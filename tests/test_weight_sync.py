@@ -1,19 +1,11 @@
 """Weights into vLLM servers and the servers themselves, without vLLM: what is compared, how a server is started, ends,
 and is told wrong. tests/test_vllm_rollout.py has a real one."""
 
-import itertools
-import json
-import os
 import re
-import shutil
 import signal
-import socket
 import stat
 import subprocess
 import sys
-import threading
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -21,12 +13,9 @@ import runs
 import torch
 from conftest import ROOT
 
-from cosmo_rl.cpgd.config import DataConfig, RolloutConfig
-from cosmo_rl.cpgd.rollout.vllm import serve, sync
-from cosmo_rl.cpgd.rollout.vllm.control import Control, ServerDown
+from cosmo_rl.cpgd.rollout.vllm import serve
+from cosmo_rl.cpgd.rollout.vllm.compare import chosen, same, sha256, shard
 from cosmo_rl.cpgd.rollout.vllm.serve import WORKER, Served, command
-from cosmo_rl.cpgd.rollout.vllm.server import ServerEngine
-from cosmo_rl.cpgd.rollout.vllm.sync import WeightsDiffer, WeightSync, chosen, same, sha256, shard
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.model.load import load_model
 

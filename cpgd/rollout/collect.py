@@ -23,7 +23,7 @@ from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.sampler import PromptSampler
 from cosmo_rl.data.schema import Row
 from cosmo_rl.model.load import Processor
-from cosmo_rl.model.parallel import rank, together, world
+from cosmo_rl.model.parallel import together
 from cosmo_rl.model.policy import Policy
 
 from ..advantages import group_advantages
@@ -96,7 +96,8 @@ def dealt(engine: Engine, batches: Sequence[Sequence[T]], tokens: Callable[[T], 
             return found
         if attempt:
             engine.recover()
-        share = deal([sum(map(tokens, batch)) for batch in left], world(), len(left))[rank()]
+        replica = engine.replica
+        share = deal([sum(map(tokens, batch)) for batch in left], replica.count, len(left))[replica.index]
         done = together(partial(work, [left[i] for i in share]))
         found |= {key: value for part in done for key, value in part.items()}
         torch.cuda.empty_cache()  # the KV caches' many sizes would stay reserved: nothing left for NCCL's buffers
@@ -117,13 +118,16 @@ def sample(engine: Engine, requests: Sequence[Request], rollout: RolloutConfig, 
         with suppress(Lost):
             for part in engine.stream([requests[i] for batch in batches for i in batch], batch_size=size):
                 done = {index[id(response.request)]: response for response in part}
+                own.update(done)
+                if not engine.replica.leads:
+                    continue
                 with timed(clock, "reward"):  # a plain function of the user's is called here
                     pending.append((list(done), scorer.submit(part)))
-                own.update(done)
         # the request is there on every rank, pictures and all
         return {i: (r.ids, r.logprobs, r.text, r.finish_reason, r.version) for i, r in own.items()}
 
-    batches = for_all_ranks(lambda size: form_batches(lengths, size, fits), rollout.batch_size, len(requests), world())
+    batches = for_all_ranks(lambda size: form_batches(lengths, size, fits), rollout.batch_size, len(requests),
+                            engine.replica.count)
     # How long a response will be is not known, so all are expected at their longest: a call lasts as long as its last.
     found = dealt(engine, batches, lambda i: lengths[i] + rollout.max_new_tokens, stream)
 

@@ -4,7 +4,7 @@ The hf engine (`hf.py`) is always there. An engine keeps nothing computed from o
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -12,6 +12,7 @@ from cosmo_rl.data.collate import EncodedPrompt
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.schema import Row
 from cosmo_rl.model.cache import cache_bytes
+from cosmo_rl.model.parallel import rank, world
 
 from ..config import RolloutConfig
 from .values import Request, Response
@@ -25,8 +26,29 @@ class Lost(Exception):
     """What was at some of the requests has died; the others are answered. `Engine.recover`, then ask for these."""
 
 
+class Replica(NamedTuple):
+    """The ranks that sample as one are given the same requests."""
+
+    index: int
+    """Of this rank's replica."""
+    count: int
+    """Of replicas."""
+    leads: bool
+    """Whether this rank answers for its replica."""
+
+
+def alone() -> Replica:
+    """Each rank samples for itself."""
+    return Replica(rank(), world(), True)
+
+
 class Engine(Protocol):
-    """A sampler of responses. `stream` is called by each rank for itself and holds no collective."""
+    """A sampler of responses. `stream` is called by each rank for itself and holds no collective of the trainer's."""
+
+    @property
+    def replica(self) -> Replica:
+        """Of this rank."""
+        ...
 
     def sync(self, weights: Callable[[], Iterable[tuple[str, torch.Tensor]]], version: int) -> None:
         """Take new weights by Hugging Face name; responses then carry `version`.
@@ -52,6 +74,10 @@ class Engine(Protocol):
         Raises:
             Lost: at the end, if some have no response.
         """
+        ...
+
+    def rest(self) -> bool:
+        """Free what can be freed until the next sync; whether the weights are gone too."""
         ...
 
     def recover(self) -> None:

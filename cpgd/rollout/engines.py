@@ -10,6 +10,7 @@ from cosmo_rl.model.load import Processor, unfilled_model
 from ..config import DataConfig, RolloutConfig
 from .engine import Engine
 from .hf import HFEngine
+from .vllm.local import LocalEngine
 from .vllm.server import ServerEngine
 
 
@@ -23,4 +24,6 @@ def open_engine(path: Path, processor: Processor, rollout: RolloutConfig, data: 
     """
     if rollout.engine == "server":
         return ServerEngine(path, processor, rollout, data, device=device, dtype=dtype, folder=folder)
+    if rollout.engine == "vllm":
+        return LocalEngine(path, processor, rollout, data, device=device, dtype=dtype)
     return HFEngine(unfilled_model(processor.config, device=device, dtype=dtype, **options), processor, rollout)

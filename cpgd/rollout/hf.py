@@ -30,7 +30,7 @@ from cosmo_rl.model.load import Processor
 from cosmo_rl.model.weights import load_into
 
 from ..config import RolloutConfig
-from .engine import cache_fits, form_batches
+from .engine import Replica, alone, cache_fits, form_batches
 from .values import Request, Response
 
 
@@ -62,6 +62,10 @@ class HFEngine:
         self.suppressed = torch.from_numpy(processor.suppressed_ids).to(model.device)
         self.version = 0
 
+    @property
+    def replica(self) -> Replica:
+        return alone()
+
     def sync(self, weights: Callable[[], Iterable[tuple[str, torch.Tensor]]], version: int) -> None:
         """Copy the policy's full tensors in; nothing computed from the old ones is kept between calls."""
         load_into(self.model, weights())
@@ -69,6 +73,10 @@ class HFEngine:
 
     def check(self, samples: Iterable[tuple[Row, EncodedPrompt]]) -> None:
         """It is given the trainer's own ids, positions and pixels."""
+
+    def rest(self) -> bool:
+        """Its model stays: no cache outlives a call."""
+        return False
 
     def recover(self) -> None:
         """It dies with the trainer only."""

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-import numpy as np
 import torch
 
 from cosmo_rl.data.collate import EncodedPrompt
@@ -28,12 +27,13 @@ from cosmo_rl.model.parallel import rank, together
 
 from ...config import DataConfig, RolloutConfig
 from ...judges.loop import LoopThread
-from ..engine import Lost
+from ..engine import Lost, Replica, alone
 from ..values import Request, Response
 from .control import START, Control, ServerDown
+from .pixels import PIXELS, compare_pixels
 from .serve import Served
 from .sync import Named, WeightSync
-from .wire import ReplyError, Wire, mm_limits, unnormalised
+from .wire import ReplyError, Wire, mm_limits
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +43,6 @@ REPLY_S = 3600.0
 """Longest wait for one reply, its time in the queue included."""
 TRIES = 3
 """Most tries of a sync, each after what had died was started again."""
-PIXELS, TOLERANCE = 4096, {"float32": 1e-5, "bfloat16": 2e-2}
-"""Values of a picture that are compared with the engine's, and how far they may be apart where it has normalised them:
-two implementations differ in the last bit, another size or resampling by far more."""
 ON_CPU = "VLLM_CPU_KVCACHE_SPACE=2 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_HOST_IP=127.0.0.1"
 """For servers that are started beside a trainer on the CPU: they would take 9 tenths of memory and pin all cores."""
 
@@ -123,6 +120,10 @@ class ServerEngine:
                             f"{self.data.max_prompt_tokens} with --rollout.max-new-tokens "
                             f"{self.rollout.max_new_tokens} needs {length}; give it --max-model-len {length}")
 
+    @property
+    def replica(self) -> Replica:
+        return alone()
+
     # -- weights ------------------------------------------------------------------------------------------------------
 
     def sync(self, weights: Callable[[], Iterable[Named]], version: int) -> None:
@@ -143,6 +144,10 @@ class ServerEngine:
                 logger.warning("WARNING: %s; sending all weights again", problem)
         raise UserError(f"{problem}: {TRIES} times in a row; look at the server's log, or repeat the command to go on "
                         "from the last checkpoint")
+
+    def rest(self) -> bool:
+        """The servers have GPUs of their own."""
+        return False
 
     def recover(self) -> None:
         """See `Engine.recover`."""
@@ -268,30 +273,7 @@ class ServerEngine:
             except ServerDown as error:
                 raise UserError(f"{error}, while the first prompt was tried") from error
             self.wire.read(request, reply, self.tag, self.version)
-            if prompt.pixel_values is not None:
-                self._compare_pixels(request, server, seen)
-
-    def _compare_pixels(self, request: Request, server: Control, seen: list[Any]) -> None:
-        assert request.prompt.pixel_values is not None
-        if not seen:
-            logger.warning("WARNING: %s ran its vision tower unseen; the pixels are not compared", server.url)
-            return
-        rows = sum(count for count, _, _ in seen)
-        ours = request.prompt.pixel_values
-        if rows != len(ours):
-            raise ReplyError(f"request {request.id}: {server.url} sees {rows} patches, and the trainer {len(ours)}: it "
-                             f"resizes pictures by other limits; start it with --mm-processor-kwargs "
-                             f"'{mm_limits(self.processor)}'")
-        start = 0
-        for count, raw, values in seen:
-            mine = ours[start:start + count]
-            mine = (unnormalised(mine, self.processor) if raw else mine).ravel()
-            gap = float(np.abs(mine[::max(1, mine.size // PIXELS)] - np.array(values)).max())
-            if not gap <= (0 if raw else TOLERANCE[self.dtype]):
-                raise ReplyError(f"request {request.id}: pixels that {server.url} sees are up to {gap:.3g} from the "
-                                 "trainer's: it resamples or normalises pictures in another way; serve the run's own "
-                                 "preprocessor_config.json")
-            start += count
+            compare_pixels(request, server.url, seen, self.processor, self.dtype)
 
     def close(self) -> None:
         """End the servers that this run has started."""

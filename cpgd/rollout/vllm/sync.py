@@ -2,15 +2,9 @@
 
 Over vLLM's weight-transfer routes: pause, start, buckets, finish with the version, resume. A bucket is one broadcast in
 a group of rank 0 of the run and all workers of all servers: by NCCL where they are on GPUs of their own, else by gloo.
-worker/cosmo_rl_worker.py is the other half. Nothing is ever pickled.
-
-After each sync the servers are asked for the SHA-256 of what they compute with, which must be that of the bytes sent:
-of one layer of every kind of tensor in turn, and of all at the first sync and every N-th. So a tensor that never
-arrives is seen when it has changed for the first time, at any learning rate.
+worker/cosmo_rl_worker.py is the other half. Nothing is ever pickled. Then the servers are asked what they hold.
 """
 
-import hashlib
-import re
 import socket
 import threading
 import time
@@ -23,21 +17,14 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist
 
-from cosmo_rl.data.errors import UserError
-
+from .compare import Comparison
 from .control import Control, ServerDown
 
 BUCKET_BYTES = 256 << 20
 TIMEOUT_S = 600.0
 """Longest wait for one bucket, and for the group to form."""
 
-EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
-
 Named = tuple[str, torch.Tensor]
-
-
-class WeightsDiffer(UserError):
-    """A server computes with other weights than the trainer has: the run stops."""
 
 
 class WeightSync:
@@ -50,12 +37,11 @@ class WeightSync:
             device: where the trainer's weights are.
             verify_every: syncs between comparisons of all tensors.
         """
-        self.servers, self.device, self.verify_every = servers, device, verify_every
+        self.servers, self.device, self.comparison = servers, device, Comparison(verify_every)
         self._group: Any = None
         self._store: Any = None
         self._members: list[int] = []
-        self._groups = self._syncs = 0
-        self._names: list[str] = []  # in the order in which they come, known after the first sync
+        self._groups = 0
 
     def send(self, weights: Iterable[Named], tag: str) -> None:
         """Send all, compare, and let the servers sample again, by weights `tag`.
@@ -71,16 +57,16 @@ class WeightSync:
                 if self._group is None or self._members != [server.born for server in self.servers]:
                     self._join(pool)
                 each("/start_weight_update")
-                kept = self._stream(weights, lambda info: [pool.submit(server.post, "/update_weights",
-                                                                       {"update_info": info})
-                                                           for server in self.servers])
+                self._stream(weights, lambda info: [pool.submit(server.post, "/update_weights", {"update_info": info})
+                                                    for server in self.servers])
                 each("/finish_weight_update", {"weight_version": tag})
-                self._compare(kept)
+                for server in self.servers:
+                    self.comparison.check(server.url, server.rpc("cosmo_digests", self.comparison.names()))
                 each("/resume")
             except ServerDown:
                 self.leave()
                 raise
-        self._syncs += 1
+        self.comparison.end()
 
     def leave(self) -> None:
         """Give the group up: its members see their connections close."""
@@ -115,12 +101,10 @@ class WeightSync:
         _all(calls)
         self._members = [server.born for server in self.servers]
 
-    def _stream(self, weights: Iterable[Named], announce: Callable[[dict[str, Any]], list[Future[Any]]],
-                ) -> dict[str, torch.Tensor]:
-        """Send the buckets; returns the tensors to be compared, on the CPU."""
-        wanted = None if self._syncs % self.verify_every == 0 else chosen(self._names, self._syncs)
-        kept: dict[str, torch.Tensor] = {}
-        names, bucket, held = [], list[Named](), 0
+    def _stream(self, weights: Iterable[Named], announce: Callable[[dict[str, Any]], list[Future[Any]]]) -> None:
+        """Send the buckets."""
+        bucket, held = list[Named](), 0
+        self.comparison.begin()
 
         def flush() -> None:
             info = {"names": [name for name, _ in bucket], "nbytes": held,
@@ -138,10 +122,8 @@ class WeightSync:
             _all(calls)
 
         for name, tensor in weights:
-            names.append(name)
             tensor = tensor.detach().to(self._staging, copy=True)
-            if wanted is None or name in wanted:
-                kept[name] = tensor.cpu()
+            self.comparison.add(name, tensor)
             bucket.append((name, tensor))
             held += tensor.nbytes
             if held >= BUCKET_BYTES:
@@ -149,67 +131,6 @@ class WeightSync:
                 held = 0
         if bucket:
             flush()
-        self._names = names
-        if HEAD not in names and EMBEDDING in kept:
-            kept[HEAD] = kept[EMBEDDING]  # tied: sent once, and to be held in both places
-        return kept
-
-    def _compare(self, kept: dict[str, torch.Tensor]) -> None:
-        for server in self.servers:
-            for found in server.rpc("cosmo_digests", list(kept)):
-                at, of = found["tp_rank"], found["tp_size"]
-                wrong = [name for name, tensor in kept.items()
-                         if not same(tensor, found["tensors"].get(name), at, of)]
-                if wrong:
-                    raise WeightsDiffer(
-                        f"{server.url} computes with other weights than the trainer in {len(wrong)} of {len(kept)} "
-                        f"tensors compared after a sync, as {wrong[0]} (worker {at} of {of}): they did not arrive, "
-                        "were changed since, or the server quantizes or casts them; give it the trainer's --dtype")
-
-
-def same(tensor: torch.Tensor, parts: Sequence[Sequence[Any]] | None, rank: int, size: int) -> bool:
-    """Whether worker `rank` of `size` holds its part of a full tensor.
-
-    Args:
-        parts: [SHA-256, shape, first row or None] of each of equal pieces of the tensor; None: it has none.
-    """
-    if parts is None:
-        return False
-    for piece, (digest, shape, start) in zip(tensor.chunk(len(parts)), parts, strict=True):
-        mine = shard(piece, shape, start, rank, size)
-        if mine is None or sha256(mine) != digest:
-            return False
-    return True
-
-
-def shard(tensor: torch.Tensor, shape: Sequence[int], start: int | None, rank: int, size: int) -> torch.Tensor | None:
-    """The part of this shape that worker `rank` of `size` holds; None: there is none. Workers more than key heads share
-    these, so there may be fewer parts than workers."""
-    differ = [d for d, (full, part) in enumerate(zip(tensor.shape, shape, strict=False)) if full != part]
-    if tensor.ndim != len(shape) or len(differ) > 1:
-        return None
-    if not differ:
-        return tensor
-    full, part = tensor.shape[differ[0]], shape[differ[0]]
-    if start is None:
-        if part == 0 or full % part or size % (full // part):
-            return None
-        start = rank // (size // (full // part)) * part
-    return tensor.narrow(differ[0], start, part) if start + part <= full else None
-
-
-def sha256(tensor: torch.Tensor) -> str:
-    """Of the bytes, 0 for -0; as the worker's digest."""
-    tensor = (tensor.detach() + 0.0).cpu().contiguous()
-    return hashlib.sha256(tensor.view(-1).view(torch.uint8).numpy()).hexdigest()
-
-
-def chosen(names: Iterable[str], turn: int) -> set[str]:
-    """One tensor of every kind, a kind being a name without its layer's number; of another layer each turn."""
-    kinds: dict[str, list[str]] = {}
-    for name in names:
-        kinds.setdefault(re.sub(r"\.\d+\.", ".N.", name), []).append(name)
-    return {layers[turn % len(layers)] for layers in kinds.values()}
 
 
 def own_address(urls: Sequence[str]) -> str:

@@ -111,7 +111,8 @@ def open_group(store, rank: int, size: int, transport: str, timeout: timedelta):
     return dist.ProcessGroupNCCL(store, rank, size, options)
 
 
-WeightTransferEngineFactory.register_engine("cosmo", GroupTransfer)
+if "cosmo" not in WeightTransferEngineFactory._registry:  # this module can have two names in one process
+    WeightTransferEngineFactory.register_engine("cosmo", GroupTransfer)
 
 
 class Worker:
@@ -127,6 +128,10 @@ class Worker:
                 "dtype": str(self.model_config.dtype).removeprefix("torch."), "model": type(model).__name__,
                 "vocab_size": self.model_config.get_vocab_size(), "max_model_len": self.model_config.max_model_len,
                 "logprobs_mode": self.model_config.logprobs_mode, "weights_on": parameter.device.type}
+
+    def cosmo_load(self, weights: list[tuple[str, torch.Tensor]]) -> None:
+        """A bucket of the trainer's own process."""
+        self.weight_transfer_engine.model.load_weights(weights)
 
     def cosmo_digests(self, names: list[str]) -> dict:
         """Of each tensor, by its checkpoint's name: [SHA-256, shape, first row of a slice of a vocabulary] of what this
