@@ -91,8 +91,18 @@ class Served:
         """Start it, after what is left of it was ended; `wait` says when it is ready.
 
         From the main thread, with which the kernel would have it die.
+
+        Raises:
+            UserError: another program has taken its port.
         """
         self.stop()
+        with socket.socket() as probe:  # another's server that answers here would pass for this one
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", self.port))
+            except OSError as error:
+                raise UserError(f"port {self.port}, chosen for the vLLM server of --rollout.serve {self.launch!r}, was "
+                                "taken by another program; repeat the command") from error
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
