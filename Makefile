@@ -16,9 +16,9 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/pytest -q -n 2 --dist loadfile
 
-# The judges' client against a real vLLM server on the CPU, which lives in an environment of its own.
+# Judges' client and rollouts against real vLLM servers on the CPU, which live in an environment of its own.
 test-vllm: $(INSTALLED) $(VLLM_INSTALLED)
-	$(BIN)/pytest -q -m vllm tests/test_vllm.py
+	$(BIN)/pytest -q -m vllm tests/test_vllm.py tests/test_vllm_rollout.py
 
 # All kernels compiled by the Triton of torch 2.11 too, which GPU images still carry; `make test` takes the pinned one.
 test-triton: $(INSTALLED) $(DEVICE_TRITON)

@@ -1,11 +1,17 @@
 """Weights into vLLM servers and the servers themselves, without vLLM: what is compared, how a server is started, ends,
 and is told wrong. tests/test_vllm_rollout.py has a real one."""
 
+import json
+import os
 import re
 import signal
+import socket
 import stat
 import subprocess
 import sys
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -13,9 +19,12 @@ import runs
 import torch
 from conftest import ROOT
 
+from cosmo_rl.cpgd.config import DataConfig, RolloutConfig
 from cosmo_rl.cpgd.rollout.vllm import serve
 from cosmo_rl.cpgd.rollout.vllm.compare import chosen, same, sha256, shard
+from cosmo_rl.cpgd.rollout.vllm.control import Control, ServerDown
 from cosmo_rl.cpgd.rollout.vllm.serve import WORKER, Served, command
+from cosmo_rl.cpgd.rollout.vllm.server import ServerEngine
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.model.load import load_model
 
@@ -294,3 +303,174 @@ def test_a_server_sees_nothing_of_torchrun_and_of_our_python(tmp_path, monkeypat
     assert {"KEPT", "A", "COSMO_RL_PARENT", "PYTHONPATH", "VLLM_SERVER_DEV_MODE"} <= names
     assert not names & {"RANK", "WORLD_SIZE", "MASTER_ADDR", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", "PYTHONHOME",
                         "OMP_NUM_THREADS"}
+
+
+# -- a server's answers -----------------------------------------------------------------------------------------------
+
+class Fake:
+    """Answers by script: path -> (status, body) or a function of the request's body; counts what it was asked."""
+
+    def __init__(self, answers, health=200):
+        self.answers, self.health, self.asked = dict(answers), health, []
+
+    def __enter__(self):
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def answer(self):
+                length = int(self.headers.get("Content-Length") or 0)
+                body = json.loads(self.rfile.read(length) or b"null")
+                fake.asked.append((self.path, body))
+                found = fake.health if self.path == "/health" else fake.answers.get(self.path, 404)
+                found = found(body) if callable(found) else found
+                status, told = found if isinstance(found, tuple) else (found, b"")
+                told = told if isinstance(told, bytes) else json.dumps(told).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(told)))
+                self.end_headers()
+                self.wfile.write(told)
+
+            do_GET = do_POST = answer
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+SAID = {"model": "Qwen2_5_VLForConditionalGeneration", "dtype": "float32", "vocab_size": 640, "max_model_len": 48,
+        "logprobs_mode": "processed_logprobs", "gpu": ""}
+"""What an honest server says of itself, to a run of 32 prompt tokens and 16 new ones."""
+
+
+@contextmanager
+def control(answers, health=200):
+    with Fake(answers, health) as fake:
+        found = Control(fake.url + "/")
+        yield found, fake
+        found.close()
+
+
+def test_an_honest_server_is_met():
+    with control({"/collective_rpc": (200, {"results": [SAID, SAID]}), "/pause": 200}) as (server, fake):
+        server.meet()
+        assert server.workers == [SAID, SAID] and server.alive() and server.post("/pause", {"a": 1}) is None
+        born = server.born
+        server.meet()
+        assert server.born > born >= 0
+        assert fake.asked[0] == ("/collective_rpc", {"method": "cosmo_describe", "args": []})
+        assert fake.asked[1:3] == [("/health", None), ("/pause", {"a": 1})]
+
+
+@pytest.mark.parametrize(("answer", "health", "kind", "message"), [
+    (404, 200, UserError, r"/collective_rpc: it is no vLLM server of 0\.32 or newer, or lacks VLLM_SERVER_DEV_MODE=1"),
+    ((500, {"error": "no\nmethod"}), 200, UserError, r'/collective_rpc answers 500: \{"error": "no\\nmethod"\}; start'),
+    (500, 503, ServerDown, r"/collective_rpc: 500, and its engine has died"),
+    ((503, b"x"), 500, ServerDown, r"/collective_rpc: 503, and its engine has died"),
+    (400, 503, UserError, r"/collective_rpc answers 400: nothing more; start"),
+    ((200, b"<html>"), 200, UserError, r"/collective_rpc answers something that is not JSON; start"),
+    ((200, b""), 200, UserError, r"cosmo_describe returns None; start"),
+    ((200, {"results": 3}), 200, UserError, r"cosmo_describe returns \{'results': 3\}; start"),
+    ((200, ["results"]), 200, UserError, r"cosmo_describe returns \['results'\]; start"),
+])
+def test_answers_that_are_none(answer, health, kind, message):
+    with control({"/collective_rpc": answer}, health) as (server, fake), pytest.raises(kind, match=message) as caught:
+        server.meet()
+    assert fake.url in str(caught.value) and "\n" not in str(caught.value)
+    if kind is UserError:
+        assert str(caught.value).endswith("`python -m cosmo_rl.cpgd.rollout.vllm.serve`, which shows the whole command")
+
+
+def test_nobody_listens_or_hangs_up():
+    with control({}) as (server, fake):
+        pass
+    again = Control(fake.url)
+    assert not again.alive()
+    with pytest.raises(ServerDown, match=rf"^{fake.url}: ConnectError"):
+        again.meet()
+    again.close()
+    with socket.create_server(("127.0.0.1", 0)) as rude:
+        threading.Thread(target=lambda: [rude.accept()[0].close() for _ in range(2)], daemon=True).start()
+        server = Control(f"http://127.0.0.1:{rude.getsockname()[1]}")
+        assert not server.alive()
+        with pytest.raises(ServerDown):
+            server.meet()
+        server.close()
+
+
+# -- the engine, before the first rollout -----------------------------------------------------------------------------
+
+def opened(urls=(), serve=(), folder=Path("."), dtype=torch.float32):
+    rollout = RolloutConfig(engine="server", servers=tuple(urls), serve=tuple(serve), max_new_tokens=16)
+    return ServerEngine(runs.MODEL, runs.policy_processor(), rollout, DataConfig(max_prompt_tokens=32),
+                        device=torch.device("cpu"), dtype=dtype, folder=folder)
+
+
+@pytest.fixture
+def nothing_left():
+    """No thread of the engine's is there afterwards, and no child of this process."""
+    before = set(threading.enumerate()), set(runs.children(os.getpid()))
+    yield
+    threads = lambda: {t for t in set(threading.enumerate()) - before[0] if t.name == "endpoint-loop"}
+    runs.wait_until(lambda: not threads() and set(runs.children(os.getpid())) <= before[1], "threads and children", 5)
+
+
+@pytest.mark.parametrize(("said", "message"), [
+    ({"model": "Qwen2ForCausalLM"}, "has model Qwen2ForCausalLM, and the run Qwen2_5_VLForConditionalGeneration; serve "
+                                    "the run's own model folder"),
+    ({"vocab_size": 151936}, "has vocab_size 151936, and the run 640; serve the run's own model folder"),
+    ({"dtype": "bfloat16"}, "has dtype bfloat16, and the run float32; give it --dtype float32"),
+    ({"logprobs_mode": "raw_logprobs"}, "has logprobs_mode raw_logprobs, and the run processed_logprobs; give it "
+                                        "--logprobs-mode processed_logprobs"),
+    ({"max_model_len": 47}, "takes 47 tokens, and --data.max-prompt-tokens 32 with --rollout.max-new-tokens 16 needs "
+                            "48; give it --max-model-len 48"),
+])
+def test_a_server_of_something_else(said, message, nothing_left):
+    honest, other = (200, {"results": [SAID]}), (200, {"results": [SAID | said]})
+    with Fake({"/collective_rpc": honest}) as one, Fake({"/collective_rpc": other}) as two:
+        opened([one.url]).close()
+        with pytest.raises(UserError) as caught:
+            opened([one.url, two.url])
+        assert str(caught.value) == f"{two.url} {message}"
+        assert {path for path, _ in two.asked} == {"/collective_rpc"}  # nothing was changed on it
+
+
+@pytest.mark.parametrize("workers", [[], [{}], ["x"], [None]], ids=repr)
+def test_a_server_that_says_nothing_of_itself(workers, nothing_left):
+    with Fake({"/collective_rpc": (200, {"results": workers})}) as fake, pytest.raises(UserError, match=fake.url):
+        opened([fake.url])
+
+
+def test_a_wrong_url(nothing_left):
+    with Fake({}) as fake, pytest.raises(UserError, match=f"{fake.url} has no /collective_rpc: it is no vLLM server"):
+        opened([fake.url])
+    with pytest.raises(UserError, match=f"--rollout.servers: nothing answers at {fake.url}: ConnectError.*; start it"):
+        opened([fake.url])
+    with pytest.raises(UserError, match=r"--rollout\.servers: nothing answers at"):
+        opened(["http://no.such.host.invalid:8000"])
+
+
+def test_no_vllm_in_the_environment(tmp_path, nothing_left):
+    """The second of two servers ends at once: the first does not stay."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    good, bad = fake_vllm(tmp_path / "a", LISTEN), fake_vllm(tmp_path / "b", "import vllm.nothing")
+    with pytest.raises(UserError, match="ended before it was ready: ModuleNotFoundError: No module named 'vllm'"):
+        opened(serve=[str(good), str(bad)], folder=tmp_path / "logs")
+    with pytest.raises(UserError, match="nowhere is no program"):
+        opened(serve=[str(good), "nowhere"], folder=tmp_path / "logs")
+
+
+def test_a_port_in_use(tmp_path, monkeypatch, nothing_left):
+    """Somebody takes it between the choice and the start: it is not taken for our server."""
+    with Fake({"/collective_rpc": (200, {"results": [SAID]})}) as other:
+        monkeypatch.setattr(serve, "free_port", lambda: other.server.server_port)
+        with pytest.raises(UserError, match=f"port {other.server.server_port}, .* was taken by another program"):
+            opened(serve=[str(fake_vllm(tmp_path, LISTEN))], folder=tmp_path)

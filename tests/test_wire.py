@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -50,8 +51,11 @@ def asked(processor, sizes=((56, 56),)):
 # -- what is sent -----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_pictures_are_those_that_the_trainer_sees(processor, sizes):
-    """Processed once more they give the same pixel values, bit for bit: nothing is resized twice."""
+@pytest.mark.parametrize("limit", [28 * 28 * 64, 56 * 56], ids=["large", "one size"])
+def test_pictures_are_those_that_the_trainer_sees(limit, sizes):
+    """Processed by the server they give the same pixel values, bit for bit. By the trainer's own settings a picture
+    might be resized a second time, where only one size is allowed, and that is not its shape."""
+    processor = load_processor(runs.MODEL, limit)
     row, prompt = encoded(processor, sizes)
     found = pictures(prompt, processor)
     assert len(found) == len(sizes)
@@ -59,7 +63,8 @@ def test_pictures_are_those_that_the_trainer_sees(processor, sizes):
         return
     grid = [(h * 14, w * 14) for _, h, w in prompt.image_grid_thw.tolist()]
     assert [(p.height, p.width) for p in found] == grid
-    again = processor.image_processor(images=found, return_tensors="np")
+    again = processor.image_processor(images=found, return_tensors="np",
+                                      do_resize=json.loads(mm_limits(processor))["do_resize"])
     np.testing.assert_array_equal(again["image_grid_thw"], prompt.image_grid_thw)
     np.testing.assert_array_equal(again["pixel_values"], prompt.pixel_values)
     for picture, image, (height, width) in zip(found, row.images, grid, strict=True):

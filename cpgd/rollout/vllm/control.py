@@ -45,7 +45,10 @@ class Control:
         Raises:
             ServerDown: nothing answers. UserError: it is no server that can be trained with.
         """
-        self.workers, self.born = self.rpc("cosmo_describe"), next(_births)
+        found = self.rpc("cosmo_describe")
+        if not found or not all(isinstance(worker, dict) and "max_model_len" in worker for worker in found):
+            raise UserError(f"{self.url}: its workers say {str(found)[:80]} of themselves; {START}")
+        self.workers, self.born = found, next(_births)
 
     def post(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """The answer of a route, None where it has no content; raises as `meet`."""

@@ -61,6 +61,7 @@ def command(launch: str, model: Path, port: int, options: Sequence[str] = ()) ->
         os.path.abspath(words[0]), "-P", "-m", "vllm.entrypoints.openai.api_server", "--model", str(model.resolve()),
         "--served-model-name", "policy", "--host", "127.0.0.1", "--port", str(port),
         "--worker-extension-cls", "cosmo_rl_worker.Worker", "--weight-transfer-config", '{"backend": "cosmo"}',
+        "--mm-processor-kwargs", '{"do_resize": false}',  # pictures come resized
         "--enable-scale-out", "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm",
         *options, *words[1:]]
 
@@ -91,8 +92,18 @@ class Served:
         """Start it, after what is left of it was ended; `wait` says when it is ready.
 
         From the main thread, with which the kernel would have it die.
+
+        Raises:
+            UserError: another program has taken its port.
         """
         self.stop()
+        with socket.socket() as probe:  # another's server that answers here would pass for this one
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", self.port))
+            except OSError as error:
+                raise UserError(f"port {self.port}, chosen for the vLLM server of --rollout.serve {self.launch!r}, was "
+                                "taken by another program; repeat the command") from error
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,

@@ -43,6 +43,8 @@ REPLY_S = 3600.0
 """Longest wait for one reply, its time in the queue included."""
 TRIES = 3
 """Most tries of a sync, each after what had died was started again."""
+BATCHED = 2048
+"""Tokens that a server on the CPU computes at a time, if a prompt is not longer."""
 ON_CPU = "VLLM_CPU_KVCACHE_SPACE=2 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_HOST_IP=127.0.0.1"
 """For servers that are started beside a trainer on the CPU: they would take 9 tenths of memory and pin all cores."""
 
@@ -88,6 +90,8 @@ class ServerEngine:
                    "--mm-processor-kwargs", mm_limits(self.processor)]
         if device.type == "cpu":
             options += ["--enforce-eager", "--distributed-executor-backend", "uni"]
+            # In parts, vLLM 0.32 dies: for each it sets a seeded request's generator back, which torch's CPU one lacks.
+            options += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(length, BATCHED))]
         for i, launch in enumerate(self.rollout.serve):
             launch = f"{ON_CPU} {launch}" if device.type == "cpu" else launch
             self._served.append(Served(launch, path, folder / f"vllm{i}.log", options))

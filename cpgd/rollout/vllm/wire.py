@@ -1,9 +1,9 @@
 """A request for vLLM's POST /inference/v1/generate, and its reply as a `Response`: both checked, no network here.
 
 What is trained on is what is sent: token ids, not text, and pictures made back from the very pixel values that the
-trainer's tower sees (already resized: vLLM's own resizing has nothing left to do). Every picture's uuid and the cache
-salt carry the weight version, so that features or prefixes of older weights are out of reach instead of reset. vLLM
-expands the placeholders itself and returns the prompt's ids, which must be ours again.
+trainer's tower sees (already resized: vLLM's own resizing is off). Every picture's uuid and the cache salt carry the
+weight version, so that features or prefixes of older weights are out of reach instead of reset. vLLM expands the
+placeholders itself and returns the prompt's ids, which must be ours again.
 
 Never `min_tokens`: it masks the end token before the softmax, and log-probs then differ by nats.
 """
@@ -170,7 +170,8 @@ class Wire:
 
 
 def mm_limits(processor: Processor) -> str:
-    """Value of --mm-processor-kwargs with which vLLM resizes as the trainer does."""
+    """Value of --mm-processor-kwargs with which vLLM leaves pictures as they come: a second time the trainer's limits
+    may give another size, where they are near each other. (vLLM takes its room from them all the same.)"""
     size: Any = processor.image_processor.size
-    return f'{{"min_pixels": {size.shortest_edge}, "max_pixels": {size.longest_edge}}}'
+    return f'{{"min_pixels": {size.shortest_edge}, "max_pixels": {size.longest_edge}, "do_resize": false}}'
 

@@ -2,10 +2,11 @@
 
 It receives weights (a backend of vLLM's weight-transfer API, over torch.distributed: gloo, or NCCL between GPUs), says
 what the model really holds, and what pixels reached its vision tower. Imports nothing of cosmo-rl: the server's
-environment need not have it. Written for vLLM 0.32 and 0.33, of which it uses the worker half alone.
+environment need not have it. Run with vLLM 0.32, of whose transfer API it uses the worker half alone.
 """
 
 import hashlib
+import secrets
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -21,6 +22,8 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 PREFIXES = (("model.language_model.", "language_model.model."), ("model.visual.", "visual."),
             ("lm_head.", "language_model.lm_head."))
 """Of a checkpoint's names, and of the model's."""
+BORN = secrets.token_hex(8)
+"""Another in each process: a server that was started again is in no group of the trainer's."""
 STACKED = {"q_proj": ("qkv_proj", 0), "k_proj": ("qkv_proj", 1), "v_proj": ("qkv_proj", 2),
            "gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1)}
 """Modules that vLLM holds as one, and the place of each in it."""
@@ -123,7 +126,7 @@ class Worker:
         model = self.model_runner.get_model()
         parameter = next(model.parameters())
         cuda = self.device.type == "cuda"
-        return {"vllm": vllm.__version__, "torch": str(torch.__version__), "device": self.device.type,
+        return {"born": BORN, "vllm": vllm.__version__, "torch": str(torch.__version__), "device": self.device.type,
                 "gpu": str(torch.cuda.get_device_properties(self.device).uuid) if cuda else "",
                 "dtype": str(self.model_config.dtype).removeprefix("torch."), "model": type(model).__name__,
                 "vocab_size": self.model_config.get_vocab_size(), "max_model_len": self.model_config.max_model_len,
