@@ -1,6 +1,8 @@
 """Weights into vLLM servers and the servers themselves, without vLLM: what is compared, how a server is started, ends,
 and is told wrong. tests/test_vllm_rollout.py has a real one."""
 
+# pyright: reportOptionalSubscript=false, reportArgumentType=false, reportOptionalMemberAccess=false
+
 import json
 import os
 import re
