@@ -13,8 +13,9 @@ import runs
 from cosmo_rl.cpgd.rewards.base import Failed, NotApplicable, RewardBudgetError, Score, combine
 from cosmo_rl.cpgd.rollout import collect
 from cosmo_rl.cpgd.rollout.collect import sample
-from cosmo_rl.cpgd.rollout.engine import Replica, alone
+from cosmo_rl.cpgd.rollout.engine import Lost, Replica, alone
 from cosmo_rl.cpgd.rollout.values import Response, Sample, request_seed
+from cosmo_rl.data.errors import UserError
 
 
 class Recorded:
@@ -136,6 +137,39 @@ def test_more_ranks_than_calls_share_smaller_ones(monkeypatch):
         shares.append(engine.asked)
     assert sorted(map(len, shares)) == [0, 4, 4, 4, 4, 4, 4], "calls of 24 / 7, rounded up"
     assert {id(r) for share in shares for r in share} == set(map(id, requests))
+
+
+class Dying(Recorded):
+    """It dies at every request but the first of a stream, `deaths` times."""
+
+    def __init__(self, deaths):
+        super().__init__()
+        self.deaths, self.recovered = deaths, 0
+
+    def stream(self, requests, **options):
+        if not self.deaths:
+            yield from super().stream(requests, **options)
+            return
+        self.deaths -= 1
+        yield from super().stream(requests[:1], **options)
+        raise Lost
+
+    def recover(self):
+        self.recovered += 1
+
+
+def test_what_an_engine_loses_is_asked_again():
+    """As often as it may die; each response is scored once."""
+    requests = [s.response.request for s in runs.rollout().samples]
+    fits = lambda requests, longest: True
+    engine: Any = Dying(collect.RECOVERIES)
+    found, pending = sample(engine, requests, runs.config().rollout, fits, Fixed(), {})
+    assert [response.request for response in found] == requests and engine.recovered == collect.RECOVERIES
+    assert sorted(map(id, engine.asked)) == sorted(map(id, requests))
+    assert sorted(i for indices, _ in pending for i in indices) == list(range(len(requests)))
+    engine = Dying(collect.RECOVERIES + 1)
+    with pytest.raises(UserError, match="the engine has died 4 times in one rollout; look at its log"):
+        sample(engine, requests, runs.config().rollout, fits, Fixed(), {})
 
 
 def test_a_failed_reward_leaves_its_group():

@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -476,3 +477,19 @@ def test_a_port_in_use(tmp_path, monkeypatch, nothing_left):
         monkeypatch.setattr(serve, "free_port", lambda: other.server.server_port)
         with pytest.raises(UserError, match=f"port {other.server.server_port}, .* was taken by another program"):
             opened(serve=[str(fake_vllm(tmp_path, LISTEN))], folder=tmp_path)
+
+
+def test_a_server_outlives_the_thread_that_started_it(tmp_path):
+    """As the one that samples ahead, which starts a dead server again and then ends: the kernel asks for threads."""
+    served = Served(str(fake_vllm(tmp_path, LISTEN)), tmp_path, tmp_path / "a.log", [])
+    thread = threading.Thread(target=lambda: (served.start(), served.wait()))
+    thread.start()
+    thread.join()
+    try:
+        time.sleep(0.5)
+        assert served.running and served.control.alive()
+        group = served._process.pid
+        assert len(of_group(group)) == 2
+    finally:
+        served.stop()
+    runs.wait_until(lambda: not of_group(group), "all to die", 5)

@@ -90,19 +90,20 @@ def dealt(engine: Engine, batches: Sequence[Sequence[T]], tokens: Callable[[T], 
         UserError: on every rank, once all have come to their end, what `work` raised on one.
     """
     found: dict[T, U] = {}
-    for attempt in range(1 + RECOVERIES):
-        left = [kept for batch in batches if (kept := [member for member in batch if member not in found])]
-        if not left:
-            return found
-        if attempt:
+    deaths = 0
+    while left := [kept for batch in batches if (kept := [member for member in batch if member not in found])]:
+        if deaths > RECOVERIES:
+            raise UserError(f"the engine has died {deaths} times in one rollout; look at its log, then repeat the "
+                            "command to go on from the last checkpoint")
+        if deaths:
             engine.recover()
         replica = engine.replica
         share = deal([sum(map(tokens, batch)) for batch in left], replica.count, len(left))[replica.index]
         done = together(partial(work, [left[i] for i in share]))
         found |= {key: value for part in done for key, value in part.items()}
         torch.cuda.empty_cache()  # the KV caches' many sizes would stay reserved: nothing left for NCCL's buffers
-    raise UserError(f"the engine has died {1 + RECOVERIES} times in one rollout; look at its log, then repeat the "
-                    "command to go on from the last checkpoint")
+        deaths += 1  # if something is left
+    return found
 
 
 def sample(engine: Engine, requests: Sequence[Request], rollout: RolloutConfig, fits: Fits, scorer: Scorer,

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -34,6 +35,8 @@ ENVIRON = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": str(WORKER), "PYTHONSAFEPA
 """Dev mode opens the routes by which weights come: keep the port closed to others, as on 127.0.0.1 it is."""
 INHERITED = ("PYTHON", "MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_", "LOCAL_", "RANK", "WORLD_SIZE", "OMP_NUM_THREADS")
 """Variables of torchrun and of this interpreter that a server must not see, by their beginning."""
+_starter = ThreadPoolExecutor(1)
+"""A thread that is there to the end: the kernel has a server die with the thread that started it."""
 
 
 def command(launch: str, model: Path, port: int, options: Sequence[str] = ()) -> tuple[dict[str, str], list[str]]:
@@ -91,8 +94,6 @@ class Served:
     def start(self) -> None:
         """Start it, after what is left of it was ended; `wait` says when it is ready.
 
-        From the main thread, with which the kernel would have it die.
-
         Raises:
             UserError: another program has taken its port.
         """
@@ -106,8 +107,9 @@ class Served:
                                 "taken by another program; repeat the command") from error
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
-            self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                             env=self._environ, cwd=self.log.parent, start_new_session=True)
+            self._process = _starter.submit(
+                subprocess.Popen, self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environ,
+                cwd=self.log.parent, start_new_session=True).result()
 
     @property
     def running(self) -> bool:
