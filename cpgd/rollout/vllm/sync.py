@@ -77,7 +77,7 @@ class WeightSync:
                 each("/finish_weight_update", {"weight_version": tag})
                 self._compare(kept)
                 each("/resume")
-            except ServerDown:
+            except (ServerDown, UserError):  # before the pool ends: servers may wait in the group for one that failed
                 self.leave()
                 raise
         self._syncs += 1
