@@ -552,8 +552,10 @@ def test_a_tied_head_is_compared_though_it_is_sent_once():
                                   "/finish_weight_update", "/collective_rpc", "/resume"])
 @pytest.mark.parametrize("dies", [True, False], ids=["dies", "refuses"])
 def test_a_server_that_fails_at_any_step(monkeypatch, path, dies):
-    """Nothing hangs, though the other server and this process wait in the group; then all is sent again. Where it answers
-    instead of coming to the group, the others wait for their timeout: one that is really gone breaks its connections.
+    """Nothing hangs, though the other server and this process wait in the group; then all is sent again.
+
+    Where it answers instead of coming to the group, the others wait for their timeout: one that is really gone breaks
+    its connections.
     """
     monkeypatch.setattr(sync, "TIMEOUT_S", 3.0)
     started = time.monotonic()
