@@ -13,21 +13,25 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import runs
 import torch
+import torch.distributed as dist
 from conftest import ROOT
 
 from cosmo_rl.cpgd.config import DataConfig, RolloutConfig
-from cosmo_rl.cpgd.rollout.vllm import serve
-from cosmo_rl.cpgd.rollout.vllm.compare import chosen, same, sha256, shard
+from cosmo_rl.cpgd.rollout.vllm import serve, sync
+from cosmo_rl.cpgd.rollout.vllm.compare import WeightsDiffer, chosen, same, sha256, shard
 from cosmo_rl.cpgd.rollout.vllm.control import Control, ServerDown
 from cosmo_rl.cpgd.rollout.vllm.serve import WORKER, Served, command
 from cosmo_rl.cpgd.rollout.vllm.server import ServerEngine
+from cosmo_rl.cpgd.rollout.vllm.sync import WeightSync
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.model.load import load_model
 
@@ -406,6 +410,171 @@ def test_nobody_listens_or_hangs_up():
         with pytest.raises(ServerDown):
             server.meet()
         server.close()
+
+
+# -- a whole sync, without vLLM ---------------------------------------------------------------------------------------
+
+class Workers(Fake):
+    """A server of `size` workers that join the group, take the buckets, and hold parts along dimension 0."""
+
+    def __init__(self, size=1, **answers):
+        said = SAID | {"born": f"{id(self)}"}
+        super().__init__({"/pause": 200, "/resume": 200, "/start_weight_update": 200,
+                          "/finish_weight_update": 200, "/init_weight_transfer_engine": self.join,
+                          "/update_weights": self.take, "/collective_rpc": self.rpc} | answers)
+        self.size, self.said, self.held, self.groups, self.sizes = size, said, {}, [], []
+
+    def each(self, action):
+        try:
+            with ThreadPoolExecutor(self.size) as pool:
+                list(pool.map(action, range(self.size)))
+        except RuntimeError as error:  # torch's: another member did not come
+            return 500, {"error": str(error)}
+        return 200, {}
+
+    def join(self, body):
+        info, self.groups = body["init_info"], [None] * self.size
+        assert info["transport"] == "gloo" and info["port"] > 0
+
+        def one(i):
+            timeout = timedelta(seconds=info["timeout_s"])
+            store = dist.PrefixStore(info["prefix"], dist.TCPStore(info["host"], info["port"], is_master=False,
+                                                                   timeout=timeout, wait_for_workers=False))
+            self.groups[i] = dist.ProcessGroupGloo(store, info["rank_offset"] + i, info["world_size"], timeout)
+
+        return self.each(one)
+
+    def take(self, body):
+        info = body["update_info"]
+        self.sizes.append(info["nbytes"])
+
+        def one(i):
+            buffer, start = torch.empty(info["nbytes"], dtype=torch.uint8), 0
+            self.groups[i].broadcast([buffer], dist.BroadcastOptions()).wait()
+            for name, dtype, shape in zip(info["names"], info["dtypes"], info["shapes"], strict=True):
+                dtype = getattr(torch, dtype)
+                end = start + dtype.itemsize * torch.Size(shape).numel()
+                whole = buffer[start:end].clone().view(dtype).view(shape)
+                self.held[name, i] = whole.chunk(self.size)[i]
+                start = end
+
+        return self.each(one)
+
+    def rpc(self, body):
+        if body["method"] == "cosmo_describe":
+            return 200, {"results": [self.said] * self.size}
+        digests = lambda i, name: [[sha256(self.held[name, i]), list(self.held[name, i].shape), None]]
+        return 200, {"results": [
+            {"tp_rank": i, "tp_size": self.size,
+             "tensors": {name: digests(i, name) if (name, i) in self.held else None for name in body["args"][0]}}
+            for i in range(self.size)]}
+
+
+def weights(count=7):
+    for i in range(count):
+        yield f"layers.{i}.a", torch.randn(4, 3)
+        yield f"layers.{i}.b", torch.randn(6).bfloat16()
+    yield "scale", torch.randn(2)
+
+
+def syncing(servers, verify_every=1):
+    controls = [Control(server.url) for server in servers]
+    for one in controls:
+        one.meet()
+    return WeightSync(controls, torch.device("cpu"), verify_every)
+
+
+def paths(server):
+    return [path for path, body in server.asked if path != "/health" and (body or {}).get("method") != "cosmo_describe"]
+
+
+@pytest.mark.parametrize("bucket", [1, 100, 10**6])
+def test_all_tensors_reach_all_workers_of_all_servers(monkeypatch, bucket):
+    monkeypatch.setattr(sync, "BUCKET_BYTES", bucket)
+    with Workers(2) as one, Workers() as two:
+        sending = syncing([one, two])
+        for turn in range(2):
+            sent = dict(weights())
+            sending.send(sent.items(), f"tag{turn}")
+            for name, tensor in sent.items():
+                for server in (one, two):
+                    for i in range(server.size):
+                        part = tensor.chunk(server.size)[i]
+                        assert torch.equal(server.held[name, i], part) and server.held[name, i].dtype == tensor.dtype
+        assert sum(one.sizes) == 2 * (7 * (48 + 12) + 8) and one.sizes == two.sizes
+        assert len(one.sizes) == 2 * {1: 15, 100: 4, 10**6: 1}[bucket]
+        began, *rest = paths(one)
+        buckets = ["/update_weights"] * (len(one.sizes) // 2)
+        once = ["/start_weight_update", *buckets, "/finish_weight_update", "/collective_rpc", "/resume"]
+        assert [began, *rest] == ["/pause", "/init_weight_transfer_engine", *once, "/pause", *once]  # one group
+        assert [body for path, body in one.asked if path == "/finish_weight_update"] == [
+            {"weight_version": "tag0"}, {"weight_version": "tag1"}]
+        sending.leave()
+
+
+def test_a_worker_of_one_server_differs(monkeypatch):
+    """It is named, with its part; the servers do not sample again by such weights."""
+    with Workers() as one, Workers(2) as two:
+        sending = syncing([one, two])
+        real = two.answers["/update_weights"]
+
+        def spoiled(body):
+            found = real(body)
+            two.held["layers.3.a", 1][0, 0] += 1
+            return found
+
+        two.answers["/update_weights"] = spoiled
+        with pytest.raises(WeightsDiffer, match=rf"^{two.url} .* 1 of 15 tensors .* as layers\.3\.a \(worker 1 of 2"):
+            sending.send(weights(), "tag")
+        assert "/resume" not in paths(one) + paths(two)
+        sending.leave()
+
+
+def test_a_tensor_that_a_server_does_not_have():
+    with Workers() as server:
+        sending = syncing([server])
+        real = server.answers["/update_weights"]
+        server.answers["/update_weights"] = lambda body: (real(body), server.held.pop(("scale", 0)))[0]
+        with pytest.raises(WeightsDiffer, match="as scale"):
+            sending.send(weights(), "tag")
+        sending.leave()
+
+
+def test_a_tied_head_is_compared_though_it_is_sent_once():
+    embedding, asked = torch.randn(4, 2), []
+    with Workers() as server:
+        sending = syncing([server])
+        server.answers["/collective_rpc"] = lambda body: asked.extend(body["args"][0]) or server.rpc(body)
+        with pytest.raises(WeightsDiffer, match=r"as lm_head\.weight"):
+            sending.send([(sync.EMBEDDING, embedding)], "tag")
+        assert asked == [sync.EMBEDDING, sync.HEAD] and (sync.HEAD, 0) not in server.held
+        sending.leave()
+
+
+@pytest.mark.parametrize("path", ["/pause", "/init_weight_transfer_engine", "/start_weight_update", "/update_weights",
+                                  "/finish_weight_update", "/collective_rpc", "/resume"])
+@pytest.mark.parametrize("dies", [True, False], ids=["dies", "refuses"])
+def test_a_server_that_fails_at_any_step(monkeypatch, path, dies):
+    """Nothing hangs, though the other server and this process wait in the group; then all is sent again.
+
+    Where it answers instead of coming to the group, the others wait for their timeout: one that is really gone breaks
+    its connections.
+    """
+    monkeypatch.setattr(sync, "TIMEOUT_S", 3.0)
+    started = time.monotonic()
+    with Workers() as one, Workers() as two:
+        sending = syncing([one, two])
+        honest, two.answers[path] = two.answers[path], (500, {"error": "no"})
+        two.health = 503 if dies else 200
+        with pytest.raises(ServerDown if dies else UserError, match=rf"{two.url}{path}"):
+            sending.send(weights(), "tag")
+        assert time.monotonic() - started < 10
+        two.answers[path], two.health = honest, 200
+        if dies:
+            sending.servers[1].meet()  # it was started again
+            sending.send(weights(), "again")
+            assert paths(two)[-1] == "/resume" and one.held.keys() == two.held.keys()
+        sending.leave()
 
 
 # -- the engine, before the first rollout -----------------------------------------------------------------------------

@@ -17,6 +17,8 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist
 
+from cosmo_rl.data.errors import UserError
+
 from .compare import Comparison
 from .control import Control, ServerDown
 
@@ -63,7 +65,7 @@ class WeightSync:
                 for server in self.servers:
                     self.comparison.check(server.url, server.rpc("cosmo_digests", self.comparison.names()))
                 each("/resume")
-            except ServerDown:
+            except (ServerDown, UserError):  # before the pool ends: servers may wait in the group for one that failed
                 self.leave()
                 raise
         self.comparison.end()
