@@ -26,7 +26,7 @@ import torch.distributed as dist
 from conftest import ROOT
 
 from cosmo_rl.cpgd.config import DataConfig, RolloutConfig
-from cosmo_rl.cpgd.rollout.vllm import serve, sync
+from cosmo_rl.cpgd.rollout.vllm import compare, serve, sync
 from cosmo_rl.cpgd.rollout.vllm.compare import WeightsDiffer, chosen, same, sha256, shard
 from cosmo_rl.cpgd.rollout.vllm.control import Control, ServerDown
 from cosmo_rl.cpgd.rollout.vllm.serve import WORKER, Served, command
@@ -546,8 +546,8 @@ def test_a_tied_head_is_compared_though_it_is_sent_once():
         sending = syncing([server])
         server.answers["/collective_rpc"] = lambda body: asked.extend(body["args"][0]) or server.rpc(body)
         with pytest.raises(WeightsDiffer, match=r"as lm_head\.weight"):
-            sending.send([(sync.EMBEDDING, embedding)], "tag")
-        assert asked == [sync.EMBEDDING, sync.HEAD] and (sync.HEAD, 0) not in server.held
+            sending.send([(compare.EMBEDDING, embedding)], "tag")
+        assert asked == [compare.EMBEDDING, compare.HEAD] and (compare.HEAD, 0) not in server.held
         sending.leave()
 
 
