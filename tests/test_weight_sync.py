@@ -12,20 +12,24 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import runs
 import torch
+import torch.distributed as dist
 from conftest import ROOT
 
 from cosmo_rl.cpgd.config import DataConfig, RolloutConfig
-from cosmo_rl.cpgd.rollout.vllm import serve
+from cosmo_rl.cpgd.rollout.vllm import control as answers
+from cosmo_rl.cpgd.rollout.vllm import serve, sync
 from cosmo_rl.cpgd.rollout.vllm.compare import chosen, same, sha256, shard
 from cosmo_rl.cpgd.rollout.vllm.control import Control, ServerDown
 from cosmo_rl.cpgd.rollout.vllm.serve import WORKER, Served, command
 from cosmo_rl.cpgd.rollout.vllm.server import ServerEngine
+from cosmo_rl.cpgd.rollout.vllm.sync import WeightSync
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.model.load import load_model
 
@@ -175,6 +179,7 @@ def test_the_program_shows_its_command_and_becomes_it(tmp_path):
 # -- a server that is started -----------------------------------------------------------------------------------------
 
 LISTEN = """
+from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
 class Health(BaseHTTPRequestHandler):
     def do_GET(self):
@@ -491,3 +496,138 @@ def test_a_server_outlives_the_thread_that_started_it(tmp_path):
     finally:
         served.stop()
     runs.wait_until(lambda: not of_group(group), "all to die", 5)
+
+
+# -- a sync -----------------------------------------------------------------------------------------------------------
+
+class Member(Fake):
+    """A server that takes weights over gloo, and says what it has; if it `dies`, then when an update begins."""
+
+    def __init__(self):
+        self.weights, self.dies, self.group, self.version, self.compared = {}, False, None, "", []
+        super().__init__({"/init_weight_transfer_engine": self.join, "/update_weights": self.update,
+                          "/start_weight_update": self.start, "/finish_weight_update": self.finish,
+                          "/collective_rpc": self.rpc, "/pause": 200, "/resume": 200})
+
+    def join(self, body):
+        info = body["init_info"]
+        timeout = timedelta(seconds=info["timeout_s"])
+        store = dist.PrefixStore(info["prefix"], dist.TCPStore(info["host"], info["port"], is_master=False,
+                                                               timeout=timeout, wait_for_workers=False))
+        self.group = dist.ProcessGroupGloo(store, info["rank_offset"], info["world_size"], timeout)
+        return 200
+
+    def start(self, body):
+        if self.dies:
+            self.group, self.health = None, 503
+        return 200
+
+    def update(self, body):
+        if self.group is None:
+            return 500
+        info = body["update_info"]
+        buffer = torch.empty(info["nbytes"], dtype=torch.uint8)
+        try:
+            self.group.broadcast([buffer], dist.BroadcastOptions()).wait()
+        except RuntimeError as error:
+            return 500, str(error).encode()
+        parts = buffer.view(torch.float32).split([torch.Size(shape).numel() for shape in info["shapes"]])
+        self.weights |= dict(zip(info["names"], parts, strict=True))
+        return 200
+
+    def finish(self, body):
+        self.version = body["weight_version"]
+        return 200
+
+    def rpc(self, body):
+        if body["method"] == "cosmo_describe":
+            return 200, {"results": [SAID]}
+        self.compared.append(body["args"][0])
+        held = {name: [[sha256(self.weights[name]), list(self.weights[name].shape), None]] for name in body["args"][0]}
+        return 200, {"results": [{"tp_rank": 0, "tp_size": 1, "tensors": held}]}
+
+    def back(self):
+        """As another process."""
+        self.health, self.dies, self.weights = 200, False, {}
+
+
+def weights_of(seed):
+    noise = torch.Generator().manual_seed(seed)
+    return {f"layers.{i}.{kind}": torch.randn(5, generator=noise) for i in range(4) for kind in "ab"}
+
+
+@pytest.fixture
+def members(monkeypatch):
+    monkeypatch.setattr(sync, "BUCKET_BYTES", 40)  # two tensors
+    monkeypatch.setattr(sync, "TIMEOUT_S", 30.0)
+    with Member() as one, Member() as two:
+        controls = [Control(one.url), Control(two.url)]
+        for server in controls:
+            server.meet()
+        yield WeightSync(controls, torch.device("cpu"), verify_every=100), one, two
+        for server in controls:
+            server.close()
+
+
+def test_weights_arrive_and_are_compared(members):
+    sender, *both = members
+    for turn in range(3):
+        weights = weights_of(turn)
+        sender.send(weights.items(), f"tag{turn}")
+        for member in both:
+            assert member.version == f"tag{turn}" and member.weights.keys() == weights.keys()
+            assert all(torch.equal(member.weights[name], tensor) for name, tensor in weights.items())
+            assert len(member.compared[-1]) == (2 if turn else 8)
+    assert both[0].compared[1] != both[0].compared[2]  # another layer
+    sender.servers[0].meet()  # it may be another process
+    sender.send(weights_of(5).items(), "tag5")
+    assert len(both[0].compared[-1]) == 8
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_server_that_dies_in_a_sync(members, which):
+    """The other is not left waiting for what no longer comes, and a second try finds both."""
+    sender, *both = members
+    sender.send(weights_of(0).items(), "tag0")
+    both[which].dies = True
+    started = time.monotonic()
+    with pytest.raises(ServerDown):
+        sender.send(iter(weights_of(1).items()), "tag1")
+    assert time.monotonic() - started < 10
+    both[which].back()
+    sender.send(weights_of(1).items(), "tag2")
+    assert {member.version for member in both} == {"tag2"} and {len(member.compared[-1]) for member in both} == {8}
+    assert both[0].weights.keys() == both[1].weights.keys() == weights_of(1).keys()
+
+
+@pytest.mark.parametrize(("health", "kind"), [(200, UserError), (503, ServerDown)])
+def test_a_complaint_of_anothers_death(members, health, kind):
+    """The one that lives cannot take weights because the other is gone: that is worth another try."""
+    sender, one, two = members
+    sender.send(weights_of(0).items(), "tag0")
+    one.answers["/start_weight_update"], two.health = (500, b"connection closed by peer"), health
+    with pytest.raises(kind, match="connection closed by peer"):
+        sender.send(weights_of(1).items(), "tag1")
+
+
+def test_a_server_of_the_users_is_waited_for(monkeypatch, caplog, nothing_left):
+    """Before any rank gathers weights: to NCCL a rank that waits longer than ten minutes is dead."""
+    with Fake({"/collective_rpc": (200, {"results": [SAID]})}) as fake:
+        engine, read = opened([fake.url]), []
+        monkeypatch.setattr(engine._sync, "send", lambda weights, tag: read.extend(weights))
+        monkeypatch.setattr(answers, "POLL_S", 0.05)
+        fake.health = 503
+        back = threading.Timer(0.5, lambda: setattr(fake, "health", 200))
+        back.start()
+
+        def weights():
+            assert fake.health == 200
+            return [("a", torch.zeros(1))]
+
+        engine.sync(weights, 3)
+        assert len(read) == 1 and engine.version == 3 and f"{fake.url} does not answer; waiting for it" in caplog.text
+        monkeypatch.setattr(answers, "BACK_S", 0.2)
+        fake.health = 503
+        with pytest.raises(UserError, match=rf"{fake.url} did not come back within 0\.2 s; start it again"):
+            engine.sync(weights, 4)
+        engine.close()
