@@ -9,6 +9,7 @@ import os
 import signal
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np

@@ -274,14 +274,14 @@ class ServerEngine:
 
     def check(self, samples: Iterable[tuple[Row, EncodedPrompt]]) -> None:
         """See `Engine.check`: every server returns the prompt's ids, and its tower sees the trainer's pixels."""
-        together(lambda: [self._probe(row, prompt) for row, prompt in samples] if rank() == 0 else None)
+        together(lambda: [self._probe(i, *one) for i, one in enumerate(samples)] if rank() == 0 else None)
 
-    def _probe(self, row: Row, prompt: EncodedPrompt) -> None:
+    def _probe(self, number: int, row: Row, prompt: EncodedPrompt) -> None:
         request = Request(row=row, prompt=prompt, k=0, seed=0)
         for server in self._servers:
             server.rpc("cosmo_watch_pixels", PIXELS)
             # under a tag of its own: features that are there already would not be made again
-            body = self.wire.prompt(prompt, f"{self.tag}-probe") | {
+            body = self.wire.prompt(prompt, f"{self.tag}-probe{number}") | {
                 "sampling_params": self.wire.sampling(request, True)}
             try:
                 reply = server.post("/inference/v1/generate", body)
