@@ -6,8 +6,9 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 VLLM_INSTALLED := .venv-vllm/.installed
 DEVICE_TRITON := .venv/triton-3.6.0
+OLD_TRANSFORMERS := .venv/transformers-5.17.0
 
-.PHONY: demo test test-vllm test-triton lint gpu
+.PHONY: demo test test-vllm test-triton test-transformers lint gpu
 
 demo: $(INSTALLED)
 	$(BIN)/torchrun train.py --stage 2
@@ -23,6 +24,11 @@ test-vllm: $(INSTALLED) $(VLLM_INSTALLED)
 # All kernels compiled by the Triton of torch 2.11 too, which GPU images still carry; `make test` takes the pinned one.
 test-triton: $(INSTALLED) $(DEVICE_TRITON)
 	PYTHONPATH=$(DEVICE_TRITON) $(BIN)/pytest -q tests/test_compile.py
+
+# What meets transformers, by the oldest release that setup.py admits, with which vLLM's and older GPU images can agree.
+test-transformers: $(INSTALLED) $(OLD_TRANSFORMERS)
+	PYTHONPATH=$(OLD_TRANSFORMERS) $(BIN)/pytest -q tests/test_load.py tests/test_folder.py tests/test_template.py \
+		tests/test_policy.py tests/test_hf.py tests/test_cache.py tests/test_weights.py tests/test_collate.py tests/test_wire.py
 
 # On a machine with an NVIDIA GPU, with its own python3, torch and pytest: nothing is installed.
 gpu:
@@ -47,6 +53,11 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt
 
 $(DEVICE_TRITON): $(INSTALLED)
 	@$(BIN)/python -m pip install -qq --no-deps --target $@ triton==3.6.0
+	@touch $@
+
+$(OLD_TRANSFORMERS): $(INSTALLED)
+	@$(BIN)/python -m pip install -qq --no-deps --target $@ transformers==5.17.0 huggingface_hub==1.33.0 httpx==0.28.1 \
+		httpcore==1.0.9 certifi==2026.10.18
 	@touch $@
 
 $(VLLM_INSTALLED): requirements-vllm.txt

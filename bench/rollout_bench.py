@@ -5,7 +5,7 @@
 Each prompt is sampled `--group` times, responses end by themselves or at `--max-new-tokens`; seeds are the same for
 both engines. Batch sizes: the hf engine runs once with each of `--hf-batch`, and its best counts; vLLM batches up to
 `--vllm-seqs` sequences. Beside the speed stands how far vLLM's log-probs are from the trainer's own for the tokens that
-it has sampled. To bench/results/rollout.json.
+it has sampled, and before all, whether both see the same in prompts with pictures. To bench/results/rollout.json.
 """
 
 import argparse
@@ -21,10 +21,11 @@ from typing import Any
 import harness
 import numpy as np
 import torch
+from PIL import Image
 
 from cosmo_rl.cpgd.config import BatchConfig, DataConfig, ObjectiveConfig, RolloutConfig
 from cosmo_rl.cpgd.rollout.collect import encoder
-from cosmo_rl.cpgd.rollout.engine import Engine
+from cosmo_rl.cpgd.rollout.engine import Engine, generate
 from cosmo_rl.cpgd.rollout.engines import open_engine
 from cosmo_rl.cpgd.rollout.values import Request, Response, request_seed
 from cosmo_rl.cpgd.update import BuildUpdates
@@ -82,6 +83,35 @@ def gaps(policy: Policy, responses: list[Response], processor: Processor) -> dic
             "tokens": len(tokens)}
 
 
+def seen_alike(engine: Engine, hf: Engine, policy: Policy, processor: Processor, data: DataConfig) -> list[dict]:
+    """Prompts with none to three pictures of different shapes, before and after ten updates of all weights: the gap of
+    the log-probs, and whether greedy responses begin with the same 24 tokens as the hf engine's."""
+    noise, encode, requests = np.random.default_rng(0), encoder(data, processor), []
+    for i in range(8):
+        pictures = tuple(Image.fromarray(noise.integers(0, 255, (*noise.integers(56, 140, 2), 3), dtype=np.uint8))
+                         for _ in range(i % 4))
+        content = [*[{"type": "image"}] * len(pictures), {"type": "text", "text": f"What is here? What is {i} + 7?"}]
+        row = Row(id=f"q{i}", task="general", domain="general", messages=({"role": "user", "content": content},),
+                  images=pictures, source="bench", licence="Apache-2.0")
+        requests.append(Request(row=row, prompt=encode(row), k=0, seed=i))
+    found, weights = [], partial(full_state_dict, policy)
+    torch.manual_seed(0)
+    for update in range(11):
+        if update:
+            for parameter in policy.parameters():
+                parameter.data.add_(torch.randn_like(parameter) * 0.003 * parameter.data.std())
+        engine.sync(weights, update)
+        if update not in (0, 10):
+            continue
+        hf.sync(weights, update)
+        engine.check((request.row, request.prompt) for request in requests)
+        texts = [[r.ids[:24].tolist() for r in generate(sampler, requests, greedy=True)] for sampler in (engine, hf)]
+        found.append({"updates": update, "pictures": [len(r.row.images) for r in requests],
+                      "gap": gaps(policy, generate(engine, requests), processor),
+                      "greedy_equal": sum(a == b for a, b in zip(*texts, strict=True)), "of": len(requests)})
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="a Qwen2.5-VL, as bench/real_lm.py makes one")
@@ -94,7 +124,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
 
-    processor, data = load_processor(args.model), DataConfig(max_prompt_tokens=256)
+    processor, data = load_processor(args.model), DataConfig(max_prompt_tokens=512)
     policy = Policy(load_model(args.model), suppressed_ids=processor.suppressed_ids).eval()
     weights = partial(full_state_dict, policy)
     requests = requests_of(processor, data, args.prompts, args.group)
@@ -105,14 +135,15 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         def opened(**options: Any) -> Engine:
-            rollout = RolloutConfig(max_new_tokens=args.max_new_tokens, cache_gib=1e3, **options)
+            options = {"max_new_tokens": args.max_new_tokens, "cache_gib": 1e3} | options
+            rollout = RolloutConfig(**options)
             return open_engine(args.model, processor, rollout, data, device=torch.device("cpu"), dtype=torch.float32,
                                folder=Path(folder))
 
         engine = opened(engine="server", serve=(f"{args.serve} --max-num-seqs {args.vllm_seqs}",))
         try:
-            engine.sync(weights, 0)
-            engine.check([(requests[0].row, requests[0].prompt)])  # the first request takes long
+            out["agreement"] = seen_alike(engine, opened(max_new_tokens=24), policy, processor, data)
+            print(json.dumps(out["agreement"]), flush=True)
             out["vllm"], responses = measured(engine, requests, len(requests))
             out["vllm"]["max_num_seqs"] = args.vllm_seqs
         finally:

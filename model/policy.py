@@ -93,7 +93,7 @@ class LMHead(nn.Module):
             hidden, weight, targets, cpgd.old_logprobs, cpgd.advantages, cpgd.token_weights,
             clip_eps_low=cpgd.clip_eps_low, clip_eps_high=cpgd.clip_eps_high,
             drift_coef=0.0 if exact else cpgd.drift_coef, drift_clip=cpgd.drift_clip, **options)
-        if not exact:
+        if cpgd.old_hidden is None or cpgd.old_weight is None:
             return output
         kl = linear_kl(cpgd.old_hidden, cpgd.old_weight, hidden, weight, **options)
         drift = cpgd.drift_coef * (cpgd.token_weights * kl).sum()

@@ -9,7 +9,6 @@ import os
 import signal
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from vllm_server import ENVIRONMENT
 
 from cosmo_rl.cpgd.config import DataConfig, RolloutConfig
 from cosmo_rl.cpgd.rollout.collect import sample
-from cosmo_rl.cpgd.rollout.engine import Lost, generate
+from cosmo_rl.cpgd.rollout.engine import generate
 from cosmo_rl.cpgd.rollout.hf import HFEngine
 from cosmo_rl.cpgd.rollout.values import Request
 from cosmo_rl.cpgd.rollout.vllm import wire
@@ -211,7 +210,7 @@ def test_another_program_writes_to_the_server(engine):
     for path, body in (("/pause", None), ("/start_weight_update", None),
                        ("/finish_weight_update", {"weight_version": "stranger"}), ("/resume", None)):
         server.post(path, body)
-    with pytest.raises(ReplyError, match=r"sampled by weights 'stranger', .*: another program has written to"):
+    with pytest.raises(ReplyError, match=r"by weights 'stranger', .*: another program has written to the server"):
         generate(engine, REQUESTS)
 
 
@@ -340,29 +339,14 @@ def test_killed_in_mid_generation(engine, model, monkeypatch):
     assert engine.tag != first and worst(model, responses) < LIMIT
 
 
-def test_killed_between_syncs(engine, model):
-    """The process that listens: the next sync starts another, and the run goes on."""
-    served = engine._served[0]
-    group = served._process.pid
-    os.kill(group, signal.SIGKILL)
-    with pytest.raises(Lost):
-        generate(engine, REQUESTS)
-    change(model, 1)
-    engine.sync(model.named_parameters, 1)
-    assert served._process.pid != group and not of_marker(f"COSMO_RL_PARENT={os.getpid()}", group)
-    assert worst(model, generate(engine, REQUESTS)) < LIMIT
-
-
 # -- whole runs -------------------------------------------------------------------------------------------------------
 
-def of_marker(marker: str, group: int = 0) -> list[int]:
-    """Living processes with this in their environment; of a process group, if one is given."""
+def of_marker(marker: str) -> list[int]:
+    """Processes with this in their environment, which the dead that nobody has buried yet have no more."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            state, _, its = (path / "stat").read_text().rpartition(")")[2].split()[:3]
-            if state != "Z" and marker.encode() in (path / "environ").read_bytes().split(b"\0") and (
-                    not group or int(its) == group):
+            if marker.encode() in (path / "environ").read_bytes().split(b"\0"):
                 found.append(int(path.name))
     return found
 
@@ -385,17 +369,27 @@ def check_steps(lines: list[dict], last: int) -> None:
     assert [line["step"] for line in lines] == list(range(1, last + 1))
     for line in lines:
         assert math.isfinite(line["loss"]) and line["response_tokens"] > 0 and 0 < line["grad_norm"] < math.inf
-        assert all(0 <= value <= 1 for value in line["rewards"].values()), line
+        assert 0 <= line["reward"] <= 1 and line["rewards"]
 
 
-def test_a_run_whose_server_is_killed(tmp_path, monkeypatch):
-    """Once, in the middle: it goes on to its end, and leaves no process."""
+@pytest.fixture
+def patient(monkeypatch):
+    """Two starts of a server on busy cores take longer than other runs."""
     monkeypatch.setattr(runs, "LIMIT_S", 400.0)
+
+
+def test_a_run_whose_server_is_killed(tmp_path, patient):
+    """With all its processes, between two syncs: the run goes on to its end, and leaves none."""
     running = runs.start(command(tmp_path, "RUN_OF_TEST=one"), tmp_path / "logs")
-    runs.wait_until(lambda: len(steps(tmp_path)) >= 2 or running.processes[0].exitcode is not None, "step 2")
-    for pid in of_marker("RUN_OF_TEST=one"):
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    try:
+        over = lambda: running.processes[0].exitcode is not None
+        runs.wait_until(lambda: len(steps(tmp_path)) >= 2 or over(), "step 2", runs.LIMIT_S)
+        for pid in of_marker("RUN_OF_TEST=one"):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    except AssertionError:
+        running.processes[0].kill()
+        raise
     done = running.wait().check()
     check_steps(steps(tmp_path), 8)
     assert done.err[0].count("is gone (its log: ") == 1, done.err[0]
@@ -403,14 +397,16 @@ def test_a_run_whose_server_is_killed(tmp_path, monkeypatch):
     assert (tmp_path / "run" / "stage2" / "report.json").exists()
 
 
-def test_a_launcher_killed_leaves_no_server(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "LIMIT_S", 400.0)
+def test_a_launcher_killed_leaves_no_server(tmp_path, patient):
+    """Of two ranks, both of which ask the server."""
     launcher = runs.torchrun(command(tmp_path, "RUN_OF_TEST=two"))
-    runs.wait_until(lambda: len(steps(tmp_path)) >= 3 or launcher.poll() is not None, "step 3")
-    assert launcher.poll() is None, launcher.communicate()[0]
-    assert len(of_marker("RUN_OF_TEST=two")) >= 2
-    launcher.kill()
-    launcher.wait()
+    try:
+        runs.wait_until(lambda: len(steps(tmp_path)) >= 3 or launcher.poll() is not None, "step 3", runs.LIMIT_S)
+        assert launcher.poll() is None, launcher.communicate()[0]
+        assert len(of_marker("RUN_OF_TEST=two")) >= 2
+    finally:
+        launcher.kill()
+        launcher.wait()
     runs.wait_until(lambda: not of_marker("RUN_OF_TEST=two"), "the servers to die", 15)
     lines = steps(tmp_path)
     check_steps(lines, len(lines))

@@ -1,6 +1,8 @@
 """Weights into vLLM servers and the servers themselves, without vLLM: what is compared, how a server is started, ends,
 and is told wrong. tests/test_vllm_rollout.py has a real one."""
 
+# pyright: reportOptionalSubscript=false, reportArgumentType=false, reportOptionalMemberAccess=false
+
 import json
 import os
 import re
@@ -11,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,9 +26,9 @@ import torch.distributed as dist
 from conftest import ROOT
 
 from cosmo_rl.cpgd.config import DataConfig, RolloutConfig
-from cosmo_rl.cpgd.rollout.vllm import control as answers
-from cosmo_rl.cpgd.rollout.vllm import serve, sync
-from cosmo_rl.cpgd.rollout.vllm.compare import chosen, same, sha256, shard
+from cosmo_rl.cpgd.rollout.vllm import compare, serve, sync
+from cosmo_rl.cpgd.rollout.vllm import control as control_module
+from cosmo_rl.cpgd.rollout.vllm.compare import WeightsDiffer, chosen, same, sha256, shard
 from cosmo_rl.cpgd.rollout.vllm.control import Control, ServerDown
 from cosmo_rl.cpgd.rollout.vllm.serve import WORKER, Served, command
 from cosmo_rl.cpgd.rollout.vllm.server import ServerEngine
@@ -179,7 +182,6 @@ def test_the_program_shows_its_command_and_becomes_it(tmp_path):
 # -- a server that is started -----------------------------------------------------------------------------------------
 
 LISTEN = """
-from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
 class Health(BaseHTTPRequestHandler):
     def do_GET(self):
@@ -411,6 +413,217 @@ def test_nobody_listens_or_hangs_up():
         server.close()
 
 
+# -- a whole sync, without vLLM ---------------------------------------------------------------------------------------
+
+class Workers(Fake):
+    """A server of `size` workers that join the group, take the buckets, and hold parts along dimension 0."""
+
+    def __init__(self, size=1, **answers):
+        said = SAID | {"born": f"{id(self)}"}
+        super().__init__({"/pause": 200, "/resume": 200, "/start_weight_update": 200,
+                          "/finish_weight_update": 200, "/init_weight_transfer_engine": self.join,
+                          "/update_weights": self.take, "/collective_rpc": self.rpc} | answers)
+        self.size, self.said, self.held, self.groups, self.sizes = size, said, {}, [], []
+
+    def each(self, action):
+        try:
+            with ThreadPoolExecutor(self.size) as pool:
+                list(pool.map(action, range(self.size)))
+        except RuntimeError as error:  # torch's: another member did not come
+            return 500, {"error": str(error)}
+        return 200, {}
+
+    def join(self, body):
+        info, self.groups = body["init_info"], [None] * self.size
+        assert info["transport"] == "gloo" and info["port"] > 0
+
+        def one(i):
+            timeout = timedelta(seconds=info["timeout_s"])
+            store = dist.PrefixStore(info["prefix"], dist.TCPStore(info["host"], info["port"], is_master=False,
+                                                                   timeout=timeout, wait_for_workers=False))
+            self.groups[i] = dist.ProcessGroupGloo(store, info["rank_offset"] + i, info["world_size"], timeout)
+
+        return self.each(one)
+
+    def take(self, body):
+        info = body["update_info"]
+        self.sizes.append(info["nbytes"])
+
+        def one(i):
+            buffer, start = torch.empty(info["nbytes"], dtype=torch.uint8), 0
+            self.groups[i].broadcast([buffer], dist.BroadcastOptions()).wait()
+            for name, dtype, shape in zip(info["names"], info["dtypes"], info["shapes"], strict=True):
+                dtype = getattr(torch, dtype)
+                end = start + dtype.itemsize * torch.Size(shape).numel()
+                whole = buffer[start:end].clone().view(dtype).view(shape)
+                self.held[name, i] = whole.chunk(self.size)[i]
+                start = end
+
+        return self.each(one)
+
+    def rpc(self, body):
+        if body["method"] == "cosmo_describe":
+            return 200, {"results": [self.said] * self.size}
+        digests = lambda i, name: [[sha256(self.held[name, i]), list(self.held[name, i].shape), None]]
+        return 200, {"results": [
+            {"tp_rank": i, "tp_size": self.size,
+             "tensors": {name: digests(i, name) if (name, i) in self.held else None for name in body["args"][0]}}
+            for i in range(self.size)]}
+
+
+def weights(count=7):
+    for i in range(count):
+        yield f"layers.{i}.a", torch.randn(4, 3)
+        yield f"layers.{i}.b", torch.randn(6).bfloat16()
+    yield "scale", torch.randn(2)
+
+
+def syncing(servers, verify_every=1):
+    controls = [Control(server.url) for server in servers]
+    for one in controls:
+        one.meet()
+    return WeightSync(controls, torch.device("cpu"), verify_every)
+
+
+def paths(server):
+    return [path for path, body in server.asked if path != "/health" and (body or {}).get("method") != "cosmo_describe"]
+
+
+@pytest.mark.parametrize("bucket", [1, 100, 10**6])
+def test_all_tensors_reach_all_workers_of_all_servers(monkeypatch, bucket):
+    monkeypatch.setattr(sync, "BUCKET_BYTES", bucket)
+    with Workers(2) as one, Workers() as two:
+        sending = syncing([one, two])
+        for turn in range(2):
+            sent = dict(weights())
+            sending.send(sent.items(), f"tag{turn}")
+            for name, tensor in sent.items():
+                for server in (one, two):
+                    for i in range(server.size):
+                        part = tensor.chunk(server.size)[i]
+                        assert torch.equal(server.held[name, i], part) and server.held[name, i].dtype == tensor.dtype
+        assert sum(one.sizes) == 2 * (7 * (48 + 12) + 8) and one.sizes == two.sizes
+        assert len(one.sizes) == 2 * {1: 15, 100: 4, 10**6: 1}[bucket]
+        began, *rest = paths(one)
+        buckets = ["/update_weights"] * (len(one.sizes) // 2)
+        once = ["/start_weight_update", *buckets, "/finish_weight_update", "/collective_rpc", "/resume"]
+        assert [began, *rest] == ["/pause", "/init_weight_transfer_engine", *once, "/pause", *once]  # one group
+        assert [body for path, body in one.asked if path == "/finish_weight_update"] == [
+            {"weight_version": "tag0"}, {"weight_version": "tag1"}]
+        sending.leave()
+
+
+def test_a_worker_of_one_server_differs(monkeypatch):
+    """It is named, with its part; the servers do not sample again by such weights."""
+    with Workers() as one, Workers(2) as two:
+        sending = syncing([one, two])
+        real = two.answers["/update_weights"]
+
+        def spoiled(body):
+            found = real(body)
+            two.held["layers.3.a", 1][0, 0] += 1
+            return found
+
+        two.answers["/update_weights"] = spoiled
+        with pytest.raises(WeightsDiffer, match=rf"^{two.url} .* 1 of 15 tensors .* as layers\.3\.a \(worker 1 of 2"):
+            sending.send(weights(), "tag")
+        assert "/resume" not in paths(one) + paths(two)
+        sending.leave()
+
+
+def test_a_tensor_that_a_server_does_not_have():
+    with Workers() as server:
+        sending = syncing([server])
+        real = server.answers["/update_weights"]
+        server.answers["/update_weights"] = lambda body: (real(body), server.held.pop(("scale", 0)))[0]
+        with pytest.raises(WeightsDiffer, match="as scale"):
+            sending.send(weights(), "tag")
+        sending.leave()
+
+
+def test_a_tied_head_is_compared_though_it_is_sent_once():
+    embedding, asked = torch.randn(4, 2), []
+    with Workers() as server:
+        sending = syncing([server])
+        server.answers["/collective_rpc"] = lambda body: asked.extend(body["args"][0]) or server.rpc(body)
+        with pytest.raises(WeightsDiffer, match=r"as lm_head\.weight"):
+            sending.send([(compare.EMBEDDING, embedding)], "tag")
+        assert asked == [compare.EMBEDDING, compare.HEAD] and (compare.HEAD, 0) not in server.held
+        sending.leave()
+
+
+@pytest.mark.parametrize("path", ["/pause", "/init_weight_transfer_engine", "/start_weight_update", "/update_weights",
+                                  "/finish_weight_update", "/collective_rpc", "/resume"])
+@pytest.mark.parametrize("dies", [True, False], ids=["dies", "refuses"])
+def test_a_server_that_fails_at_any_step(monkeypatch, path, dies):
+    """Nothing hangs, though the other server and this process wait in the group; then all is sent again.
+
+    Where it answers instead of coming to the group, the others wait for their timeout: one that is really gone breaks
+    its connections.
+    """
+    monkeypatch.setattr(sync, "TIMEOUT_S", 3.0)
+    started = time.monotonic()
+    with Workers() as one, Workers() as two:
+        sending = syncing([one, two])
+        honest, two.answers[path] = two.answers[path], (500, {"error": "no"})
+        two.health = 503 if dies else 200
+        with pytest.raises(ServerDown if dies else UserError, match=rf"{two.url}{path}"):
+            sending.send(weights(), "tag")
+        assert time.monotonic() - started < 10
+        two.answers[path], two.health = honest, 200
+        if dies:
+            sending.servers[1].meet()  # it was started again
+            sending.send(weights(), "again")
+            assert paths(two)[-1] == "/resume" and one.held.keys() == two.held.keys()
+        sending.leave()
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_server_whose_connections_break(monkeypatch, which):
+    """The other waits in the group for what no longer comes: it is not left there until its timeout."""
+    monkeypatch.setattr(sync, "TIMEOUT_S", 30.0)
+    with Workers() as one, Workers() as two:
+        sending, dying = syncing([one, two]), (one, two)[which]
+
+        def die(body):
+            dying.groups, dying.health = [None], 503
+            return 200
+
+        dying.answers["/start_weight_update"] = die
+        started = time.monotonic()
+        with pytest.raises(ServerDown):
+            sending.send(weights(), "tag")
+        assert time.monotonic() - started < 10
+        dying.answers["/start_weight_update"], dying.health = 200, 200
+        sending.servers[which].meet()
+        sending.send(weights(), "again")
+        assert len(one.held) == len(two.held) == 15
+        sending.leave()
+
+
+def test_a_complaint_of_anothers_death():
+    """The one that lives cannot take weights because the other is gone: that is worth another try."""
+    with Workers(**{"/start_weight_update": (500, b"closed by peer")}) as one, Workers() as two:
+        sending = syncing([one, two])
+        with pytest.raises(UserError, match="closed by peer"):
+            sending.send(weights(), "tag")
+        two.health = 503
+        with pytest.raises(ServerDown, match=rf"{two.url} has died in a sync .*closed by peer"):
+            sending.send(weights(), "tag")
+
+
+def test_a_new_server_is_compared_whole():
+    with Workers() as one, Workers() as two:
+        sending, compared = syncing([one, two], 100), []
+        one.answers["/collective_rpc"] = lambda body: compared.append(len(body["args"][0])) or one.rpc(body)
+        for turn in range(4):
+            if turn == 2:
+                sending.servers[1].meet()  # it may be another process
+            sending.send(weights(), "tag")
+        assert compared == [15, 3, 15, 3]
+        sending.leave()
+
+
 # -- the engine, before the first rollout -----------------------------------------------------------------------------
 
 def opened(urls=(), serve=(), folder=Path("."), dtype=torch.float32):
@@ -498,136 +711,24 @@ def test_a_server_outlives_the_thread_that_started_it(tmp_path):
     runs.wait_until(lambda: not of_group(group), "all to die", 5)
 
 
-# -- a sync -----------------------------------------------------------------------------------------------------------
-
-class Member(Fake):
-    """A server that takes weights over gloo, and says what it has; if it `dies`, then when an update begins."""
-
-    def __init__(self):
-        self.weights, self.dies, self.group, self.version, self.compared = {}, False, None, "", []
-        super().__init__({"/init_weight_transfer_engine": self.join, "/update_weights": self.update,
-                          "/start_weight_update": self.start, "/finish_weight_update": self.finish,
-                          "/collective_rpc": self.rpc, "/pause": 200, "/resume": 200})
-
-    def join(self, body):
-        info = body["init_info"]
-        timeout = timedelta(seconds=info["timeout_s"])
-        store = dist.PrefixStore(info["prefix"], dist.TCPStore(info["host"], info["port"], is_master=False,
-                                                               timeout=timeout, wait_for_workers=False))
-        self.group = dist.ProcessGroupGloo(store, info["rank_offset"], info["world_size"], timeout)
-        return 200
-
-    def start(self, body):
-        if self.dies:
-            self.group, self.health = None, 503
-        return 200
-
-    def update(self, body):
-        if self.group is None:
-            return 500
-        info = body["update_info"]
-        buffer = torch.empty(info["nbytes"], dtype=torch.uint8)
-        try:
-            self.group.broadcast([buffer], dist.BroadcastOptions()).wait()
-        except RuntimeError as error:
-            return 500, str(error).encode()
-        parts = buffer.view(torch.float32).split([torch.Size(shape).numel() for shape in info["shapes"]])
-        self.weights |= dict(zip(info["names"], parts, strict=True))
-        return 200
-
-    def finish(self, body):
-        self.version = body["weight_version"]
-        return 200
-
-    def rpc(self, body):
-        if body["method"] == "cosmo_describe":
-            return 200, {"results": [SAID]}
-        self.compared.append(body["args"][0])
-        held = {name: [[sha256(self.weights[name]), list(self.weights[name].shape), None]] for name in body["args"][0]}
-        return 200, {"results": [{"tp_rank": 0, "tp_size": 1, "tensors": held}]}
-
-    def back(self):
-        """As another process."""
-        self.health, self.dies, self.weights = 200, False, {}
-
-
-def weights_of(seed):
-    noise = torch.Generator().manual_seed(seed)
-    return {f"layers.{i}.{kind}": torch.randn(5, generator=noise) for i in range(4) for kind in "ab"}
-
-
-@pytest.fixture
-def members(monkeypatch):
-    monkeypatch.setattr(sync, "BUCKET_BYTES", 40)  # two tensors
-    monkeypatch.setattr(sync, "TIMEOUT_S", 30.0)
-    with Member() as one, Member() as two:
-        controls = [Control(one.url), Control(two.url)]
-        for server in controls:
-            server.meet()
-        yield WeightSync(controls, torch.device("cpu"), verify_every=100), one, two
-        for server in controls:
-            server.close()
-
-
-def test_weights_arrive_and_are_compared(members):
-    sender, *both = members
-    for turn in range(3):
-        weights = weights_of(turn)
-        sender.send(weights.items(), f"tag{turn}")
-        for member in both:
-            assert member.version == f"tag{turn}" and member.weights.keys() == weights.keys()
-            assert all(torch.equal(member.weights[name], tensor) for name, tensor in weights.items())
-            assert len(member.compared[-1]) == (2 if turn else 8)
-    assert both[0].compared[1] != both[0].compared[2]  # another layer
-    sender.servers[0].meet()  # it may be another process
-    sender.send(weights_of(5).items(), "tag5")
-    assert len(both[0].compared[-1]) == 8
-
-
-@pytest.mark.parametrize("which", [0, 1])
-def test_a_server_that_dies_in_a_sync(members, which):
-    """The other is not left waiting for what no longer comes, and a second try finds both."""
-    sender, *both = members
-    sender.send(weights_of(0).items(), "tag0")
-    both[which].dies = True
-    started = time.monotonic()
-    with pytest.raises(ServerDown):
-        sender.send(iter(weights_of(1).items()), "tag1")
-    assert time.monotonic() - started < 10
-    both[which].back()
-    sender.send(weights_of(1).items(), "tag2")
-    assert {member.version for member in both} == {"tag2"} and {len(member.compared[-1]) for member in both} == {8}
-    assert both[0].weights.keys() == both[1].weights.keys() == weights_of(1).keys()
-
-
-@pytest.mark.parametrize(("health", "kind"), [(200, UserError), (503, ServerDown)])
-def test_a_complaint_of_anothers_death(members, health, kind):
-    """The one that lives cannot take weights because the other is gone: that is worth another try."""
-    sender, one, two = members
-    sender.send(weights_of(0).items(), "tag0")
-    one.answers["/start_weight_update"], two.health = (500, b"connection closed by peer"), health
-    with pytest.raises(kind, match="connection closed by peer"):
-        sender.send(weights_of(1).items(), "tag1")
-
-
 def test_a_server_of_the_users_is_waited_for(monkeypatch, caplog, nothing_left):
     """Before any rank gathers weights: to NCCL a rank that waits longer than ten minutes is dead."""
     with Fake({"/collective_rpc": (200, {"results": [SAID]})}) as fake:
         engine, read = opened([fake.url]), []
         monkeypatch.setattr(engine._sync, "send", lambda weights, tag: read.extend(weights))
-        monkeypatch.setattr(answers, "POLL_S", 0.05)
+        monkeypatch.setattr(control_module, "POLL_S", 0.05)
         fake.health = 503
         back = threading.Timer(0.5, lambda: setattr(fake, "health", 200))
         back.start()
 
-        def weights():
+        def policy():
             assert fake.health == 200
             return [("a", torch.zeros(1))]
 
-        engine.sync(weights, 3)
+        engine.sync(policy, 3)
         assert len(read) == 1 and engine.version == 3 and f"{fake.url} does not answer; waiting for it" in caplog.text
-        monkeypatch.setattr(answers, "BACK_S", 0.2)
+        monkeypatch.setattr(control_module, "BACK_S", 0.2)
         fake.health = 503
         with pytest.raises(UserError, match=rf"{fake.url} did not come back within 0\.2 s; start it again"):
-            engine.sync(weights, 4)
+            engine.sync(policy, 4)
         engine.close()

@@ -1,5 +1,7 @@
 """What a vLLM server is sent, and what in its reply stops the run. tests/test_vllm_rollout.py asks a real one."""
 
+# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+
 import base64
 import io
 import json

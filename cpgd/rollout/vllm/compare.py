@@ -107,7 +107,7 @@ def shard(tensor: torch.Tensor, shape: Sequence[int], start: int | None, rank: i
 def sha256(tensor: torch.Tensor) -> str:
     """Of the bytes, 0 for -0; as the worker's digest."""
     tensor = (tensor.detach() + 0.0).cpu().contiguous()
-    return hashlib.sha256(tensor.view(-1).view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(tensor.view(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 def chosen(names: Iterable[str], turn: int) -> set[str]:

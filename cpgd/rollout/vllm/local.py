@@ -7,6 +7,9 @@ transformers: where they do not, engine `server` has an environment of its own. 
 and their comparison are those of the servers.
 """
 
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+# vLLM is in no environment that is checked.
+
 import importlib.util
 import os
 import shlex

@@ -68,7 +68,7 @@ class WeightSync:
                 for server in self.servers:
                     self.comparison.check(server.url, server.rpc("cosmo_digests", self.comparison.names()))
                 each("/resume")
-            except (ServerDown, UserError) as error:
+            except (ServerDown, UserError) as error:  # before the pool ends: servers may wait in the group
                 self.leave()
                 traceback.clear_frames(error.__traceback__)  # they hold what was being sent, and so the connections
                 dead = [server.url for server in self.servers if not server.alive()]

@@ -154,7 +154,7 @@ class Wire:
             raise refuse(f"was cut after {len(ids)} tokens, and --rollout.max-new-tokens is "
                          f"{self.rollout.max_new_tokens}; start the server with a larger --max-model-len")
         return Response(request=request, ids=np.array(ids, dtype=np.int64), logprobs=logprobs, finish_reason=reason,
-                        text=self.processor.tokenizer.decode(ids, skip_special_tokens=True), version=version)
+                        text=str(self.processor.tokenizer.decode(ids, skip_special_tokens=True)), version=version)
 
     def _check_prompt(self, request: Request, ids: Sequence[int], refuse: Any) -> None:
         prompt = request.prompt
