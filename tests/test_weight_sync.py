@@ -27,6 +27,7 @@ from conftest import ROOT
 
 from cosmo_rl.cpgd.config import DataConfig, RolloutConfig
 from cosmo_rl.cpgd.rollout.vllm import compare, serve, sync
+from cosmo_rl.cpgd.rollout.vllm import control as control_module
 from cosmo_rl.cpgd.rollout.vllm.compare import WeightsDiffer, chosen, same, sha256, shard
 from cosmo_rl.cpgd.rollout.vllm.control import Control, ServerDown
 from cosmo_rl.cpgd.rollout.vllm.serve import WORKER, Served, command
@@ -577,6 +578,52 @@ def test_a_server_that_fails_at_any_step(monkeypatch, path, dies):
         sending.leave()
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_server_whose_connections_break(monkeypatch, which):
+    """The other waits in the group for what no longer comes: it is not left there until its timeout."""
+    monkeypatch.setattr(sync, "TIMEOUT_S", 30.0)
+    with Workers() as one, Workers() as two:
+        sending, dying = syncing([one, two]), (one, two)[which]
+
+        def die(body):
+            dying.groups, dying.health = [None], 503
+            return 200
+
+        dying.answers["/start_weight_update"] = die
+        started = time.monotonic()
+        with pytest.raises(ServerDown):
+            sending.send(weights(), "tag")
+        assert time.monotonic() - started < 10
+        dying.answers["/start_weight_update"], dying.health = 200, 200
+        sending.servers[which].meet()
+        sending.send(weights(), "again")
+        assert len(one.held) == len(two.held) == 15
+        sending.leave()
+
+
+def test_a_complaint_of_anothers_death():
+    """The one that lives cannot take weights because the other is gone: that is worth another try."""
+    with Workers(**{"/start_weight_update": (500, b"closed by peer")}) as one, Workers() as two:
+        sending = syncing([one, two])
+        with pytest.raises(UserError, match="closed by peer"):
+            sending.send(weights(), "tag")
+        two.health = 503
+        with pytest.raises(ServerDown, match=rf"{two.url} has died in a sync .*closed by peer"):
+            sending.send(weights(), "tag")
+
+
+def test_a_new_server_is_compared_whole():
+    with Workers() as one, Workers() as two:
+        sending, compared = syncing([one, two], 100), []
+        one.answers["/collective_rpc"] = lambda body: compared.append(len(body["args"][0])) or one.rpc(body)
+        for turn in range(4):
+            if turn == 2:
+                sending.servers[1].meet()  # it may be another process
+            sending.send(weights(), "tag")
+        assert compared == [15, 3, 15, 3]
+        sending.leave()
+
+
 # -- the engine, before the first rollout -----------------------------------------------------------------------------
 
 def opened(urls=(), serve=(), folder=Path("."), dtype=torch.float32):
@@ -662,3 +709,26 @@ def test_a_server_outlives_the_thread_that_started_it(tmp_path):
     finally:
         served.stop()
     runs.wait_until(lambda: not of_group(group), "all to die", 5)
+
+
+def test_a_server_of_the_users_is_waited_for(monkeypatch, caplog, nothing_left):
+    """Before any rank gathers weights: to NCCL a rank that waits longer than ten minutes is dead."""
+    with Fake({"/collective_rpc": (200, {"results": [SAID]})}) as fake:
+        engine, read = opened([fake.url]), []
+        monkeypatch.setattr(engine._sync, "send", lambda weights, tag: read.extend(weights))
+        monkeypatch.setattr(control_module, "POLL_S", 0.05)
+        fake.health = 503
+        back = threading.Timer(0.5, lambda: setattr(fake, "health", 200))
+        back.start()
+
+        def policy():
+            assert fake.health == 200
+            return [("a", torch.zeros(1))]
+
+        engine.sync(policy, 3)
+        assert len(read) == 1 and engine.version == 3 and f"{fake.url} does not answer; waiting for it" in caplog.text
+        monkeypatch.setattr(control_module, "BACK_S", 0.2)
+        fake.health = 503
+        with pytest.raises(UserError, match=rf"{fake.url} did not come back within 0\.2 s; start it again"):
+            engine.sync(policy, 4)
+        engine.close()

@@ -1,8 +1,8 @@
 """Whether an engine computes with the weights that it was sent: SHA-256 of each tensor, of the bytes that went out.
 
-Looked at are one layer of every kind of tensor in turn, and all of them at the first sync and every N-th. So a tensor
-that never arrives is seen when it has changed for the first time, at any learning rate. Buffers are not looked at: they
-do not change.
+Looked at are one layer of every kind of tensor in turn, and all of them at the first sync with a server and every N-th.
+So a tensor that never arrives is seen within as many syncs as there are layers, at any learning rate. Buffers are not
+looked at: they do not change.
 """
 
 import hashlib
@@ -35,10 +35,11 @@ class Comparison:
         self._turn, self._names = 0, list[str]()
         self._sent: list[str] = []
 
-    def begin(self) -> None:
-        """A sync, or a new try of one."""
+    def begin(self, *, everything: bool = False) -> None:
+        """A sync, or a new try of one. `everything`: a server is new, and all tensors are to be compared."""
         self.kept, self._sent = {}, []
-        self._wanted = None if self._turn % self.verify_every == 0 else chosen(self._names, self._turn)
+        everything |= self._turn % self.verify_every == 0
+        self._wanted = None if everything else chosen(self._names, self._turn)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """A full tensor as it is sent."""

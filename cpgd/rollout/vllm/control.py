@@ -1,6 +1,7 @@
 """One vLLM server as rank 0 of a run steers it: its routes as methods, its answers as errors that say what to mend."""
 
 import logging
+import time
 from collections.abc import Mapping
 from itertools import count
 from typing import Any
@@ -12,7 +13,10 @@ from cosmo_rl.data.errors import UserError
 START = "start it with `python -m cosmo_rl.cpgd.rollout.vllm.serve`, which shows the whole command"
 CONNECT_S, ANSWER_S = 10.0, 900.0
 """Longest wait for a connection, and for an answer: a weight update may take minutes."""
+BACK_S, POLL_S = 1200.0, 0.5
+"""Longest wait for a server of the user's that has died, and between looks at it."""
 _births = count()
+logger = logging.getLogger(__name__)
 
 for _name in ("httpx2", "httpcore2"):  # at INFO they write a line a request
     logging.getLogger(_name).setLevel(logging.WARNING)
@@ -38,6 +42,22 @@ class Control:
             return self._client.get(f"{self.url}/health", timeout=CONNECT_S).status_code == 200
         except httpx2.TransportError:
             return False
+
+    def wait(self) -> None:
+        """Until it answers, as when its user starts it again.
+
+        Raises:
+            UserError: it took too long.
+        """
+        if self.alive():
+            return
+        logger.warning("WARNING: the vLLM server at %s does not answer; waiting for it, %g s at most", self.url, BACK_S)
+        deadline = time.monotonic() + BACK_S
+        while not self.alive():
+            if time.monotonic() > deadline:
+                raise UserError(f"the vLLM server at {self.url} did not come back within {BACK_S:g} s; start it again, "
+                                "then repeat the command to go on from the last checkpoint")
+            time.sleep(POLL_S)
 
     def meet(self) -> None:
         """Ask what it is.

@@ -118,14 +118,19 @@ class LocalEngine:
         if self._asleep:
             engine.wake_up(["kv_cache"])
             self._asleep = False
-        engine.reset_prefix_cache()
-        engine.reset_mm_cache()
-        engine.reset_encoder_cache()
+        self._forget()
         engine.set_weight_version(tag)
         found = engine.collective_rpc("cosmo_digests", args=(self._comparison.names(),))
         together(lambda: self._comparison.check("vLLM", found))
         self._comparison.end()
         self.version, self.tag = version, tag
+
+    def _forget(self) -> None:
+        """Empty the caches of prefixes, pictures and their features."""
+        engine: Any = self._engine
+        engine.reset_prefix_cache()
+        engine.reset_mm_cache()
+        engine.reset_encoder_cache()
 
     def rest(self) -> bool:
         """Sleep: free weights and KV cache, which the next sync brings back."""
@@ -169,15 +174,14 @@ class LocalEngine:
 
         def look(row: Row, prompt: EncodedPrompt) -> None:
             request = Request(row=row, prompt=prompt, k=0, seed=0)
+            self._forget()  # features that are there already would not be made again
             engine.collective_rpc("cosmo_watch_pixels", args=(PIXELS,))
             for _ in self.stream([request], greedy=True):
                 pass
             seen = engine.collective_rpc("cosmo_pixels_seen")[0]
             compare_pixels(request, "vLLM", seen, self.processor, self.dtype)
-            engine.reset_mm_cache()
 
-        for row, prompt in samples:
-            together(lambda row=row, prompt=prompt: look(row, prompt))
+        together(lambda: [look(*one) for one in samples])
 
     def close(self) -> None:
         """vLLM goes with the process."""

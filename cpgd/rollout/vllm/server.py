@@ -136,11 +136,16 @@ class ServerEngine:
         Raises:
             UserError: a server does not come back. WeightsDiffer: it does not have what was sent.
         """
-        self._weights = weights = _kept(weights) if self.rollout.staleness else weights
+        self._weights = None  # those before make room
+        self._weights = _kept(weights) if self.rollout.staleness else weights
+        self._give(self._weights, version)
+
+    def _give(self, weights: Callable[[], Iterable[Named]], version: int) -> None:
         for _ in range(TRIES):
             self._syncs += 1
             tag = f"{self._nonce}-{self._syncs}-step{version}"
-            problem = together(partial(self._send, weights(), tag))[0]
+            # All ranks wait for servers here: once weights are gathered, NCCL gives rank 0 ten minutes.
+            problem = together(self._revive)[0] or together(partial(self._send, weights(), tag))[0]
             if not problem:
                 self.version, self.tag = version, tag
                 return
@@ -156,14 +161,13 @@ class ServerEngine:
     def recover(self) -> None:
         """See `Engine.recover`."""
         assert self._weights
-        self.sync(self._weights, self.version)
+        self._give(self._weights, self.version)
 
     def _send(self, weights: Iterable[Named], tag: str) -> str:
         """One try; what has died, if so. Every rank reads `weights` to the end, or the others would wait for it."""
         left = iter(weights)
         try:
             if rank() == 0:
-                self._revive()
                 self._sync.send(left, tag)
         except ServerDown as error:
             return str(error)
@@ -172,7 +176,10 @@ class ServerEngine:
                 pass
         return ""
 
-    def _revive(self) -> None:
+    def _revive(self) -> str:
+        """Have all servers there; what has died once more, if so. Rank 0 alone works."""
+        if rank():
+            return ""
         for served in self._served:
             if not served.control.alive():
                 logger.warning("WARNING: the vLLM server at %s is gone (its log: %s); starting it again",
@@ -180,9 +187,14 @@ class ServerEngine:
                 served.start()
         for served in self._served:
             served.wait()
-        for server in self._servers:
-            if not self._knows(server):
-                self._meet(server, self.data.max_prompt_tokens + self.rollout.max_new_tokens)
+        try:
+            for server in self._servers:
+                server.wait()
+                if not self._knows(server):
+                    self._meet(server, self.data.max_prompt_tokens + self.rollout.max_new_tokens)
+        except ServerDown as error:
+            return str(error)
+        return ""
 
     @staticmethod
     def _knows(server: Control) -> bool:
@@ -262,14 +274,14 @@ class ServerEngine:
 
     def check(self, samples: Iterable[tuple[Row, EncodedPrompt]]) -> None:
         """See `Engine.check`: every server returns the prompt's ids, and its tower sees the trainer's pixels."""
-        together(lambda: [self._probe(row, prompt) for row, prompt in samples] if rank() == 0 else None)
+        together(lambda: [self._probe(i, *one) for i, one in enumerate(samples)] if rank() == 0 else None)
 
-    def _probe(self, row: Row, prompt: EncodedPrompt) -> None:
+    def _probe(self, number: int, row: Row, prompt: EncodedPrompt) -> None:
         request = Request(row=row, prompt=prompt, k=0, seed=0)
         for server in self._servers:
             server.rpc("cosmo_watch_pixels", PIXELS)
             # under a tag of its own: features that are there already would not be made again
-            body = self.wire.prompt(prompt, f"{self.tag}-probe") | {
+            body = self.wire.prompt(prompt, f"{self.tag}-probe{number}") | {
                 "sampling_params": self.wire.sampling(request, True)}
             try:
                 reply = server.post("/inference/v1/generate", body)

@@ -8,6 +8,7 @@ worker/cosmo_rl_worker.py is the other half. Nothing is ever pickled. Then the s
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
@@ -56,8 +57,10 @@ class WeightSync:
             each = lambda *call: _all([pool.submit(server.post, *call) for server in self.servers])
             try:
                 each("/pause")  # aborts what runs, and resets the caches of prefixes, pictures and their features
-                if self._group is None or self._members != [server.born for server in self.servers]:
+                new = self._group is None or self._members != [server.born for server in self.servers]
+                if new:
                     self._join(pool)
+                self.comparison.begin(everything=new)
                 each("/start_weight_update")
                 self._stream(weights, lambda info: [pool.submit(server.post, "/update_weights", {"update_info": info})
                                                     for server in self.servers])
@@ -65,8 +68,12 @@ class WeightSync:
                 for server in self.servers:
                     self.comparison.check(server.url, server.rpc("cosmo_digests", self.comparison.names()))
                 each("/resume")
-            except (ServerDown, UserError):  # before the pool ends: servers may wait in the group for one that failed
+            except (ServerDown, UserError) as error:  # before the pool ends: servers may wait in the group
                 self.leave()
+                traceback.clear_frames(error.__traceback__)  # they hold what was being sent, and so the connections
+                dead = [server.url for server in self.servers if not server.alive()]
+                if isinstance(error, UserError) and dead:  # a server's complaint that another has died
+                    raise ServerDown(f"{dead[0]} has died in a sync ({error})") from error
                 raise
         self.comparison.end()
 
@@ -106,7 +113,6 @@ class WeightSync:
     def _stream(self, weights: Iterable[Named], announce: Callable[[dict[str, Any]], list[Future[Any]]]) -> None:
         """Send the buckets."""
         bucket, held = list[Named](), 0
-        self.comparison.begin()
 
         def flush() -> None:
             info = {"names": [name for name, _ in bucket], "nbytes": held,
@@ -139,8 +145,11 @@ def own_address(urls: Sequence[str]) -> str:
     """This host's address as the servers reach it: by the way to the first that is not on this host."""
     targets = [urlsplit(url) for url in urls]
     target = next((t for t in targets if t.hostname not in ("127.0.0.1", "localhost", "::1")), targets[0])
-    with socket.create_connection((target.hostname or "127.0.0.1", target.port or 80), timeout=10) as connection:
-        return connection.getsockname()[0]
+    try:
+        with socket.create_connection((target.hostname or "127.0.0.1", target.port or 80), timeout=10) as connection:
+            return connection.getsockname()[0]
+    except OSError as error:
+        raise ServerDown(f"{target.geturl()}: {error}") from error
 
 
 def _open_group(forming: "Future[Any]", store: Any, size: int, transport: str, timeout: timedelta) -> None:

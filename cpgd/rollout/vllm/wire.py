@@ -83,24 +83,26 @@ class Wire:
         body: dict[str, Any] = {"token_ids": collapsed(prompt, self.processor.merge_size), "return_token_ids": True,
                                 "cache_salt": tag}
         parts = []
-        for picture in pictures(prompt, self.processor):
+        for place, picture in enumerate(pictures(prompt, self.processor)):
             buffer = io.BytesIO()
             picture.save(buffer, "PNG", compress_level=1)
             url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-            parts.append({"type": "image_url", "url": url, "uuid": self._name(picture, tag)})
+            parts.append({"type": "image_url", "url": url, "uuid": self._name(place, picture, tag)})
         return body | ({"content_parts": parts} if parts else {})
 
     def local_prompt(self, prompt: EncodedPrompt, tag: str) -> dict[str, Any]:
         """The same for vLLM in this process."""
         found = pictures(prompt, self.processor)
         shown = {"multi_modal_data": {"image": found},
-                 "multi_modal_uuids": {"image": [self._name(picture, tag) for picture in found]}}
+                 "multi_modal_uuids": {"image": [self._name(*each, tag) for each in enumerate(found)]}}
         return {"prompt_token_ids": collapsed(prompt, self.processor.merge_size), "cache_salt": tag,
                 **(shown if found else {})}
 
     @staticmethod
-    def _name(picture: Image.Image, tag: str) -> str:
-        return f"{hashlib.sha256(picture.tobytes()).hexdigest()[:32]}-{picture.width}x{picture.height}-{tag}"
+    def _name(place: int, picture: Image.Image, tag: str) -> str:
+        """By its place too: vLLM's tower is given each of a prompt's pictures, and what it is given can be compared."""
+        digest = hashlib.sha256(picture.tobytes()).hexdigest()[:32]
+        return f"{place}-{digest}-{picture.width}x{picture.height}-{tag}"
 
     def sampling(self, request: Request, greedy: bool) -> dict[str, Any]:
         """Every setting that vLLM would otherwise take from generation_config.json or from its own defaults."""
