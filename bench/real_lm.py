@@ -148,7 +148,7 @@ SFT = (*COMMON, "--steps", 6, "--optim.sft-batch", 24, "--optim.learning-rate", 
 RL = (*COMMON, "--rollout.prompts", 8, "--rollout.group-size", 8, "--rollout.max-new-tokens", 18,
       "--rollout.batch-size", 64, "--eval.batch-size", 64, "--rollout.canary-limit", 0.5, "--reward.helpful", 0,
       "--optim.updates-per-rollout", 2, "--optim.learning-rate", 1.5e-5, "--optim.warmup-steps", 4)
-STEPS = 60
+STEPS = 40
 ARMS: dict[str, tuple[object, ...]] = {
     "cpgd": (),
     "grpo": ("--objective.name", "grpo", "--objective.dual-clip", 0),
