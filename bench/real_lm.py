@@ -17,11 +17,13 @@ import argparse
 import importlib.util
 import json
 import os
+import platform
 import random
 import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +162,10 @@ def train(arguments: Iterable[object], folder: Path, threads: int) -> dict[str, 
     """`torchrun train.py ARGUMENTS`; what it took, of this call or of the one that ended the stage."""
     took, command = folder / "took.json", ["torchrun", "train.py", *map(str, arguments), "--run-dir", str(folder)]
     if took.exists():
-        return json.loads(took.read_text())
+        found = json.loads(took.read_text())
+        if found["command"] != " ".join(command):
+            sys.exit(f"{folder} holds a run with other options ({found['command']}); give another --folder")
+        return found
     folder.mkdir(parents=True, exist_ok=True)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True,
                             check=False).stdout.strip()
@@ -179,16 +184,17 @@ def train(arguments: Iterable[object], folder: Path, threads: int) -> dict[str, 
 
 
 def measured(stage: Path) -> dict[str, Any]:
-    """Held-out numbers before and after a stage, and its curves, a value an iteration, or of clips and drift a step."""
+    """Held-out numbers before and after Stage 1, and its curves: rewards an iteration, the others an optimizer step."""
     report = json.loads((stage / "report.json").read_text())
     steps = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
     first = list({line["iteration"]: line for line in reversed(steps)}.values())[::-1]
     return {
         "rows": SPLITS[report["split"]], "steps": report["steps"],
-        **{when: report[when] for when in ("before", "after", "before_greedy", "after_greedy") if report[when]},
-        "curves": {name: [round(line[name], 5) for line in first] for name in (
-            "reward", "response_length", "degenerate_groups", "entropy") if name in first[0]} | {
-            name: [round(line[name], 5) for line in steps] for name in ("loss", "clip_fraction", "drift", "grad_norm")},
+        **{when: report[when] for when in ("before", "after", "before_greedy", "after_greedy")},
+        "curves": {"right": [round(line["rewards"]["general"]["task_aware"]["mean"], 5) for line in first],
+                   **{name: [round(line[name], 5) for line in lines] for lines, names in (
+                       (first, ("reward", "response_length", "degenerate_groups")),
+                       (steps, ("clip_fraction", "drift", "entropy", "grad_norm"))) for name in names}},
         "response_tokens": sum(line["response_tokens"] for line in steps),
         "training_seconds": report["seconds"],
     }
@@ -228,7 +234,8 @@ def main() -> None:
     if options.make:
         return
     found = json.loads(options.out.read_text()) if options.out.exists() else {"stage0": {}, "runs": {}}
-    start = folder / "sft"
+    found["machine"] = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+                        **{name: version(name) for name in ("torch", "transformers")}}
     start = folder / "sft"
     found["stage0"] = train(("--stage", 0, "--model.path", folder / "model", "--data.path", folder / "sft.jsonl",
                              *SFT), start, options.threads)
@@ -240,7 +247,7 @@ def main() -> None:
                      place, options.threads)
         found["runs"][place.name] = took | measured(place / "stage1")
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
+        options.out.write_text(json.dumps(found, indent=1).replace(f"{folder}/", "runs/real-lm/") + "\n")
     show(found["runs"])
     print(f"written to {options.out}")
 

@@ -103,11 +103,51 @@ def test_no_problem_is_in_two_files(real_lm, tmp_path):
 
 def test_the_imitated_replies_earn_everything(real_lm, tmp_path):
     real_lm.make_rows(tmp_path)
-    rows = load_rows([str(tmp_path / "sft.jsonl")])
+    rows = load_rows([str(tmp_path / "sft.jsonl")], max_image_pixels=1)
     parts = [split_thinking(row.chosen or "") for row in rows]
     assert all(parts)
     with rules() as task:
         assert all(map(is_right, task.outcomes((row, part[1]) for row, part in zip(rows, parts, strict=True) if part)))
+
+
+def test_the_command_starts_each_run_once(real_lm, monkeypatch, tmp_path):
+    """From the weights of one Stage 0, seeds and arms as asked; what it writes has no path of this machine."""
+    started = []
+
+    def train(arguments, folder, threads):
+        config = parse_command_line([str(part) for part in arguments])
+        started.append((folder.name, config.stage, config.seed, config.steps, config.model.path))
+        return {"command": f"torchrun train.py --run-dir {folder}", "commit": "x", "seconds": 60, "cpu_seconds": 60}
+
+    def measured(stage):
+        gain = 0.4 if "grpo" in str(stage) else 0.2
+        return {"before": {"general_accuracy": 0.1}, "after": {"general_accuracy": 0.1 + gain},
+                "before_greedy": {"general_accuracy": 0}, "after_greedy": {"general_accuracy": 0},
+                "curves": {"clip_fraction": [0.5]}}
+
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "preprocessor_config.json").touch()  # made before
+    monkeypatch.setattr(real_lm, "train", train)
+    monkeypatch.setattr(real_lm, "measured", measured)
+    shown = []
+    monkeypatch.setattr(real_lm, "show", shown.append)
+    monkeypatch.setattr(sys, "argv", ["real_lm.py", "--runs", "cpgd:3", "grpo:0", "--steps", "8", "--folder",
+                                      str(tmp_path), "--out", str(tmp_path / "out.json")])
+    real_lm.main()
+    start = str(tmp_path / "sft" / "stage0" / "hf")
+    assert [run[:3] for run in started] == [("sft", 0, 0), ("cpgd-3", 1, 3), ("grpo-0", 1, 0)]
+    assert [run[3:] for run in started[1:]] == [(8, start)] * 2
+    written = (tmp_path / "out.json").read_text()
+    assert str(tmp_path) not in written and json.loads(written)["runs"] == json.loads(
+        json.dumps(shown[0]).replace(str(tmp_path), "runs/real-lm"))
+
+
+def test_arms_differ_in_their_loss_alone(real_lm):
+    configs = {arm: parse_command_line(["--stage", "1", *map(str, (*real_lm.RL, *options))])
+               for arm, options in real_lm.ARMS.items()}
+    same = {json.dumps(replace(config, objective=configs["cpgd"].objective).to_dict()) for config in configs.values()}
+    assert len(same) == 1
+    assert {(c.objective.weight, c.objective.aggregation) for c in configs.values()} == {("std", "group")}
 
 
 @pytest.mark.parametrize("arm", ["sft", "cpgd", "grpo", "pg"])
@@ -120,6 +160,5 @@ def test_train_takes_folder_rows_and_options(real_lm, made, arm):
         folder / "heldout.jsonl")])
     found = inspect(replace(config, run_dir=str(folder / "run")), load_processor(folder / "model"), 1)
     assert not found.rejected and not found.settings
-    assert found.shares == {"general": 1.0} or len(found.domains) > 100
-    sizes = [size.prompt + size.response for size in found.sizes]
-    assert max(sizes) <= 48
+    assert found.domains == ["general"] * real_lm.SPLITS["sft" if arm == "sft" else "train"]
+    assert max(size.prompt + size.response for size in found.sizes) <= 40
