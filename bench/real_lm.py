@@ -104,7 +104,7 @@ def make_model(out: Path, tokenizer: Any, source: Any) -> Qwen2_5_VLForCondition
             else:
                 assert name.endswith("_proj.bias"), name
                 parameter.zero_()
-        embedding = model.get_input_embeddings().weight
+        embedding: Any = model.get_input_embeddings().weight
         known = source.config.vocab_size
         embedding[known:] = embedding[:known].mean(0)
     assert not weights, f"no place for {list(weights)[:3]}"
