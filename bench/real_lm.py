@@ -148,7 +148,7 @@ COMMON = ("--model.dtype", "bfloat16", "--data.mix", "general=1", "--checkpoint.
 SFT = (*COMMON, "--steps", 6, "--optim.sft-batch", 24, "--optim.learning-rate", 1e-4, "--optim.warmup-steps", 4)
 """Few steps: the format, and an answer that is right now and then; the rest is for Stage 1."""
 RL = (*COMMON, "--rollout.prompts", 8, "--rollout.group-size", 8, "--rollout.max-new-tokens", 18,
-      "--rollout.batch-size", 64, "--eval.batch-size", 64, "--rollout.canary-limit", 0.5, "--reward.helpful", 0,
+      "--rollout.batch-size", 64, "--reward.helpful", 0,
       "--optim.updates-per-rollout", 2, "--optim.learning-rate", 1.5e-5, "--optim.warmup-steps", 4)
 STEPS = 40
 ARMS: dict[str, tuple[object, ...]] = {

@@ -29,10 +29,10 @@ from ..config import RolloutConfig
 from ..rollout.values import Rollout, Sample
 from ..update import Reading
 
-LIMITS = {"float32": (1e-4, 5e-4), "bfloat16": (0.02, 0.1)}
+LIMITS = {"float32": (1e-4, 5e-4), "bfloat16": (0.02, 0.2)}
 """Least and largest gap of a response that passes, by compute dtype, nats. Measured on tiny, hf engine, the largest of
-384 responses: float32 9e-7 (4e-6 in ten runs), bfloat16 5e-3; vLLM in float32 stays below 1e-5 a token. M-RoPE's height
-and width swapped make 4e-3, which in bfloat16 is noise."""
+384 responses: float32 9e-7 (4e-6 in ten runs), bfloat16 5e-3 (0.034 with SmolLM2-135M, of 64 short ones);
+vLLM in float32 stays below 1e-5 a token. M-RoPE's height and width swapped make 4e-3, which in bfloat16 is noise."""
 NOISE_FACTOR = 5
 """Between these the limit is this often the largest gap of the run's first rollout, whose weights are equal."""
 Z_LIMIT = 6.0
