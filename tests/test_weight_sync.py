@@ -354,7 +354,7 @@ class Fake:
 
 
 SAID = {"model": "Qwen2_5_VLForConditionalGeneration", "dtype": "float32", "vocab_size": 640, "max_model_len": 48,
-        "logprobs_mode": "processed_logprobs", "gpu": ""}
+        "logprobs_mode": "processed_logprobs", "gpu": "", "data_parallel_size": 1, "pipeline_parallel_size": 1}
 """What an honest server says of itself, to a run of 32 prompt tokens and 16 new ones."""
 
 
@@ -648,6 +648,7 @@ def nothing_left():
     ({"dtype": "bfloat16"}, "has dtype bfloat16, and the run float32; give it --dtype float32"),
     ({"logprobs_mode": "raw_logprobs"}, "has logprobs_mode raw_logprobs, and the run processed_logprobs; give it "
                                         "--logprobs-mode processed_logprobs"),
+    ({"data_parallel_size": 2}, "has data_parallel_size 2, and the run 1; give it --data-parallel-size 1"),
     ({"max_model_len": 47}, "takes 47 tokens, and --data.max-prompt-tokens 32 with --rollout.max-new-tokens 16 needs "
                             "48; give it --max-model-len 48"),
 ])
