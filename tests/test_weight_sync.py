@@ -26,6 +26,7 @@ import torch.distributed as dist
 from conftest import ROOT
 
 from cosmo_rl.cpgd.config import DataConfig, RolloutConfig
+from cosmo_rl.cpgd.rollout.engine import Lost
 from cosmo_rl.cpgd.rollout.vllm import compare, serve, sync
 from cosmo_rl.cpgd.rollout.vllm import control as control_module
 from cosmo_rl.cpgd.rollout.vllm.compare import WeightsDiffer, chosen, same, sha256, shard
@@ -732,4 +733,19 @@ def test_a_server_of_the_users_is_waited_for(monkeypatch, caplog, nothing_left):
         fake.health = 503
         with pytest.raises(UserError, match=rf"{fake.url} did not come back within 0\.2 s; start it again"):
             engine.sync(policy, 4)
+        engine.close()
+
+
+def test_why_requests_are_lost_is_said_once(caplog, nothing_left):
+    requests = [s.response.request for s in runs.rollout().samples]
+    answers = {"/collective_rpc": (200, {"results": [SAID]})}
+    with Fake(answers | {"/inference/v1/generate": (500, b"no room\nfor it")}) as one, Fake(answers) as two:
+        engine = opened([one.url, two.url])
+        two.answers["/inference/v1/generate"] = (503, b"engine dead")
+        with pytest.raises(Lost):
+            list(engine.stream(requests))
+        told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert sorted(re.sub(r"request \S+:", "request:", line) for line in told) == sorted([
+            f"WARNING: request: {one.url} answers 500: no room for it",
+            f"WARNING: request: {two.url} answers 503: engine dead"])
         engine.close()

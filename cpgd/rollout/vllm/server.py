@@ -230,31 +230,33 @@ class ServerEngine:
                     turn = (i + rank()) % len(self.urls)
                     for url in [*self.urls[turn:], *self.urls[:turn]]:
                         if url not in dead:
-                            reply = await self._ask(client, url, request, body)
-                            if reply is not None:
-                                done.put((request, reply))
+                            try:
+                                done.put((request, await self._ask(client, url, request, body)))
                                 return
-                            dead.add(url)
+                            except ServerDown as error:
+                                if url not in dead:  # the first of its requests to be told
+                                    logger.warning("WARNING: %s", error)
+                                dead.add(url)
 
             await asyncio.gather(*(one(i, request) for i, request in enumerate(requests)))
 
     @staticmethod
     async def _ask(client: httpx2.AsyncClient, url: str, request: Request, body: str) -> Any:
-        """The reply; None: the server is gone.
+        """The reply.
 
         Raises:
-            ReplyError: it refuses the request.
+            ReplyError: it refuses the request. ServerDown: it is gone.
         """
         try:
             answer = await client.post(f"{url}/inference/v1/generate", content=body,
                                        headers={"Content-Type": "application/json"})
-        except httpx2.TransportError:
-            return None
-        if answer.status_code >= 500:  # its engine has died, which it tells each of its requests
-            return None
+        except httpx2.TransportError as error:
+            raise ServerDown(f"request {request.id}: {url}: {type(error).__name__} {error}".rstrip()) from error
         if answer.status_code != 200:
-            raise ReplyError(f"request {request.id}: {url} answers {answer.status_code}: "
-                             f"{' '.join(answer.text.split())[:300]}")
+            told = f"{url} answers {answer.status_code}: {' '.join(answer.text.split())[:300]}"
+            if answer.status_code >= 500:  # its engine has died, which it tells each of its requests
+                raise ServerDown(f"request {request.id}: {told}")
+            raise ReplyError(f"request {request.id}: {told}")
         try:
             return answer.json()
         except ValueError as error:
