@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
 from cosmo_rl.data.errors import UserError
 from cosmo_rl.data.schema import TASKS
@@ -55,6 +56,14 @@ def _check_bounds(settings: Any, group: str = "") -> None:
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of its port, or of half a bracket
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,8 +195,7 @@ class RolloutConfig:
                      f"--rollout.serve is {' '.join(map(repr, self.serve))}, and --rollout.engine vllm takes one "
                      '"vllm [options]", as "vllm --gpu-memory-utilization 0.4"')
         for url in self.servers:
-            _require(url.startswith(("http://", "https://")),
-                     f"--rollout.servers holds {url!r}; give URLs, as http://127.0.0.1:8000")
+            _require(_is_url(url), f"--rollout.servers holds {url!r}; give URLs, as http://127.0.0.1:8000")
         _require(len(set(self.servers)) == len(self.servers), f"--rollout.servers names a server twice: {self.servers}")
 
 
@@ -467,9 +475,11 @@ def identity(settings: dict) -> dict:
     """Of `Config.to_dict()`, which is changed, the fields that a resumed run must share.
 
     All but those made by `free`; of its judges what the verdicts depend on, by name: servers may move, and be asked in
-    another way. Of a reward function its name: the file may move, and checkpoints know its content.
+    another way. Of a reward function its name: the file may move, and checkpoints know its content. Where rollouts are
+    made ahead, steps between checkpoints and measurements too: none is made over these, so they say which are fresh.
     """
-    for name in free_fields():
+    ahead = settings["rollout"].get("staleness")
+    for name in free_fields() - ({"checkpoint.every", "eval.every"} if ahead else set()):
         group, _, last = name.rpartition(".")
         (settings[group] if group else settings).pop(last, None)
     reward = settings["reward"]

@@ -60,6 +60,8 @@ from cosmo_rl.cpgd.config import (
     ({"rollout": RolloutConfig(canary_limit=-0.1)}, r"--rollout\.canary-limit is -0\.1; give at least 0"),
     ({"rollout": RolloutConfig(correction=0.5)}, r"--rollout\.correction is 0\.5; give 0 or a cap of at least 1, as 2"),
     ({"batch": BatchConfig(max_tokens=0)}, r"--batch\.max-tokens is 0"),
+    *(({"rollout": RolloutConfig(engine="server", servers=(url,))}, rf"servers holds '{re.escape(url)}'; give URLs, as")
+      for url in ("127.0.0.1:8000", "ftp://a", "http://", "http://a:port", "http://a:99999", "http://[::1")),
 ])
 def test_bad_settings_are_named_with_their_values(changes, message):
     with pytest.raises(ValueError, match=message):
@@ -124,6 +126,14 @@ BEFORE_A_RUN = {"config.py", "recipes.py", "dryrun.py", "check.py"}
 """What they say is said before a run begins."""
 BEFORE_A_STEP = {"data.path", "data.eval_path", "data.contaminated", "data.mix", "reward.function"}
 """Rows and rewards are read, all of them, before the first step, and until then no setting binds."""
+
+
+def test_where_rollouts_are_made_ahead_checkpoints_and_measurements_say_which_are_fresh():
+    for staleness, same in ((0, True), (1, False)):
+        base = Config(rollout=RolloutConfig(engine="server", servers=("http://a",), staleness=staleness))
+        for changes in ({"checkpoint": CheckpointConfig(every=51)}, {"eval": EvalConfig(every=10)}):
+            assert (replace(base, **changes).hash() == base.hash()) is same
+        assert replace(base, checkpoint=CheckpointConfig(keep=9)).hash() == base.hash()
 
 
 def test_what_a_message_tells_to_raise_a_resumed_run_may_raise():

@@ -212,6 +212,34 @@ def test_one_rank_without_an_image(folder):
     assert len(runs.lines_of(folder / "mixed" / "run")) == 2
 
 
+def _note_rest(path: str) -> None:
+    """In the run's own process: when its engine is told to rest and given weights, and the steps."""
+    def noted(word, found):
+        with open(path, "a") as file:
+            file.write(word + "\n")
+        return found
+
+    HFEngine.rest = lambda self: noted("rest", True)
+    for owner, name, word in ((HFEngine, "sync", "sync"), (trainer, "optimizer_step", "step")):
+        real = getattr(owner, name)
+        setattr(owner, name, lambda *args, _real=real, _word=word: noted(_word, _real(*args)))
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_an_engine_rests_while_the_policy_is_trained(folder, stage):
+    """One on the trainer's own GPU: its memory is free in every step, those of stage 0 too."""
+    path = folder / f"rests{stage}"
+    rows = [replace(row, chosen="<think>so</think>yes") for row in runs.small_rows()[:6]]
+    args = runs.small(*runs.from_file(runs.write_rows(folder / "chosen" / "rows.jsonl", rows)), "--stage", stage,
+                      "--steps", 4, "--optim.sft-batch", 4, "--run-dir", folder / f"rest{stage}")
+    runs.train(args, folder / "logs", before=functools.partial(_note_rest, str(path))).check()
+    asleep, words = False, path.read_text().split()
+    assert words.count("step") == 4 and words[0] == "sync"
+    for word in words:
+        assert word != "step" or asleep, words
+        asleep = word == "rest" or (asleep and word != "sync")
+
+
 def _local(tensor):
     """This rank's part; a frozen tower is replicated, not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -9,6 +9,7 @@ import os
 import signal
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +162,20 @@ def test_a_seed_is_a_response_in_any_company(engine, model):
 
 def test_every_picture_shape_is_checked(engine):
     engine.check((r.row, r.prompt) for r in asked(1))
+
+
+def test_pictures_that_prompts_share_are_looked_at_in_each(engine, caplog):
+    """Features kept of one prompt, or of a picture's first place, would leave the tower without work for the next."""
+    row = asked(1)[3].row
+    first, second = row.images
+
+    def probe(*images):
+        content = [*({"type": "image"} for _ in images), {"type": "text", "text": "what colour is it?"}]
+        shown = replace(row, images=images, messages=({"role": "user", "content": content},))
+        return shown, encode_prompt(shown, PROCESSOR, max_prompt_tokens=512, max_image_pixels=10**6)
+
+    engine.check([probe(first), probe(first, second), probe(second, second), probe(second)])
+    assert "unseen" not in caplog.text
 
 
 # -- planted faults: weights and versions -----------------------------------------------------------------------------

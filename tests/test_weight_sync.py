@@ -26,6 +26,7 @@ import torch.distributed as dist
 from conftest import ROOT
 
 from cosmo_rl.cpgd.config import DataConfig, RolloutConfig
+from cosmo_rl.cpgd.rollout.engine import Lost
 from cosmo_rl.cpgd.rollout.vllm import compare, serve, sync
 from cosmo_rl.cpgd.rollout.vllm import control as control_module
 from cosmo_rl.cpgd.rollout.vllm.compare import WeightsDiffer, chosen, same, sha256, shard
@@ -354,7 +355,7 @@ class Fake:
 
 
 SAID = {"model": "Qwen2_5_VLForConditionalGeneration", "dtype": "float32", "vocab_size": 640, "max_model_len": 48,
-        "logprobs_mode": "processed_logprobs", "gpu": ""}
+        "logprobs_mode": "processed_logprobs", "gpu": "", "data_parallel_size": 1, "pipeline_parallel_size": 1}
 """What an honest server says of itself, to a run of 32 prompt tokens and 16 new ones."""
 
 
@@ -648,6 +649,7 @@ def nothing_left():
     ({"dtype": "bfloat16"}, "has dtype bfloat16, and the run float32; give it --dtype float32"),
     ({"logprobs_mode": "raw_logprobs"}, "has logprobs_mode raw_logprobs, and the run processed_logprobs; give it "
                                         "--logprobs-mode processed_logprobs"),
+    ({"data_parallel_size": 2}, "has data_parallel_size 2, and the run 1; give it --data-parallel-size 1"),
     ({"max_model_len": 47}, "takes 47 tokens, and --data.max-prompt-tokens 32 with --rollout.max-new-tokens 16 needs "
                             "48; give it --max-model-len 48"),
 ])
@@ -731,4 +733,19 @@ def test_a_server_of_the_users_is_waited_for(monkeypatch, caplog, nothing_left):
         fake.health = 503
         with pytest.raises(UserError, match=rf"{fake.url} did not come back within 0\.2 s; start it again"):
             engine.sync(policy, 4)
+        engine.close()
+
+
+def test_why_requests_are_lost_is_said_once(caplog, nothing_left):
+    requests = [s.response.request for s in runs.rollout().samples]
+    answers = {"/collective_rpc": (200, {"results": [SAID]})}
+    with Fake(answers | {"/inference/v1/generate": (500, b"no room\nfor it")}) as one, Fake(answers) as two:
+        engine = opened([one.url, two.url])
+        two.answers["/inference/v1/generate"] = (503, b"engine dead")
+        with pytest.raises(Lost):
+            list(engine.stream(requests))
+        told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert sorted(re.sub(r"request \S+:", "request:", line) for line in told) == sorted([
+            f"WARNING: request: {one.url} answers 500: no room for it",
+            f"WARNING: request: {two.url} answers 503: engine dead"])
         engine.close()

@@ -9,6 +9,9 @@ from typing import Any
 import httpx2
 
 from cosmo_rl.data.errors import UserError
+from cosmo_rl.model.load import Processor
+
+from ...config import DataConfig, RolloutConfig
 
 START = "start it with `python -m cosmo_rl.cpgd.rollout.vllm.serve`, which shows the whole command"
 CONNECT_S, ANSWER_S = 10.0, 900.0
@@ -97,6 +100,29 @@ class Control:
 
     def close(self) -> None:
         self._client.close()
+
+
+def check_described(where: str, said: Mapping[str, Any], processor: Processor, dtype: str, data: DataConfig,
+                    rollout: RolloutConfig) -> None:
+    """Whether an engine can be trained with.
+
+    Args:
+        where: names it. said: what `cosmo_describe` returns of a worker.
+    Raises:
+        UserError: it is of another model, dtype, length or kind than the run needs.
+    """
+    wanted = {"model": "Qwen2_5_VLForConditionalGeneration", "dtype": dtype, "vocab_size": processor.vocab_size,
+              "logprobs_mode": "processed_logprobs", "data_parallel_size": 1, "pipeline_parallel_size": 1}
+    for name, value in wanted.items():
+        if said.get(name) != value:
+            mend = ("serve the run's own model folder" if name in ("model", "vocab_size") else
+                    f"give it --{name.replace('_', '-')} {value}")
+            raise UserError(f"{where} has {name} {said.get(name)}, and the run {value}; {mend}")
+    length = data.max_prompt_tokens + rollout.max_new_tokens
+    if said["max_model_len"] < length:
+        raise UserError(f"{where} takes {said['max_model_len']} tokens, and --data.max-prompt-tokens "
+                        f"{data.max_prompt_tokens} with --rollout.max-new-tokens {rollout.max_new_tokens} needs "
+                        f"{length}; give it --max-model-len {length}")
 
 
 def _told(answer: httpx2.Response) -> str:

@@ -29,6 +29,7 @@ from ...config import DataConfig, RolloutConfig
 from ..engine import Replica
 from ..values import Request, Response
 from .compare import Comparison
+from .control import check_described
 from .pixels import PIXELS, compare_pixels
 from .sync import BUCKET_BYTES, Named
 from .wire import Wire, mm_limits
@@ -60,6 +61,9 @@ class LocalEngine:
                  *shlex.split(" ".join(rollout.serve))[1:]]
         self._asleep, self._engine, self._size = False, None, 1
         together(lambda: self._open(words))
+        engine: Any = self._engine
+        said = engine.collective_rpc("cosmo_describe")[0]  # the user's options come last, and win
+        together(lambda: check_described("--rollout.engine vllm", said, processor, self.dtype, data, rollout))
         self.replica = Replica(index=rank() // self._size, count=max(1, world() // self._size),
                                leads=rank() % self._size == 0)
         self._comparison = Comparison(rollout.verify_every)

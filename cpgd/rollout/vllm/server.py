@@ -13,6 +13,7 @@ import queue
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from ...config import DataConfig, RolloutConfig
 from ...judges.loop import LoopThread
 from ..engine import Lost, Replica, alone
 from ..values import Request, Response
-from .control import START, Control, ServerDown
+from .control import START, Control, ServerDown, check_described
 from .pixels import PIXELS, compare_pixels
 from .serve import Served
 from .sync import Named, WeightSync
@@ -74,7 +75,7 @@ class ServerEngine:
         self.wire, self.version = Wire(processor, rollout), 0
         self._served: list[Served] = []
         self._loop = LoopThread()
-        self._syncs, self._weights = 0, None
+        self._syncs, self._probes, self._weights = 0, count(), None
         try:
             found = together(lambda: self._open(path, device, folder) if rank() == 0 else ([], ""))
         except UserError:
@@ -103,26 +104,15 @@ class ServerEngine:
         self._servers = [*(Control(url) for url in self.rollout.servers), *(s.control for s in self._served)]
         for server in self._servers:
             try:
-                self._meet(server, length)
+                self._meet(server)
             except ServerDown as error:
                 raise UserError(f"--rollout.servers: nothing answers at {error}; {START}") from error
         self._sync = WeightSync(self._servers, device, self.rollout.verify_every)
         return [server.url for server in self._servers], secrets.token_hex(4)
 
-    def _meet(self, server: Control, length: int) -> None:
+    def _meet(self, server: Control) -> None:
         server.meet()
-        said = server.workers[0]
-        wanted = {"model": "Qwen2_5_VLForConditionalGeneration", "dtype": self.dtype,
-                  "vocab_size": self.processor.vocab_size, "logprobs_mode": "processed_logprobs"}
-        options = {"dtype": "--dtype", "logprobs_mode": "--logprobs-mode"}
-        for name, value in wanted.items():
-            if said.get(name) != value:
-                mend = f"give it {options[name]} {value}" if name in options else "serve the run's own model folder"
-                raise UserError(f"{server.url} has {name} {said.get(name)}, and the run {value}; {mend}")
-        if said["max_model_len"] < length:
-            raise UserError(f"{server.url} takes {said['max_model_len']} tokens, and --data.max-prompt-tokens "
-                            f"{self.data.max_prompt_tokens} with --rollout.max-new-tokens "
-                            f"{self.rollout.max_new_tokens} needs {length}; give it --max-model-len {length}")
+        check_described(server.url, server.workers[0], self.processor, self.dtype, self.data, self.rollout)
 
     @property
     def replica(self) -> Replica:
@@ -191,7 +181,7 @@ class ServerEngine:
             for server in self._servers:
                 server.wait()
                 if not self._knows(server):
-                    self._meet(server, self.data.max_prompt_tokens + self.rollout.max_new_tokens)
+                    self._meet(server)
         except ServerDown as error:
             return str(error)
         return ""
@@ -240,31 +230,33 @@ class ServerEngine:
                     turn = (i + rank()) % len(self.urls)
                     for url in [*self.urls[turn:], *self.urls[:turn]]:
                         if url not in dead:
-                            reply = await self._ask(client, url, request, body)
-                            if reply is not None:
-                                done.put((request, reply))
+                            try:
+                                done.put((request, await self._ask(client, url, request, body)))
                                 return
-                            dead.add(url)
+                            except ServerDown as error:
+                                if url not in dead:  # the first of its requests to be told
+                                    logger.warning("WARNING: %s", error)
+                                dead.add(url)
 
             await asyncio.gather(*(one(i, request) for i, request in enumerate(requests)))
 
     @staticmethod
     async def _ask(client: httpx2.AsyncClient, url: str, request: Request, body: str) -> Any:
-        """The reply; None: the server is gone.
+        """The reply.
 
         Raises:
-            ReplyError: it refuses the request.
+            ReplyError: it refuses the request. ServerDown: it is gone.
         """
         try:
             answer = await client.post(f"{url}/inference/v1/generate", content=body,
                                        headers={"Content-Type": "application/json"})
-        except httpx2.TransportError:
-            return None
-        if answer.status_code >= 500:  # its engine has died, which it tells each of its requests
-            return None
+        except httpx2.TransportError as error:
+            raise ServerDown(f"request {request.id}: {url}: {type(error).__name__} {error}".rstrip()) from error
         if answer.status_code != 200:
-            raise ReplyError(f"request {request.id}: {url} answers {answer.status_code}: "
-                             f"{' '.join(answer.text.split())[:300]}")
+            told = f"{url} answers {answer.status_code}: {' '.join(answer.text.split())[:300]}"
+            if answer.status_code >= 500:  # its engine has died, which it tells each of its requests
+                raise ServerDown(f"request {request.id}: {told}")
+            raise ReplyError(f"request {request.id}: {told}")
         try:
             return answer.json()
         except ValueError as error:
@@ -274,14 +266,14 @@ class ServerEngine:
 
     def check(self, samples: Iterable[tuple[Row, EncodedPrompt]]) -> None:
         """See `Engine.check`: every server returns the prompt's ids, and its tower sees the trainer's pixels."""
-        together(lambda: [self._probe(i, *one) for i, one in enumerate(samples)] if rank() == 0 else None)
+        together(lambda: [self._probe(row, prompt) for row, prompt in samples] if rank() == 0 else None)
 
-    def _probe(self, number: int, row: Row, prompt: EncodedPrompt) -> None:
+    def _probe(self, row: Row, prompt: EncodedPrompt) -> None:
         request = Request(row=row, prompt=prompt, k=0, seed=0)
         for server in self._servers:
             server.rpc("cosmo_watch_pixels", PIXELS)
             # under a tag of its own: features that are there already would not be made again
-            body = self.wire.prompt(prompt, f"{self.tag}-probe{number}") | {
+            body = self.wire.prompt(prompt, f"{self.tag}-probe{next(self._probes)}") | {
                 "sampling_params": self.wire.sampling(request, True)}
             try:
                 reply = server.post("/inference/v1/generate", body)

@@ -130,7 +130,9 @@ class Worker:
                 "gpu": str(torch.cuda.get_device_properties(self.device).uuid) if cuda else "",
                 "dtype": str(self.model_config.dtype).removeprefix("torch."), "model": type(model).__name__,
                 "vocab_size": self.model_config.get_vocab_size(), "max_model_len": self.model_config.max_model_len,
-                "logprobs_mode": self.model_config.logprobs_mode, "weights_on": parameter.device.type}
+                "logprobs_mode": self.model_config.logprobs_mode, "weights_on": parameter.device.type,
+                "data_parallel_size": self.parallel_config.data_parallel_size,
+                "pipeline_parallel_size": self.parallel_config.pipeline_parallel_size}
 
     def cosmo_load(self, weights: list[tuple[str, torch.Tensor]]) -> None:
         """A bucket of the trainer's own process."""
