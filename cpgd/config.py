@@ -8,6 +8,7 @@ default, rules over several fields in `check` of what holds them; all are checke
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, TypeVar
@@ -30,7 +31,7 @@ def at_least(least: int) -> Bound:
     return lambda value: value >= least, f"at least {least}"
 
 
-POSITIVE: Bound = (lambda value: value > 0, "a value above 0")
+POSITIVE: Bound = (lambda value: 0 < value < math.inf, "a finite value above 0")
 
 
 def bounded(default: T, bound: Bound) -> T:

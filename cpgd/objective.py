@@ -83,7 +83,7 @@ def truncated_weights(logprobs: torch.Tensor, engine: torch.Tensor, cap: float) 
     Args:
         logprobs: (N,) of the policy that should have sampled. engine: (N,) of the engine, as it reports them.
     Returns:
-        (N,) float32; 0 where a log-prob is not finite, which the canary tells of.
+        (N,) float32; 0 where one is NaN, which the canary tells of.
     """
     return (logprobs.detach().double() - engine.double()).exp().clamp(max=cap).nan_to_num(nan=0.0).float()
 

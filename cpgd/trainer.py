@@ -205,7 +205,7 @@ class Trainer:
 
     def _sft_iteration(self) -> None:
         clock: Clock = {}
-        self._rest()
+        self._rest()  # it has been checked, and measures between
         with timed(clock, "data"):
             prompts = prompts_of(self.plan.rows, self.sampler.take(self.config.optim.sft_batch), self.encode)
             updates = sft_updates(prompts, self.build)

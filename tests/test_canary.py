@@ -280,7 +280,7 @@ def test_a_failed_sample_has_no_vote(run, monkeypatch):
 
 @pytest.mark.parametrize("name", ["cpgd", "grpo", "ppo", "rloo", "reinforce_pp"])
 def test_advantages_of_every_objective(name):
-    """Honest ones pass, also where an overlong sample has lost its own; a vote does not."""
+    """Honest ones pass; a vote does not, also where an overlong sample is at the mean of its group."""
     found = runs.rollout().rollout
     groups = [list(group) for group in found.groups]
     which = next(g for g, group in enumerate(groups) if len({s.reward for s in group}) > 1)
@@ -301,7 +301,8 @@ def test_advantages_of_every_objective(name):
     cut = groups[which][1]
     groups[which][1] = replace(cut, response=replace(cut.response, finish_reason="length"))
     spoiled[which][1] = 0.0
-    check_advantages(rollout(groups, tuple(spoiled)))
+    with pytest.raises(CanaryError, match="a failed sample had a vote"):
+        check_advantages(rollout(groups, tuple(spoiled)))
 
 
 def test_responses_of_other_weights(run, monkeypatch):
@@ -367,7 +368,8 @@ def test_the_limit_follows_dtype_and_noise():
 def test_one_response_is_named():
     """Not finite, or far off: no mean over others hides it."""
     found = runs.rollout().rollout
-    for bad, cause in ((math.nan, "log-probs are not finite"), (0.05, "the engine holds other weights or positions")):
+    for bad, cause in ((math.nan, "log-probs or entropies are not finite"),
+                       (0.05, "the engine holds other weights or positions")):
         read = reading()
         (update,), ((logprobs, _),) = read[0].updates, read[0].stats
         place = update.members.index(21)  # of the row without a picture
@@ -376,6 +378,14 @@ def test_one_response_is_named():
         name = read[0].samples[21].id
         with pytest.raises(CanaryError, match=rf"disagree on 1 of 24 responses at step 7.*: {name}; {cause}"):
             canary().check(found, read, 7)
+
+
+def test_an_entropy_that_is_not_finite_stops_the_run():
+    """In the sums of z it would stay, and no sampler be seen again."""
+    found, read, one = runs.rollout().rollout, reading(), canary()
+    read[0].stats[0][1][3] = math.nan
+    with pytest.raises(CanaryError, match=r"disagree on 1 of 24 .*; log-probs or entropies are not finite"):
+        one.check(found, read, 7)
 
 
 def test_the_sums_of_z_by_hand():

@@ -1,5 +1,6 @@
 """The hf engine against plain full forwards of transformers: positions, log-probs, noise, endings, fresh weights."""
 
+from copy import deepcopy
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -103,6 +104,23 @@ def test_logprobs_equal_a_full_forward(model, processor, requests):
         flat = full_logprobs(model, processor, request.prompt, response.ids, 0.7, one_axis=True)
         seen = max(seen, np.abs(flat[rows, response.ids].numpy() - exact).max())
     assert seen > 0.1, "this model does not tell M-RoPE from 1-D positions, so the test above shows nothing"
+
+
+def test_a_window_that_slides(model, processor, requests):
+    """Prompts and responses are longer than it."""
+    config = deepcopy(processor.config)
+    text = config.text_config
+    text.sliding_window, text.layer_types = 8, ["sliding_attention"] * text.num_hidden_layers
+    sliding = Qwen2_5_VLForConditionalGeneration(config).eval()
+    sliding.load_state_dict(model.state_dict())
+    seen = 0.0
+    for response in generate(HFEngine(sliding, processor, ROLLOUT), requests):
+        rows, prompt = np.arange(len(response.ids)), response.request.prompt
+        exact, whole = (full_logprobs(one, processor, prompt, response.ids, 0.7)[rows, response.ids].numpy()
+                        for one in (sliding, model))
+        np.testing.assert_allclose(response.logprobs, exact, atol=1e-4)
+        seen = max(seen, np.abs(whole - exact).max())
+    assert seen > 0.1, "nothing is past the window"
 
 
 def test_images_reach_their_own_prompt(model, processor, prompts):

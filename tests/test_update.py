@@ -19,7 +19,10 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from cosmo_rl.cpgd import trainer, update
 from cosmo_rl.cpgd.config import ObjectiveConfig, OptimConfig
 from cosmo_rl.cpgd.objective import policy_loss, truncated_weights
+from cosmo_rl.cpgd.rollout.hf import HFEngine
 from cosmo_rl.cpgd.run.metrics import read_metrics
+from cosmo_rl.cpgd.run.recipes import parse_command_line
+from cosmo_rl.cpgd.run.rundir import RunDir
 from cosmo_rl.cpgd.update import (
     chosen_ids,
     correct,
@@ -564,3 +567,23 @@ def test_a_small_stage_0(tmp_path, rows):
     assert two[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=1e-5)
     assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-3)
     assert (tmp_path / "1" / "stage0" / "hf" / "model.safetensors").exists()
+
+
+def test_the_engine_rests_in_stage_0(tmp_path, rows, monkeypatch):
+    """It has weights from its check and from each measurement; what it frees is gone until the next of them."""
+    done = []
+    monkeypatch.setattr(trainer, "shard", lambda policy, **_: policy)
+    monkeypatch.setattr(HFEngine, "rest", lambda self: done.append("rest") or True)
+    monkeypatch.setattr(trainer, "optimizer_step", lambda *args: done.append("step") or optimizer_step(*args))
+    path = runs.write_rows(tmp_path / "rows.jsonl", rows)
+    args = ["--stage", 0, "--model.path", runs.MODEL, *runs.from_file(path), "--optim.sft-batch", 3,
+            "--log.tensorboard", "False", "--run-dir", tmp_path / "run"]
+    config = parse_command_line(list(map(str, args)))
+    stage = trainer.Trainer(config, RunDir(config.run_dir, 0, config), torch.device("cpu"))
+    stage.metrics.rewind(-1)
+    try:
+        stage._sync()
+        stage._sft_iteration()
+    finally:
+        stage.close()
+    assert done == ["rest", "step"] and stage.synced is None

@@ -101,7 +101,6 @@ def dealt(engine: Engine, batches: Sequence[Sequence[T]], tokens: Callable[[T], 
         share = deal([sum(map(tokens, batch)) for batch in left], replica.count, len(left))[replica.index]
         done = together(partial(work, [left[i] for i in share]))
         found |= {key: value for part in done for key, value in part.items()}
-        torch.cuda.empty_cache()  # the KV caches' many sizes would stay reserved: nothing left for NCCL's buffers
         deaths += 1  # if something is left
     return found
 

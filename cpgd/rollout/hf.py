@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from transformers import (
     Cache,
+    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -91,6 +92,7 @@ class HFEngine:
         lengths = [len(r.prompt.input_ids) for r in requests]
         for batch in form_batches(lengths, batch_size or self.rollout.batch_size, self.fits):
             yield self._generate_batch([requests[i] for i in batch], greedy)
+        torch.cuda.empty_cache()  # the KV caches' many sizes would stay reserved: nothing left for NCCL's buffers
 
     def close(self) -> None:
         """Nothing is held beyond the model."""
@@ -128,6 +130,7 @@ class HFEngine:
         grids = [torch.from_numpy(p.image_grid_thw) for p in prompts if p.image_grid_thw is not None]
         output = self.model.model(
             input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[..., :-1], use_cache=True,
+            past_key_values=DynamicCache(),  # of a sliding window too all is kept; its mask hides what is past it
             pixel_values=torch.cat(pixels).to(self.model.device) if pixels else None,
             image_grid_thw=torch.cat(grids).to(self.model.device) if grids else None,
         )

@@ -126,7 +126,8 @@ class Canary:
             self.noise = float(gaps[np.isfinite(gaps)].max(initial=0.0))
         first = {id(sample) for group in rollout.first for sample in group}
         drawn = [one for one in seen if id(one.sample) in first]
-        bad = [one for one, gap in zip(seen, gaps, strict=True) if not gap <= self.limit]  # NaN is bad
+        bad = [one for one, gap in zip(seen, gaps, strict=True)  # NaN is bad, and would stay in the sums
+               if not gap <= self.limit or not np.isfinite([one.surprise, one.variance]).all()]
         self.sampler.add(drawn)
         if bad:
             raise CanaryError(self._told(bad, seen, drawn, step))
@@ -163,8 +164,8 @@ class Canary:
 
     def _cause(self, bad: Sequence[Seen], seen: Sequence[Seen], drawn: Sequence[Seen]) -> str:
         ahead = np.concatenate([one.ahead for one in seen])
-        if not np.isfinite(ahead).all():
-            return "log-probs are not finite: the weights diverged, or the engine's reply is damaged"
+        if not (np.isfinite(ahead).all() and np.isfinite([one.surprise for one in bad]).all()):
+            return "log-probs or entropies are not finite: the weights diverged, or the engine's reply is damaged"
         if ahead.max() > IMPOSSIBLE:
             return ("the engine sampled a token that the policy never does, as the placeholder of a picture: its "
                     "suppressed tokens are not those of the trainer")
@@ -239,19 +240,14 @@ def check_versions(rollout: Rollout) -> None:
 def check_advantages(rollout: Rollout) -> None:
     """Scored samples were compared with scored ones alone: their advantages sum to 0, and those of failed ones are 0.
 
-    Where an overlong sample has had its advantage taken away, as by DAPO's filter, the sum says nothing.
-
     Raises:
         CanaryError: a failed sample had a vote.
     """
-    filtered = False
     for group, advantages in zip(rollout.groups, rollout.advantages, strict=True):
         for sample, advantage in zip(group, advantages, strict=True):
             if sample.reward is None and advantage != 0:
                 raise CanaryError(f"{sample.id} has no reward ({sample.failure}), and an advantage of {advantage:.3g}")
-            overlong = sample.reward is not None and sample.response.finish_reason == "length"
-            filtered |= bool(overlong and advantage == 0 and advantages.any())
     flat = np.concatenate(rollout.advantages)
-    if not filtered and abs(flat.sum()) > 1e-6 * max(np.abs(flat).sum(), 1.0):
+    if abs(flat.sum()) > 1e-6 * max(np.abs(flat).sum(), 1.0):
         raise CanaryError(f"advantages sum to {flat.sum():.3g} over the scored samples of the rollout, not to 0: a "
                           "failed sample had a vote in its group's mean")
