@@ -191,7 +191,7 @@ def evaluate(engine: Engine, suite: Mapping[str, Sequence[Row]], encode: Encode,
     batches = for_all_ranks(
         lambda size: [[(group, i) for i in batch] for group, rows in suite.items() for batch in eval_batches(
             [lengths[group, i] for i in range(len(rows))], config, processor.config, size)],
-        call_size(config), len(lengths), engine.replica.count)
+        call_size(config), len(lengths), world())
     with rules() as right:
 
         def answer(batch: Sequence[Key], told: _Told) -> dict[Key, list[Answered]]:
