@@ -6,6 +6,7 @@ The shipped policy is sure of itself: an honest engine is some 5e-6 nats a token
 
 import math
 import os
+import re
 import signal
 from concurrent.futures import Future
 from contextlib import suppress
@@ -202,12 +203,16 @@ def test_weights_that_did_not_arrive(engine, model, fault, named):
 
 def test_a_layer_is_found_when_it_is_its_turn(engine, model, monkeypatch):
     """Between comparisons of all, one layer of each kind: a fault in one is found within as many syncs as layers."""
-    monkeypatch.setattr(engine._sync, "verify_every", 10**6)
+    engine.sync(model.named_parameters, 0)  # all, if the group is new
+    monkeypatch.setattr(engine._sync.comparison, "verify_every", 10**6)
     plant(engine, "bit:model.language_model.layers.1.mlp.down_proj.weight")
     layers = len(model.model.language_model.layers)
-    with pytest.raises(WeightsDiffer, match=r"1 of \d+ tensors .* as model\.language_model\.layers\.1\.mlp\.down_proj"):
+    with pytest.raises(WeightsDiffer, match=r"1 of \d+ tensors .* as model\.language_model\.layers\.1\.mlp\.down_proj",
+                       ) as told:
         for version in range(layers):
             engine.sync(model.named_parameters, version)
+    compared = re.search(r"1 of (\d+) tensors", str(told.value))
+    assert compared and int(compared[1]) < len(list(model.named_parameters())) / 1.5
 
 
 def test_a_sync_left_out(engine, model, monkeypatch):
