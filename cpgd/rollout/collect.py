@@ -72,9 +72,11 @@ def probes(rows: Sequence[Row], encode: Callable[[Row], EncodedPrompt]) -> Itera
     """Of the first PROBED rows one without a picture, and one of each set of picture shapes, at most PROBES in all."""
     shapes: set[bytes] = set()
     for row in islice(rows, PROBED):
+        if len(shapes) == PROBES:
+            return
         prompt = encode(row)
         shape = b"" if prompt.image_grid_thw is None else prompt.image_grid_thw.tobytes()
-        if shape not in shapes and len(shapes) < PROBES:
+        if shape not in shapes:
             shapes.add(shape)
             yield row, prompt
 

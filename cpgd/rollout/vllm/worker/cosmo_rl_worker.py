@@ -124,13 +124,12 @@ class Worker:
     def cosmo_describe(self) -> dict:
         """What a trainer must know of this worker before it joins."""
         model = self.model_runner.get_model()
-        parameter = next(model.parameters())
         cuda = self.device.type == "cuda"
         return {"born": BORN, "vllm": vllm.__version__, "torch": str(torch.__version__), "device": self.device.type,
                 "gpu": str(torch.cuda.get_device_properties(self.device).uuid) if cuda else "",
                 "dtype": str(self.model_config.dtype).removeprefix("torch."), "model": type(model).__name__,
                 "vocab_size": self.model_config.get_vocab_size(), "max_model_len": self.model_config.max_model_len,
-                "logprobs_mode": self.model_config.logprobs_mode, "weights_on": parameter.device.type,
+                "logprobs_mode": self.model_config.logprobs_mode,
                 "data_parallel_size": self.parallel_config.data_parallel_size,
                 "pipeline_parallel_size": self.parallel_config.pipeline_parallel_size}
 
